@@ -1,0 +1,386 @@
+"""Discrete denoising diffusion: D3PM, Austin et al. 2021 (arXiv:2107.03006), read beside sections 2 to 4.
+
+Conventions
+    x_0   clean images, integers [B, 1, H, W] in 0..K-1 (K = num_classes grey levels)
+    x_t   noisy images, integers [B, 1, H, W] in 0..S-1 (S states of the chain; every level is a state, so S >= K)
+    t     integers [B] in 1..T; t = 0 is clean data, t = T is noise
+    distributions over x_0 are float [B, K, H, W], over x_t float [B, S, H, W]; the class axis comes second
+
+Every pixel walks through the same Markov chain on its own; only the network looks at the whole image.
+Any integer dtype is accepted for images and t. Probabilities keep the dtype of the network's output.
+"""
+
+import io
+import os
+import tempfile
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import build_network
+
+IMAGE_SHAPE = (1, 32, 32)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise schedules: beta_1 .. beta_T as a float64 tensor [T] (section 4.1, appendix A.2)
+
+
+def cosine_betas(T: int) -> Tensor:
+    """alpha_bar_t = cos((t/T + s) / (1 + s) * pi/2), s = 0.008, and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
+
+    The paper's schedule for uniform transitions (after Hoogeboom et al. 2021): the cosine, not its square. It is
+    not clipped, so beta_T = 1: x_T is exactly stationary and L_T = 0.
+    """
+    t = torch.arange(T + 1, dtype=torch.float64)
+    alpha_bar = torch.cos((t / T + 0.008) / 1.008 * torch.pi / 2)
+    alpha_bar[T] = 0.0  # cos(pi/2), which floating point puts at 6e-17
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+
+def linear_betas(T: int) -> Tensor:
+    """1e-4 .. 0.02, evenly spaced: the DDPM schedule that is widely copied.
+
+    With T = 200 it stops halfway: bar_Q_T = [[0.57, 0.43], [0.43, 0.57]] for two uniform levels, so the sampler starts
+    from noise that the network never saw and L_T alone costs 9.0 nats per 32x32 image. Kept for comparison.
+    """
+    return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+
+
+SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transition families: Q_1 .. Q_T as a float64 tensor [T, S, S] with Q[i, j] = q(x_t = j | x_{t-1} = i) (appendix A.2)
+
+
+def uniform_transitions(K: int, betas: Tensor) -> Tensor:
+    """Q_t = (1 - beta_t) I + beta_t / K 11^T: with probability beta_t, draw the level anew (appendix A.2.1). S = K."""
+    beta = betas[:, None, None]
+    return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K
+
+
+TRANSITIONS = {"uniform": uniform_transitions}
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DiscreteDiffusion(nn.Module):
+    """The forward process, its reversal by a network, the bound, the loss and the sampler.
+
+    Args:
+        model: the network; `model(x_t, t)` returns logits of x_0, float [B, K, H, W].
+        num_classes: K, the number of grey levels, at least 2.
+        timesteps: T, at least 1.
+        transition: name of a transition family (`TRANSITIONS`).
+        schedule: name of a noise schedule (`SCHEDULES`).
+        Q: your own transition matrices [T+1, S, S] instead of a family and its schedule: Q[0] the identity, rows
+            summing to one, S >= K; the first K states are the grey levels.
+
+    Attributes:
+        Q: float64 [T+1, S, S], Q[t][i, j] = q(x_t = j | x_{t-1} = i); Q[0] is the identity.
+        bar_Q: float64 [T+1, S, S], bar_Q[t] = Q[1] Q[2] ... Q[t] (equation 3).
+        prior: float64 [S], p(x_T), what sampling starts from: the mean over levels of q(x_T | x_0), which is the
+            stationary distribution when the schedule reaches it.
+
+    Raises:
+        ValueError: for arguments out of range, unknown names, or matrices that are not transition matrices.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int = 2,
+        timesteps: int = 200,
+        transition: str = "uniform",
+        schedule: str = "cosine",
+        Q: Tensor | None = None,
+    ):
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if timesteps < 1:
+            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
+        if Q is None:
+            if transition not in TRANSITIONS:
+                raise ValueError(f"unknown transition {transition!r}: choose from {', '.join(TRANSITIONS)}")
+            if schedule not in SCHEDULES:
+                raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
+            steps = TRANSITIONS[transition](num_classes, SCHEDULES[schedule](timesteps))
+            Q = torch.cat([torch.eye(steps.shape[-1], dtype=torch.float64)[None], steps])
+            self.config = {"transition": transition, "schedule": schedule}
+        else:
+            self.config = {"Q": Q}
+        self.config |= {"num_classes": num_classes, "timesteps": timesteps}  # rebuilds this object around a network
+        self.model = model
+        self.num_classes = num_classes
+        self.timesteps = timesteps
+        # Plain float64 tensors on the CPU rather than buffers: exact, small, and MPS has no float64. See `_at`.
+        self.Q = check_transitions(Q, num_classes, timesteps)
+        self.bar_Q = self.Q.clone()
+        for t in range(1, timesteps + 1):
+            self.bar_Q[t] = self.bar_Q[t - 1] @ self.Q[t]
+        self.bar_Q /= self.bar_Q.sum(-1, keepdim=True)  # keeps rounding from adding up over T products
+        self.prior = self.bar_Q[timesteps, :num_classes].mean(0)
+
+        distance = 0.5 * (self.bar_Q[timesteps, :num_classes] - self.prior).abs().sum(-1).max().item()
+        if distance > 1e-3:
+            warnings.warn(
+                f"bar_Q[T] is far from stationary (total variation {distance:.3f}): sampling starts from a "
+                "distribution that the forward process does not reach, so L_T > 0. Use another schedule or a larger T.",
+                stacklevel=2,
+            )
+
+    # -- the forward process q ----------------------------------------------------------------------------------------
+
+    def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        """table[t] for a batch of t, on the device and in the dtype of `like`."""
+        return table.to(like.device, like.dtype)[t.long()]
+
+    def q_x_t(self, x_0: Tensor, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """q(x_t | x_0) = row x_0 of bar_Q_t (equation 3), float [B, S, H, W]; t may be 0."""
+        bar_Q = self._at(self.bar_Q, t, torch.empty(0, dtype=dtype, device=x_0.device))
+        return take_columns(bar_Q.mT, x_0)
+
+    def q_sample(self, x_0: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        """Draw x_t ~ q(x_t | x_0) in one jump (equation 3), int64 [B, 1, H, W].
+
+        `u` are the uniforms in [0, 1) that the draw is made from, float [B, 1, H, W]; fresh ones by default.
+        """
+        return draw(self.q_x_t(x_0, t), u)
+
+    def q_posterior(self, x_t: Tensor, x_0_probs: Tensor, t: Tensor) -> Tensor:
+        """The distribution of x_{t-1} given x_t under a distribution over x_0, float [B, S, H, W].
+
+        The mixture of exact posteriors, sum over x_0 of q(x_{t-1} | x_t, x_0) w(x_0), with equation 3's
+
+            q(x_{t-1} = j | x_t, x_0) = Q_t[j, x_t] bar_Q_{t-1}[x_0, j] / bar_Q_t[x_0, x_t],
+
+        where w is `x_0_probs` ([B, K, H, W]) restricted to the levels that can have led to x_t and renormalised. For a
+        network that outputs p(x_0 | x_t), which is what cross-entropy trains, this is the exact conditional of each
+        pixel. The paper's equation 4 sums q(x_{t-1}, x_t | x_0) p(x_0 | x_t) instead and normalises at the end: that
+        counts the likelihood q(x_t | x_0) twice.
+
+        Raises:
+            ValueError: if `x_0_probs` puts all its mass on levels from which x_t cannot be reached.
+        """
+        K = x_0_probs.shape[1]
+        likelihood = take_columns(self._at(self.bar_Q, t, x_0_probs)[:, :K], x_t)  # q(x_t | x_0), [B, K, H, W]
+        possible = likelihood > 0
+        w = torch.where(possible, x_0_probs, 0.0)
+        mass = w.sum(1, keepdim=True)
+        if (mass <= 0).any():
+            raise ValueError("x_0_probs gives no probability to any level that can have led to x_t")
+        w_over_likelihood = w / mass / torch.where(possible, likelihood, 1.0)
+        bar_Q_before = self._at(self.bar_Q, t - 1, x_0_probs)[:, :K]
+        mixed = torch.einsum("bkhw,bkj->bjhw", w_over_likelihood, bar_Q_before)
+        return mixed * take_columns(self._at(self.Q, t, x_0_probs), x_t)
+
+    # -- the reverse process p_theta ----------------------------------------------------------------------------------
+
+    def p_theta(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """p_theta(x_{t-1} | x_t), float [B, S, H, W]: the one definition that the bound and the sampler share."""
+        return self.q_posterior(x_t, self.model(x_t, t).softmax(1), t)
+
+    def p_sample(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
+        """One reverse step: draw x_{t-1} ~ p_theta(x_{t-1} | x_t), int64 [B, 1, H, W]; `u` as in `q_sample`."""
+        return draw(self.p_theta(x_t, t), u)
+
+    # -- the objective ------------------------------------------------------------------------------------------------
+
+    def loss(self, x_0: Tensor, t: Tensor | None = None, u: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the predicted x_0, -log p_theta(x_0 | x_t): a scalar in nats per dimension.
+
+        The second term of equation 5 on its own. t (uniform on 1..T) and the uniforms `u` of the noising are drawn
+        unless they are given.
+        """
+        t = self.draw_t(len(x_0)).to(x_0.device) if t is None else t
+        logits = self.model(self.q_sample(x_0, t, u), t)
+        return F.cross_entropy(logits, x_0[:, 0].long())
+
+    def draw_t(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n timesteps, each uniform on 1..T but spread evenly over the batch to cut variance; int64 [n] on the CPU."""
+        first = torch.rand((), generator=generator, dtype=torch.float64)
+        position = (first + torch.randperm(n, generator=generator) / n) % 1
+        return (position * self.timesteps).long().clamp(max=self.timesteps - 1) + 1
+
+    # -- the variational bound (equation 1), in nats per image --------------------------------------------------------
+
+    def L_T(self, x_0: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || p(x_T)), float [B]: what the prior costs; 0 when bar_Q[T] is stationary."""
+        kl = kl_divergence(self.bar_Q[self.timesteps, : self.num_classes], self.prior[None], dim=1)  # per level, [K]
+        return kl.to(x_0.device, torch.float32)[x_0.long()].sum((1, 2, 3))
+
+    def L_t_minus_1(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), float [B]: its mean over x_t ~ q(x_t | x_0) is L_{t-1}.
+
+        At t = 1 this is L_0 = -log p_theta(x_0 | x_1), since q(x_0 | x_1, x_0) is certain. It is +inf where the
+        reverse process rules out what the forward process can do.
+        """
+        p = self.p_theta(x_t, t)
+        q = self.q_posterior(x_t, F.one_hot(x_0[:, 0].long(), self.num_classes).movedim(-1, 1).to(p), t)
+        return kl_divergence(q, p, dim=1).sum((1, 2))
+
+    def variational_bound(self, x_0: Tensor, samples: int | None = None, generator=None) -> Tensor:
+        """The negative bound L_T + sum over t = 2..T of L_{t-1} + L_0 >= -log p_theta(x_0), float [B].
+
+        Args:
+            x_0: images, [B, 1, H, W].
+            samples: None for all T terms, or how many t to draw per image for an unbiased estimate of their sum.
+            generator: a CPU generator that the t and the noise are drawn from.
+        """
+        B, T = len(x_0), self.timesteps
+        if samples is None:
+            ts, weight = [torch.full((B,), t) for t in range(1, T + 1)], 1.0
+        else:
+            ts, weight = self.draw_t(B * samples, generator).view(samples, B), T / samples
+        total = self.L_T(x_0)
+        for t in ts:
+            t = t.to(x_0.device)
+            u = torch.rand(x_0.shape, generator=generator).to(x_0.device)
+            total = total + weight * self.L_t_minus_1(x_0, self.q_sample(x_0, t, u), t)
+        return total
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reverse_process(self, n: int, seed: int = 0, first: int = 0, shape=IMAGE_SHAPE):
+        """Walk from noise to data: yields x_T, x_{T-1}, ..., x_0, each int64 [n, 1, H, W], T + 1 tensors in all.
+
+        The n images are numbers first .. first + n - 1 of the endless sheet that `seed` stands for. Image i draws
+        from a random stream of its own, derived from (seed, i), so it does not depend on n or on its neighbours.
+        """
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        streams = [np.random.default_rng((seed, i)) for i in range(first, first + n)]
+
+        def uniforms():
+            return torch.from_numpy(np.stack([s.random(shape, dtype=np.float32) for s in streams])).to(device)
+
+        x_t = draw(self.prior.float().to(device)[None, :, None, None].expand(n, -1, *shape[1:]), uniforms())
+        yield x_t
+        for t in range(self.timesteps, 0, -1):
+            x_t = self.p_sample(x_t, torch.full((n,), t, device=device), uniforms())
+            yield x_t
+
+    def sample(self, n: int, seed: int = 0, first: int = 0, batch_size: int = 64, progress=False, shape=IMAGE_SHAPE):
+        """Draw n images from the model: uint8 [n, 1, H, W] on the CPU.
+
+        Any n takes the memory of one batch beside the result. See `reverse_process` for `seed` and `first`.
+
+        Raises:
+            ValueError: if n, batch_size, seed or first is out of range.
+        """
+        if n < 1 or batch_size < 1 or seed < 0 or first < 0:
+            raise ValueError("n and batch_size must be at least 1, seed and first at least 0")
+        images = torch.empty(n, *shape, dtype=torch.uint8)
+        with tqdm(
+            total=n * (self.timesteps + 1), desc="sampling", unit="step", unit_scale=True, disable=not progress
+        ) as bar:
+            for start in range(0, n, batch_size):
+                size = min(batch_size, n - start)
+                for x_t in self.reverse_process(size, seed, first + start, shape):
+                    x_0 = x_t
+                    bar.update(size)
+                images[start : start + size] = x_0.cpu()
+        return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The few operations on distributions that the equations above are made of
+
+
+def take_columns(matrices: Tensor, x: Tensor) -> Tensor:
+    """Column x of each image's matrix, pixel by pixel: matrices [B, R, S], x [B, 1, H, W] -> [B, R, H, W]."""
+    B = len(x)
+    index = x.long().view(B, 1, -1).expand(B, matrices.shape[1], -1)
+    return matrices.gather(2, index).view(B, -1, *x.shape[2:])
+
+
+def draw(probs: Tensor, u: Tensor | None = None) -> Tensor:
+    """Sample from probs [B, S, H, W] by inverting the cumulative distribution at u [B, 1, H, W] -> int64 [B, 1, H, W].
+
+    A state of probability exactly 0 is never drawn: u < 1 is scaled by the total, so rounding cannot push it past
+    the last possible state.
+    """
+    u = torch.rand(len(probs), 1, *probs.shape[2:], device=probs.device) if u is None else u
+    cumulative = probs.cumsum(1)
+    return (u * cumulative[:, -1:] >= cumulative[:, :-1]).sum(1, keepdim=True)
+
+
+def kl_divergence(q: Tensor, p: Tensor, dim: int) -> Tensor:
+    """sum of q log(q / p) over `dim`, in nats: 0 log 0 = 0, and +inf where q > 0 = p."""
+    return (torch.xlogy(q, q) - q * torch.where(q > 0, p, 1.0).log()).sum(dim)
+
+
+def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
+    """Q as float64 on the CPU, or a ValueError that says why it is not a chain of T transition matrices."""
+    Q = torch.as_tensor(Q).detach().to("cpu", torch.float64)
+    if Q.ndim != 3 or Q.shape[0] != T + 1 or Q.shape[1] != Q.shape[2] or Q.shape[1] < K:
+        raise ValueError(f"Q must be [timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}, got {list(Q.shape)}")
+    if (Q < 0).any() or not torch.allclose(Q.sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-6):
+        raise ValueError("Q must hold probabilities, each row summing to one")
+    if not torch.equal(Q[0], torch.eye(Q.shape[1], dtype=torch.float64)):
+        raise ValueError("Q[0] must be the identity (t = 0 is clean data)")
+    return Q
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a dict of plain values and tensors that describes itself
+
+
+@contextmanager
+def atomic_write(path: str | Path):
+    """Yield a binary file that becomes `path` when the block ends well; a failure leaves what was there before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write a checkpoint atomically. Raises OSError (a full disk, no permission), leaving any older file intact."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The dict that `save_checkpoint` wrote, on the CPU, read with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: as the file system says.
+        ValueError: if the file is damaged or is not a checkpoint of this repository.
+    """
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen types here, with pages of text
+            raise ValueError(f"{path} is damaged or is not a checkpoint (torch.load: {type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or not {"network", "diffusion", "averaged_weights"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of this repository")
+    return checkpoint
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> DiscreteDiffusion:
+    """A ready `DiscreteDiffusion` in eval mode with the averaged weights; raises what `read_checkpoint` raises."""
+    checkpoint = read_checkpoint(path)
+    try:
+        diffusion = DiscreteDiffusion(build_network(checkpoint["network"]), **checkpoint["diffusion"])
+        diffusion.model.load_state_dict(checkpoint["averaged_weights"])
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} does not fit this version of the repository: {reason}") from None
+    return diffusion.eval().to(device)
