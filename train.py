@@ -1,0 +1,339 @@
+"""Train a D3PM on binarized MNIST.
+
+    python train.py                                  # 50 epochs with the defaults, into results_d3pm/
+    python train.py --data offline --epochs 5        # a first look in two minutes, no download
+    python train.py --resume                         # go on after Ctrl-C, a crash, or for more: --resume --epochs 80
+    python train.py --lr 2e-3 --epochs 10            # good digits soon on full MNIST
+
+Writes into --out-dir: checkpoints/model_epoch_N.pth and samples/sample_epoch_N.png every 5 epochs and at the end,
+checkpoints/last.pth and metrics.csv every epoch, loss_curve.png.
+"""
+
+import argparse
+import csv
+import io
+import math
+import shutil
+import signal
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from dataset import binarize, get_dataloader, image_grid, load_digits, shuffle_for, stream_seed
+from diffusion import SCHEDULES, DiscreteDiffusion, atomic_write, read_checkpoint, save_checkpoint
+from model import build_network, pick_device
+
+DEFAULTS = {
+    "epochs": 50,
+    "batch_size": 128,
+    "timesteps": 200,
+    "schedule": "cosine",
+    "lr": None,  # by the digits in use: see LEARNING_RATE
+    "network": "unet",
+    "channels": None,  # the network's own
+    "data": "auto",
+    "data_root": "data",
+    "limit": None,
+    "seed": 0,
+    "device": "auto",
+    "out_dir": "results_d3pm",
+}
+LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # 1,750 steps on the offline digits are too few for 1e-4
+FREE_ON_RESUME = {"epochs", "data", "data_root", "device", "out_dir"}  # what may differ from the run that goes on
+WARMUP_STEPS = 100
+WEIGHT_DECAY = 0.01
+MAX_GRAD_NORM = 1.0
+EVERY = 5  # epochs between kept checkpoints and sample sheets
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Flags default to None so that --resume can tell what was asked for from what was not.
+    add = parser.add_argument
+    add("--epochs", type=int, help="passes over the training digits (default 50)")
+    add("--batch-size", type=int, help="images per step (default 128)")
+    add("--timesteps", type=int, help="T, the length of the chain (default 200)")
+    add("--schedule", choices=SCHEDULES, help="noise schedule (default cosine; linear does not reach noise)")
+    add("--lr", type=float, help="peak learning rate of AdamW (default 1e-4 on MNIST, 2e-3 on the offline digits); "
+        f"{WARMUP_STEPS} warm-up steps (a tenth of shorter runs), then cosine decay to 0 at the last step")  # fmt: skip
+    add("--network", choices=["unet", "plain"], help="unet (default), or plain: the common baseline, 10 times slower")
+    add("--channels", type=int, nargs=3, metavar="C", help="widths of the unet, multiples of 8")
+    add("--data", choices=["auto", "mnist", "offline"], help="auto (default): MNIST from --data-root or a download, "
+        "else 5,000 offline digits; mnist: no fallback; offline: the 5,000 at once")  # fmt: skip
+    add("--data-root", help="where MNIST is or goes (default data)")
+    add("--limit", type=int, metavar="N", help="train on N digits only")
+    add("--seed", type=int, help="of weights, batches and noise (default 0)")
+    add("--device", help="cpu, cuda, mps, ... (default auto: the best there is)")
+    add("--out-dir", help="where everything is written (default results_d3pm)")
+    add("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help="go on from the newest checkpoint in "
+        "--out-dir, or from this one. With more --epochs the learning rate goes on as in a run of that length: after "
+        "a finished run it jumps back up")  # fmt: skip
+    add("--overwrite", action="store_true", help="delete the run that is in --out-dir and start anew")
+    args = parser.parse_args()
+    for name in ("epochs", "batch_size", "timesteps", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        parser.error("--lr must be a positive number")
+    if args.seed is not None and args.seed < 0:
+        parser.error("--seed must be at least 0")
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return args
+
+
+def find_run(args: argparse.Namespace) -> dict | None:
+    """The checkpoint to go on from, or None for a fresh run. Raises ValueError if the directory is not as expected."""
+    out_dir = Path(args.out_dir or DEFAULTS["out_dir"])
+    checkpoints = sorted((out_dir / "checkpoints").glob("*.pth"), key=lambda path: path.stat().st_mtime)
+    if args.resume:
+        if args.resume == "newest" and not checkpoints:
+            raise ValueError(f"--resume: there is no checkpoint in {out_dir / 'checkpoints'}")
+        path = checkpoints[-1] if args.resume == "newest" else Path(args.resume)
+        checkpoint = read_checkpoint(path)
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"--resume: {path} holds weights only, not a run to go on with")
+        print(f"Resuming {path}")
+        return checkpoint
+    if (checkpoints or (out_dir / "metrics.csv").exists()) and not args.overwrite:
+        raise ValueError(f"{out_dir} holds another run: use --resume to go on, --out-dir for another place, "
+                         "or --overwrite to delete it")  # fmt: skip
+    return None
+
+
+def merge_settings(args: argparse.Namespace, checkpoint: dict | None) -> dict:
+    """What this run uses: flags first, then the resumed run's settings, then the defaults."""
+    given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
+    saved = checkpoint["settings"] if checkpoint else {}
+    for name in given.keys() & saved.keys() - FREE_ON_RESUME:
+        if given[name] != saved[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {given[name]} disagrees with the run to resume: {saved[name]}"
+            )
+    out_dir = {"out_dir": DEFAULTS["out_dir"]} if checkpoint else {}
+    return DEFAULTS | saved | out_dir | given
+
+
+def average(averaged: list[torch.Tensor], current: list[torch.Tensor], n: torch.Tensor) -> None:
+    """Exponential moving average over about the last ninth of the steps so far, at most 1,000 of them."""
+    decay = min(0.999, (1 + int(n)) / (10 + int(n)))
+    for a, c in zip(averaged, current, strict=True):
+        a.lerp_(c, 1 - decay) if a.is_floating_point() else a.copy_(c)
+
+
+def learning_rate(peak: float, step: int, total: int) -> float:
+    warmup = max(1, min(WARMUP_STEPS, total // 10))
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+@torch.no_grad()
+def validation_bound(diffusion: DiscreteDiffusion, x_0: torch.Tensor, device: torch.device) -> float:
+    """Estimate of the bound in nats per image; the same t and noise at every call, so epochs can be compared."""
+    generator = torch.Generator().manual_seed(0)
+    samples = max(1, 500 // len(x_0))
+    bounds = [diffusion.variational_bound(batch.to(device), samples, generator) for batch in x_0.split(250)]
+    return torch.cat(bounds).mean().item()
+
+
+def write_metrics(history: list[dict], out_dir: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
+    with atomic_write(out_dir / "metrics.csv") as file:
+        file.write(text.getvalue().encode())
+
+
+def plot_history(history: list[dict], out_dir: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    epochs = [row["epoch"] for row in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(epochs, [row["train_loss"] for row in history], marker=".")
+    left.set(xlabel="epoch", ylabel="training loss, nats per pixel", yscale="log")
+    right.plot(epochs, [row["validation_bound"] for row in history], marker=".", color="tab:orange")
+    right.set(xlabel="epoch", ylabel="validation bound, nats per image", yscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+    with atomic_write(out_dir / "loss_curve.png") as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def main() -> int:
+    args = parse_arguments()
+    checkpoint = find_run(args)
+    settings = merge_settings(args, checkpoint)
+    device = pick_device(settings["device"])
+    out_dir = Path(settings["out_dir"])
+    seed, epochs, batch_size = settings["seed"], settings["epochs"], settings["batch_size"]
+
+    # Data
+    loader = get_dataloader(batch_size, settings["data_root"], settings["data"], limit=settings["limit"])
+    source = loader.source
+    if checkpoint and checkpoint["data"] != source:
+        raise ValueError(f"the run was trained on {checkpoint['data']} digits, but these are {source} digits")
+    validation = binarize(load_digits("validation", source, settings["data_root"]).images)
+    settings["lr"] = settings["lr"] or LEARNING_RATE[source]
+
+    # Network, diffusion, optimizer, averaged copy
+    torch.manual_seed(seed)
+    config = {"name": settings["network"], "num_levels": 2}
+    if settings["channels"]:
+        if settings["network"] != "unet":
+            raise ValueError("--channels is for --network unet")
+        config["channels"] = settings["channels"]
+    network = build_network(config).to(device)
+    diffusion, averaged = (
+        DiscreteDiffusion(model, timesteps=settings["timesteps"], schedule=settings["schedule"])
+        for model in (network, AveragedModel(network, multi_avg_fn=average, use_buffers=True))
+    )
+    averaged.eval()
+    optimizer = torch.optim.AdamW(network.parameters(), settings["lr"], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
+    step, loss_sum, history = 0, 0.0, []
+    if checkpoint:
+        network.load_state_dict(checkpoint["weights"])
+        averaged.model.module.load_state_dict(checkpoint["averaged_weights"])
+        averaged.model.n_averaged.fill_(checkpoint["step"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, loss_sum, history = checkpoint["step"], checkpoint["loss_sum"], checkpoint["history"]
+    steps_per_epoch = len(loader)
+    total = epochs * steps_per_epoch
+    if step >= total:
+        raise ValueError(f"the run to resume has all its {epochs} epochs: give more with --epochs")
+
+    if args.overwrite:
+        for folder in ("checkpoints", "samples"):
+            shutil.rmtree(out_dir / folder, ignore_errors=True)
+        for name in ("metrics.csv", "loss_curve.png"):
+            (out_dir / name).unlink(missing_ok=True)
+    for leftover in out_dir.glob("checkpoints/.*.pth.*"):  # of a save that was killed
+        leftover.unlink()
+    (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (out_dir / "samples").mkdir(exist_ok=True)
+
+    def save(name: str) -> None:
+        state = {
+            "network": network.config,
+            "diffusion": diffusion.config,
+            "averaged_weights": averaged.model.module.state_dict(),
+            "weights": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "settings": settings,
+            "data": source,
+            "epoch": step // steps_per_epoch,
+            "step": step,
+            "loss_sum": loss_sum,
+            "history": history,
+        }
+        save_checkpoint(out_dir / "checkpoints" / name, state)
+
+    weights = sum(p.numel() for p in network.parameters())
+    print(
+        f"{len(loader.dataset):,} {source} digits for training, {len(validation):,} for validation\n"
+        f"{settings['network']} with {weights:,} weights on {device}; T = {settings['timesteps']}\n"
+        f"{epochs} epochs of {steps_per_epoch} steps of {batch_size}; AdamW with peak learning rate {settings['lr']:g}"
+    )
+
+    # A first Ctrl-C or SIGTERM lets the step end and saves; a second one means it.
+    received: list[int] = []
+
+    def on_signal(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+    while step < total and not received:
+        epoch, done = divmod(step, steps_per_epoch)
+        shuffle_for(loader, seed, epoch)
+        start = time.perf_counter()
+        bar = tqdm(total=steps_per_epoch * batch_size, initial=done * batch_size, desc=f"epoch {epoch + 1}/{epochs}",
+                   unit="img", leave=False, disable=None)  # fmt: skip
+        network.train()
+        for x_0, _ in islice(loader, done, None):
+            # The noise depends on (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn.
+            generator = torch.Generator().manual_seed(stream_seed(seed, 0, step))
+            t = diffusion.draw_t(batch_size, generator)
+            u = torch.rand(x_0.shape, generator=generator)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings["lr"], step, total)
+            loss = diffusion.loss(x_0.to(device), t.to(device), u.to(device))
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss.item()} at step {step}: try a smaller --lr (checkpoints are intact)"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            averaged.model.update_parameters(network)
+            step += 1
+            loss_sum += loss.item()
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            bar.update(batch_size)
+            if received:
+                break
+        bar.close()
+        if step % steps_per_epoch:
+            break
+
+        epoch += 1
+        seconds = time.perf_counter() - start
+        history.append(
+            {
+                "epoch": epoch,
+                "step": step,
+                "train_loss": loss_sum / steps_per_epoch,
+                "validation_bound": validation_bound(averaged, validation, device),
+                "lr": optimizer.param_groups[0]["lr"],
+                "images_per_second": (steps_per_epoch - done) * batch_size / seconds,
+                "seconds": seconds,
+            }
+        )
+        loss_sum = 0.0
+        row = history[-1]
+        print(
+            f"epoch {epoch:3d}/{epochs}  train loss {row['train_loss']:.4f} nats/pixel  "
+            f"validation bound {row['validation_bound']:7.2f} nats/image  {row['images_per_second']:.0f} img/s",
+            flush=True,
+        )
+        save("last.pth")
+        write_metrics(history, out_dir)
+        if epoch % EVERY == 0 or epoch == epochs:
+            save(f"model_epoch_{epoch}.pth")
+            plot_history(history, out_dir)
+            for x_t in averaged.reverse_process(64, seed):
+                sheet = x_t
+                if received:
+                    break
+            else:
+                with atomic_write(out_dir / "samples" / f"sample_epoch_{epoch}.png") as file:
+                    image_grid(sheet, columns=8).save(file, format="png")
+
+    if received:
+        save("last.pth")
+        print(f"Stopped by {signal.Signals(received[0]).name} after step {step} of {total}, saved in "
+              f"{out_dir / 'checkpoints' / 'last.pth'}; go on with --resume", file=sys.stderr)  # fmt: skip
+        return 128 + received[0]
+    print(f"Done. Draw digits: python sample.py {out_dir / 'checkpoints' / f'model_epoch_{epochs}.pth'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
