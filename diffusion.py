@@ -1,4 +1,4 @@
-"""Discrete denoising diffusion: D3PM, Austin et al. 2021 (arXiv:2107.03006), read beside sections 2 to 4.
+"""Discrete denoising diffusion: D3PM, Austin et al. 2021 (arXiv:2107.03006), to be read beside sections 2 and 3.
 
 Conventions
     x_0   clean images, integers [B, 1, H, W] in 0..K-1 (K = num_classes grey levels)
@@ -28,7 +28,7 @@ from model import build_network
 IMAGE_SHAPE = (1, 32, 32)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Noise schedules: beta_1 .. beta_T as a float64 tensor [T] (section 4.1, appendix A.2)
+# Noise schedules: beta_1 .. beta_T as a float64 tensor [T] (section 3.2)
 
 
 def cosine_betas(T: int) -> Tensor:

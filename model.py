@@ -108,7 +108,7 @@ class UNet(nn.Module):
         ValueError: for other widths. Images must have sides divisible by 8.
     """
 
-    def __init__(self, num_levels: int = 2, num_states: int | None = None, channels=(32, 64, 96), blocks: int = 1):
+    def __init__(self, num_levels: int = 2, num_states: int | None = None, channels=(24, 64, 96), blocks: int = 1):
         super().__init__()
         if len(channels) != 3 or any(c < 8 or c % 8 for c in channels):
             raise ValueError(f"channels must be three multiples of 8, got {', '.join(map(str, channels))}")
