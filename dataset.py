@@ -81,21 +81,22 @@ def download_mnist(data_root: str | Path) -> None:
     torchvision sets no time limit, so the download runs in a thread and is given up once no byte has arrived for
     `DOWNLOAD_SILENCE` seconds. Raises DataError; files that were there before stay as they were.
     """
-    from torchvision.datasets import MNIST  # seconds to import, and only needed here and in `load_digits`
+    from torchvision.datasets import MNIST  # takes seconds to import, and only MNIST itself needs it
 
     try:
         os.makedirs(data_root, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=".mnist-download-", dir=data_root)
     except OSError as error:
         raise DataError(f"can't write to {data_root}: {error.strerror}") from None
-    outcome: list[Exception | None] = []
+    failure: list[Exception] = []
+    mirrors = list(MNIST.mirrors)
+    Fetcher = type("MNIST", (MNIST,), {"mirrors": mirrors})  # torchvision names the folder after the class
 
     def fetch():
         try:
-            MNIST(folder, download=True)
-            outcome.append(None)
+            Fetcher(folder, download=True)
         except Exception as error:  # whatever it is, the caller reports it in one line
-            outcome.append(error)
+            failure.append(error)
 
     try:
         thread = threading.Thread(target=fetch, daemon=True)
@@ -107,9 +108,10 @@ def download_mnist(data_root: str | Path) -> None:
             if now != size:
                 size, last_byte = now, time.monotonic()
             elif time.monotonic() - last_byte > DOWNLOAD_SILENCE:
+                mirrors.clear()  # should the thread ever wake up, it finds nowhere to go on
                 raise DataError(f"the server was silent for {DOWNLOAD_SILENCE:g} seconds")
-        if outcome[0] is not None:
-            raise DataError(str(outcome[0]).strip().splitlines()[-1] or type(outcome[0]).__name__)
+        if failure:
+            raise DataError((str(failure[0]) or type(failure[0]).__name__).strip().splitlines()[-1])
         if damaged := damaged_files(folder):
             raise DataError(f"the download is damaged ({', '.join(damaged)})")
         raw = Path(data_root) / "MNIST" / "raw"
@@ -139,10 +141,13 @@ def find_mnist(data_root: str | Path) -> None:
 
 
 def load_mnist(data_root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    from torchvision.datasets import MNIST
+    """Images uint8 [N, 28, 28] and labels int64 [N], from the very files whose hashes were checked."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    mnist = MNIST(data_root, train=train)
-    return mnist.data, mnist.targets
+    raw, name = Path(data_root) / "MNIST" / "raw", "train" if train else "t10k"
+    return read_image_file(str(raw / f"{name}-images-idx3-ubyte")), read_label_file(
+        str(raw / f"{name}-labels-idx1-ubyte")
+    )
 
 
 def load_offline() -> tuple[Tensor, Tensor]:

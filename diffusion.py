@@ -334,19 +334,28 @@ def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
 
 @contextmanager
 def atomic_write(path: str | Path):
-    """Yield a binary file that becomes `path` when the block ends well; a failure leaves what was there before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    """Yield a binary file that becomes `path` when the block ends well; a failure leaves what was there before.
+
+    Folders are made as needed and symbolic links followed. Raises OSError before the block if `path` can't be written.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(f"can't write {path}: {error.strerror}") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
@@ -381,6 +390,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Dis
         diffusion = DiscreteDiffusion(build_network(checkpoint["network"]), **checkpoint["diffusion"])
         diffusion.model.load_state_dict(checkpoint["averaged_weights"])
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit this version of the repository: {reason}") from None
     return diffusion.eval().to(device)

@@ -19,9 +19,10 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).cpu()  # fails here rather than in the middle of the work
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {name!r} can't be used here: {str(error).split('. ')[0][:200]}") from None
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:

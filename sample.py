@@ -8,8 +8,13 @@ Image i of a seed is the same whatever --n, --batch-size and --first are.
 """
 
 import argparse
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+
+# Read when torch loads: waiting threads sleep instead of spinning, 3 times as fast beside another busy program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -37,29 +42,29 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--seed and --first must be at least 0")
     if args.out.suffix != ".png":
         parser.error(f"--out must end in .png, got {args.out}")
-    for path in filter(None, (args.out, args.save_tensor)):
-        if path.is_dir():
-            parser.error(f"{path} is a folder")
+    if args.out == args.save_tensor:
+        parser.error("--out and --save-tensor name the same file")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device))
-    with atomic_write(args.out) as file:  # opened before the work, so that a bad place is known at once
+    with ExitStack() as stack:  # opened before the work, so that a bad place is known at once
+        picture = stack.enter_context(atomic_write(args.out))
+        tensor = args.save_tensor and stack.enter_context(atomic_write(args.save_tensor))
         images = diffusion.sample(args.n, args.seed, args.first, args.batch_size, progress=True)
-        image_grid(images, diffusion.num_classes).save(file, format="png")
-    print(f"Wrote {args.out}")
-    if args.save_tensor:
-        with atomic_write(args.save_tensor) as file:
-            torch.save(images, file)
-        print(f"Wrote {args.save_tensor}")
+        image_grid(images, diffusion.num_classes).save(picture, format="png")
+        if tensor:
+            torch.save(images, tensor)
+    for path in filter(None, (args.out, args.save_tensor)):
+        print(f"Wrote {path}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: error: {error}")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"sample.py: error: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)
