@@ -166,8 +166,10 @@ class DiscreteDiffusion(nn.Module):
         counts the likelihood q(x_t | x_0) twice.
 
         Raises:
-            ValueError: if `x_0_probs` puts all its mass on levels from which x_t cannot be reached.
+            ValueError: if `x_0_probs` puts all its mass on levels from which x_t cannot be reached, or for t = 0.
         """
+        if (t < 1).any():
+            raise ValueError("t must be in 1..T: there is no step back from clean data")
         K = x_0_probs.shape[1]
         likelihood = take_columns(self._at(self.bar_Q, t, x_0_probs)[:, :K], x_t)  # q(x_t | x_0), [B, K, H, W]
         possible = likelihood > 0

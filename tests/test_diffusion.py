@@ -259,6 +259,8 @@ def test_posterior_refuses_the_impossible():
     x_t, t = torch.zeros(1, 1, 1, 1, dtype=torch.long), torch.tensor([2])
     with pytest.raises(ValueError, match="no probability"):
         d.q_posterior(x_t, torch.tensor([0.0, 1.0]).view(1, 2, 1, 1), t)
+    with pytest.raises(ValueError, match="clean data"):
+        d.q_posterior(x_t, torch.tensor([1.0, 0.0]).view(1, 2, 1, 1), torch.tensor([0]))
     kept = d.q_posterior(x_t, torch.tensor([0.3, 0.7]).view(1, 2, 1, 1), t)
     np.testing.assert_allclose(kept.flatten(), [1, 0, 0], atol=1e-7)
 
