@@ -97,6 +97,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"benchmark.py: error: {str(error).splitlines()[0]}")
+        sys.exit(f"benchmark.py: error: {(str(error) or type(error).__name__).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)

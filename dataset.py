@@ -1,4 +1,4 @@
-"""MNIST: find or fetch it, pad to 32x32, binarize, serve batches; and turn images back into pictures.
+"""MNIST: find or fetch it, pad to 32x32, binarize or quantize, serve batches; and turn images back into pictures.
 
 Three sources, chosen by `data`:
     "auto"     the files under the data root if they are there, else a download, else the offline digits
@@ -203,9 +203,24 @@ def load_digits(split: str, data: str = "auto", data_root: str | Path = "data") 
 # Serving
 
 
-def binarize(grey: Tensor) -> Tensor:
-    """Grey levels 0..255 to {0, 1} at 0.5: uint8 in, uint8 out, any shape."""
-    return (grey >= 128).to(torch.uint8)
+def to_levels(grey: Tensor, num_levels: int = 2, binarize: str = "threshold", generator=None) -> Tensor:
+    """Grey values 0..255 to levels 0..num_levels-1: uint8 in, uint8 out, any shape.
+
+    binarize="threshold" cuts the grey scale into equal intervals (at 0.5 for two levels); "dynamic" draws each pixel
+    from Bernoulli(grey / 255) with `generator`, the protocol of published likelihoods.
+
+    Raises:
+        ValueError: for an unknown protocol, levels outside 2..256, or dynamic with more than two levels.
+    """
+    if binarize not in ("threshold", "dynamic"):
+        raise ValueError(f"unknown binarization {binarize!r}: choose threshold or dynamic")
+    if not 2 <= num_levels <= 256:
+        raise ValueError(f"the number of grey levels must be between 2 and 256, got {num_levels}")
+    if binarize == "dynamic":
+        if num_levels != 2:
+            raise ValueError(f"dynamic binarization makes 2 levels, not {num_levels}")
+        return (torch.rand(grey.shape, generator=generator) * 255 < grey).to(torch.uint8)
+    return (grey.int() * num_levels // 256).to(torch.uint8)
 
 
 def get_dataloader(
@@ -215,8 +230,10 @@ def get_dataloader(
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
+    num_levels: int = 2,
+    binarize: str = "threshold",
 ) -> DataLoader:
-    """Shuffled batches (x_0, label): x_0 is uint8 [batch_size, 1, 32, 32] in {0, 1}, labels int64 [batch_size].
+    """Shuffled batches (x_0, label): uint8 [batch_size, 1, 32, 32] in 0..num_levels-1 and int64 [batch_size].
 
     All digits lie in one tensor and a batch is one indexing operation, so loading costs next to nothing. The last,
     incomplete batch is left out; every epoch shuffles anew. `loader.source` says which digits these are.
@@ -225,35 +242,43 @@ def get_dataloader(
         batch_size: images per batch.
         data_root, data, split: see `load_digits`.
         limit: keep only this many digits, spread evenly over the split.
-        seed: of the shuffling; `shuffle_for(loader, seed, epoch)` restarts it.
+        seed: of shuffling and dynamic binarization; `restart(loader, seed, epoch)` sets it anew.
+        num_levels, binarize: see `to_levels`.
 
     Raises:
         DataError: if the digits can't be had, or are fewer than one batch.
+        ValueError: from `to_levels`.
     """
     digits = load_digits(split, data, data_root)
-    x_0, labels = binarize(digits.images), digits.labels
+    images, labels = digits.images, digits.labels
     if limit is not None:
-        if not 1 <= limit <= len(x_0):
-            raise DataError(f"limit must be between 1 and {len(x_0)}, the digits of this split, got {limit}")
-        keep = torch.arange(limit) * len(x_0) // limit
-        x_0, labels = x_0[keep], labels[keep]
-    if not 1 <= batch_size <= len(x_0):
-        raise DataError(f"batch size must be between 1 and {len(x_0)}, the digits at hand, got {batch_size}")
-    dataset = TensorDataset(x_0, labels)
-    shuffled = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-    loader = DataLoader(dataset, sampler=BatchSampler(shuffled, batch_size, drop_last=True), batch_size=None)
+        if not 1 <= limit <= len(images):
+            raise DataError(f"limit must be between 1 and {len(images)}, the digits of this split, got {limit}")
+        keep = torch.arange(limit) * len(images) // limit
+        images, labels = images[keep], labels[keep]
+    if not 1 <= batch_size <= len(images):
+        raise DataError(f"batch size must be between 1 and {len(images)}, the digits at hand, got {batch_size}")
+    to_levels(images[:1], num_levels, binarize)  # raises now rather than at the first batch
+    dataset, generator = TensorDataset(images, labels), torch.Generator().manual_seed(seed)
+
+    def finish(batch):
+        grey, label = batch
+        return to_levels(grey, num_levels, binarize, generator), label
+
+    batches = BatchSampler(RandomSampler(dataset, generator=generator), batch_size, drop_last=True)
+    loader = DataLoader(dataset, sampler=batches, batch_size=None, collate_fn=finish)
     loader.source = digits.source
     return loader
 
 
-def shuffle_for(loader: DataLoader, seed: int, epoch: int) -> None:
-    """Make the order of the next pass over the loader a function of (seed, epoch) alone, so that runs can resume."""
-    loader.sampler.sampler.generator.manual_seed(stream_seed(seed, epoch))
+def restart(loader: DataLoader, seed: int, epoch: int) -> None:
+    """Make the next pass over the loader a function of (seed, epoch) alone, so that runs can resume."""
+    loader.sampler.sampler.generator.manual_seed(stream_seed(seed, 1, epoch))
 
 
 def stream_seed(*key: int) -> int:
-    """A seed for torch.Generator from a tuple of integers; different tuples give unrelated streams."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    """A seed for torch.Generator; keys of one length, of integers below 2^32, give unrelated streams."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,14 +286,18 @@ def stream_seed(*key: int) -> int:
 
 
 def image_grid(x: Tensor, num_levels: int = 2, columns: int | None = None):
-    """Images [n, 1, H, W] of integer levels as one PIL picture, black to white, row by row on a grey ground."""
+    """Images [n, 1, H, W] of integer levels as one PIL picture, black to white, row by row on a grey ground.
+
+    A state beyond the levels, the mask of absorbing transitions, shows the ground: nothing is there yet.
+    """
     from PIL import Image
 
     n, _, H, W = x.shape
     columns = columns or math.isqrt(n - 1) + 1
     rows, gap = -(-n // columns), 2
-    grey = np.linspace(0, 255, num_levels).round().astype(np.uint8)
-    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap), 96, dtype=np.uint8)
+    ground = 96
+    grey = np.append(np.linspace(0, 255, num_levels).round(), ground).astype(np.uint8)
+    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap), ground, dtype=np.uint8)
     for i, image in enumerate(x[:, 0].cpu().numpy()):
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         sheet[top : top + H, left : left + W] = grey[image]

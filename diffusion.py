@@ -11,10 +11,12 @@ Any integer dtype is accepted for images and t. Probabilities keep the dtype of 
 """
 
 import io
+import math
 import os
 import tempfile
 import warnings
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ IMAGE_SHAPE = (1, 32, 32)
 # Noise schedules: beta_1 .. beta_T as a float64 tensor [T] (section 3.2)
 
 
-def cosine_betas(T: int) -> Tensor:
+def cosine_betas(T: int, K: int) -> Tensor:
     """alpha_bar_t = cos((t/T + s) / (1 + s) * pi/2), s = 0.008, and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
 
     The paper's schedule for uniform transitions (after Hoogeboom et al. 2021): the cosine, not its square. It is
@@ -43,7 +45,7 @@ def cosine_betas(T: int) -> Tensor:
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
-def linear_betas(T: int) -> Tensor:
+def linear_betas(T: int, K: int) -> Tensor:
     """1e-4 .. 0.02, evenly spaced: the DDPM schedule that is widely copied.
 
     With T = 200 it stops halfway: bar_Q_T = [[0.57, 0.43], [0.43, 0.57]] for two uniform levels, so the sampler starts
@@ -52,7 +54,42 @@ def linear_betas(T: int) -> Tensor:
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 
-SCHEDULES = {"cosine": cosine_betas, "linear": linear_betas}
+def mutual_info_betas(T: int, K: int) -> Tensor:
+    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T: the same share of the pixels is lost at every step.
+
+    For absorbing transitions the mutual information between x_t and x_0 then falls linearly (appendix A.7); for others
+    the name is only a name.
+    """
+    return 1 / (T - torch.arange(T, dtype=torch.float64))
+
+
+def gaussian_betas(T: int, K: int) -> Tensor:
+    """Evenly spaced squared widths for Gaussian transitions, with end points that fit K and T.
+
+    beta_1 lets a middle level go in the first step with probability 0.001; beta_T is found by bisection so that every
+    row of bar_Q_T is within 1e-4 (total variation) of uniform. The paper's 1e-4 .. 0.02 are made for K = 256 and
+    T = 1000: with few levels the kernel is then so narrow that next to nothing ever moves.
+
+    Raises:
+        ValueError: if no width reaches uniform in T steps.
+    """
+    beta_1 = 4 / ((K - 1) ** 2 * math.log(2 / 0.001))
+
+    def betas(beta_T: float) -> Tensor:
+        return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
+
+    def distance(beta_T: float) -> float:
+        bar_Q_T = reduce(torch.matmul, gaussian_transitions(K, betas(beta_T)))
+        return 0.5 * (bar_Q_T - 1 / K).abs().sum(-1).max().item()
+
+    low, high = math.log(beta_1), math.log(1e4)
+    if distance(math.exp(high)) > 1e-4:
+        raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if distance(math.exp(middle)) > 1e-4 else (low, middle)
+    return betas(math.exp(high))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transition families: Q_1 .. Q_T as a float64 tensor [T, S, S] with Q[i, j] = q(x_t = j | x_{t-1} = i) (appendix A.2)
@@ -64,7 +101,53 @@ def uniform_transitions(K: int, betas: Tensor) -> Tensor:
     return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K
 
 
-TRANSITIONS = {"uniform": uniform_transitions}
+def absorbing_transitions(K: int, betas: Tensor) -> Tensor:
+    """Q_t = (1 - beta_t) I + beta_t 1 e_m^T: with probability beta_t, become the mask m (appendix A.2.2). S = K + 1.
+
+    The mask is a state of its own, the last one, and a pixel that shows a level has always shown it. (The authors'
+    image code absorbs into the middle grey level instead.)
+
+    Raises:
+        ValueError: if a pixel can survive to T, where the prior is all mask: L_T would be infinite.
+    """
+    if betas.max() < 1:
+        raise ValueError("absorbing transitions need a schedule that ends with every pixel masked (some beta_t = 1)")
+    beta = betas[:, None, None]
+    mask = F.one_hot(torch.tensor(K), K + 1).double()
+    return (1 - beta) * torch.eye(K + 1, dtype=torch.float64) + beta * mask
+
+
+def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
+    """Discretized Gaussian kernel for ordinal levels, doubly stochastic (appendix A.2.3). S = K.
+
+    Q_t[i, j] = exp(-4 |i - j|^2 / ((K - 1)^2 beta_t)) / sum over n = -(K-1)..K-1 of exp(-4 n^2 / ((K - 1)^2 beta_t))
+    for i != j, and the diagonal takes the rest.
+
+    Raises:
+        ValueError: for K = 2, where a symmetric kernel is the uniform one.
+    """
+    if K == 2:
+        raise ValueError("gaussian transitions between 2 levels are uniform transitions in disguise: use those")
+    levels = torch.arange(K, dtype=torch.float64)
+    n = torch.arange(-(K - 1), K, dtype=torch.float64)
+    width = (K - 1) ** 2 * betas[:, None, None] / 4
+    Q = torch.exp(-((levels[:, None] - levels) ** 2) / width) / torch.exp(-(n**2) / width).sum(-1, keepdim=True)
+    Q.diagonal(dim1=-2, dim2=-1).zero_()
+    Q.diagonal(dim1=-2, dim2=-1).copy_(1 - Q.sum(-1))
+    return Q
+
+
+# The legal combinations: each family with its schedules, the default one first.
+TRANSITIONS = {
+    "uniform": (
+        uniform_transitions,
+        {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas},
+    ),
+    "absorbing": (absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}),
+    "gaussian": (gaussian_transitions, {"linear": gaussian_betas}),
+}
+SCHEDULES = ("cosine", "linear", "mutual_info")
+LOSSES = ("cross_entropy", "variational", "hybrid")
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -77,7 +160,9 @@ class DiscreteDiffusion(nn.Module):
         num_classes: K, the number of grey levels, at least 2.
         timesteps: T, at least 1.
         transition: name of a transition family (`TRANSITIONS`).
-        schedule: name of a noise schedule (`SCHEDULES`).
+        schedule: name of a noise schedule that goes with it; None for the family's own.
+        loss_type: what `loss` returns: "cross_entropy", "variational" or "hybrid".
+        hybrid_weight: lambda of equation 5, the weight of the cross-entropy in the hybrid loss.
         Q: your own transition matrices [T+1, S, S] instead of a family and its schedule: Q[0] the identity, rows
             summing to one, S >= K; the first K states are the grey levels.
 
@@ -97,7 +182,9 @@ class DiscreteDiffusion(nn.Module):
         num_classes: int = 2,
         timesteps: int = 200,
         transition: str = "uniform",
-        schedule: str = "cosine",
+        schedule: str | None = None,
+        loss_type: str = "cross_entropy",
+        hybrid_weight: float = 0.01,
         Q: Tensor | None = None,
     ):
         super().__init__()
@@ -105,22 +192,33 @@ class DiscreteDiffusion(nn.Module):
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if timesteps < 1:
             raise ValueError(f"timesteps must be at least 1, got {timesteps}")
+        if Q is not None:
+            Q = check_transitions(Q, num_classes, timesteps)
+        if loss_type not in LOSSES:
+            raise ValueError(f"unknown loss {loss_type!r}: choose from {', '.join(LOSSES)}")
         if Q is None:
             if transition not in TRANSITIONS:
                 raise ValueError(f"unknown transition {transition!r}: choose from {', '.join(TRANSITIONS)}")
-            if schedule not in SCHEDULES:
-                raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}")
-            steps = TRANSITIONS[transition](num_classes, SCHEDULES[schedule](timesteps))
+            family, schedules = TRANSITIONS[transition]
+            schedule = schedule or next(iter(schedules))
+            if schedule not in schedules:
+                raise ValueError(
+                    f"{transition} transitions go with the schedule {' or '.join(schedules)}, not {schedule}"
+                )
+            steps = family(num_classes, schedules[schedule](timesteps, num_classes))
             Q = torch.cat([torch.eye(steps.shape[-1], dtype=torch.float64)[None], steps])
             self.config = {"transition": transition, "schedule": schedule}
         else:
             self.config = {"Q": Q}
+        self.config |= {"loss_type": loss_type, "hybrid_weight": hybrid_weight}
         self.config |= {"num_classes": num_classes, "timesteps": timesteps}  # rebuilds this object around a network
         self.model = model
         self.num_classes = num_classes
+        self.num_states = Q.shape[-1]
+        self.loss_type, self.hybrid_weight = loss_type, hybrid_weight
         self.timesteps = timesteps
         # Plain float64 tensors on the CPU rather than buffers: exact, small, and MPS has no float64. See `_at`.
-        self.Q = check_transitions(Q, num_classes, timesteps)
+        self.Q = Q
         self.bar_Q = self.Q.clone()
         for t in range(1, timesteps + 1):
             self.bar_Q[t] = self.bar_Q[t - 1] @ self.Q[t]
@@ -139,7 +237,7 @@ class DiscreteDiffusion(nn.Module):
 
     def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """table[t] for a batch of t, on the device and in the dtype of `like`."""
-        return table.to(like.device, like.dtype)[t.long()]
+        return table[t.cpu().long()].to(like.device, like.dtype)
 
     def q_x_t(self, x_0: Tensor, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """q(x_t | x_0) = row x_0 of bar_Q_t (equation 3), float [B, S, H, W]; t may be 0."""
@@ -172,10 +270,10 @@ class DiscreteDiffusion(nn.Module):
             raise ValueError("t must be in 1..T: there is no step back from clean data")
         K = x_0_probs.shape[1]
         likelihood = take_columns(self._at(self.bar_Q, t, x_0_probs)[:, :K], x_t)  # q(x_t | x_0), [B, K, H, W]
-        possible = likelihood > 0
+        possible = likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5  # below, the factors of the ratio underflow
         w = torch.where(possible, x_0_probs, 0.0)
         mass = w.sum(1, keepdim=True)
-        if (mass <= 0).any():
+        if not (mass > 0).all():  # true of NaN, too
             raise ValueError("x_0_probs gives no probability to any level that can have led to x_t")
         w_over_likelihood = w / mass / torch.where(possible, likelihood, 1.0)
         bar_Q_before = self._at(self.bar_Q, t - 1, x_0_probs)[:, :K]
@@ -184,25 +282,58 @@ class DiscreteDiffusion(nn.Module):
 
     # -- the reverse process p_theta ----------------------------------------------------------------------------------
 
-    def p_theta(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """p_theta(x_{t-1} | x_t), float [B, S, H, W]: the one definition that the bound and the sampler share."""
-        return self.q_posterior(x_t, self.model(x_t, t).softmax(1), t)
+    def x_0_logits(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0) -> Tensor:
+        """The network's logits of x_0, [B, K, H, W], given labels y [B] (-1 for none) if any.
 
-    def p_sample(self, x_t: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
-        """One reverse step: draw x_{t-1} ~ p_theta(x_{t-1} | x_t), int64 [B, 1, H, W]; `u` as in `q_sample`."""
-        return draw(self.p_theta(x_t, t), u)
+        Guidance W > 0 moves them away from those without a label: (1 + W) logits(y) - W logits (Ho and Salimans 2022).
+        """
+        if y is None:
+            return self.model(x_t, t)
+        logits = self.model(x_t, t, y)
+        return logits + guidance * (logits - self.model(x_t, t)) if guidance else logits
+
+    def p_theta(self, x_t: Tensor, t: Tensor, logits: Tensor | None = None) -> Tensor:
+        """p_theta(x_{t-1} | x_t), float [B, S, H, W]: the one definition that loss, bound and sampler share.
+
+        `logits` are those of x_0, by default the network's without labels.
+        """
+        logits = self.x_0_logits(x_t, t) if logits is None else logits
+        return self.q_posterior(x_t, logits.softmax(1), t)
+
+    def p_sample(self, x_t: Tensor, t: Tensor, u: Tensor | None = None, y=None, guidance: float = 0.0) -> Tensor:
+        """One reverse step: draw x_{t-1} ~ p_theta(x_{t-1} | x_t), int64 [B, 1, H, W].
+
+        `u` as in `q_sample`, `y` and `guidance` as in `x_0_logits`.
+        """
+        return draw(self.p_theta(x_t, t, self.x_0_logits(x_t, t, y, guidance)), u)
 
     # -- the objective ------------------------------------------------------------------------------------------------
 
-    def loss(self, x_0: Tensor, t: Tensor | None = None, u: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the predicted x_0, -log p_theta(x_0 | x_t): a scalar in nats per dimension.
+    def loss(self, x_0: Tensor, t: Tensor | None = None, u: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """The training objective, a scalar in nats per dimension; t is uniform on 1..T.
 
-        The second term of equation 5 on its own. t (uniform on 1..T) and the uniforms `u` of the noising are drawn
-        unless they are given.
+        cross_entropy   -log p_theta(x_0 | x_t), the second term of equation 5 on its own
+        variational     T L_{t-1}, the first: an unbiased estimate of the bound, less the constant L_T
+        hybrid          the first plus `hybrid_weight` times the second (equation 5)
+
+        All three train the same p_theta, the mixture. Under equation 4 the optimum of the bound is another network: the
+        leave-one-out posterior, p(x_0 | x_t) / q(x_t | x_0) normalised. The two forms agree where q(x_t | x_0) is the
+        same for every possible x_0, so for absorbing transitions; elsewhere the hybrid loss of the joint form asks for
+        two different outputs at once.
+
+        Args:
+            x_0: images, integers [B, 1, H, W].
+            t, u: timesteps [B] and the uniforms of the noising [B, 1, H, W]; drawn unless they are given.
+            y: labels, int64 [B], -1 for none; for networks that take labels.
         """
         t = self.draw_t(len(x_0)).to(x_0.device) if t is None else t
-        logits = self.model(self.q_sample(x_0, t, u), t)
-        return F.cross_entropy(logits, x_0[:, 0].long())
+        x_t = self.q_sample(x_0, t, u)
+        logits = self.x_0_logits(x_t, t, y)
+        cross_entropy = F.cross_entropy(logits, x_0[:, 0].long())
+        if self.loss_type == "cross_entropy":
+            return cross_entropy
+        variational = self.timesteps * self.L_t_minus_1(x_0, x_t, t, logits).mean() / x_0[0].numel()
+        return variational if self.loss_type == "variational" else variational + self.hybrid_weight * cross_entropy
 
     def draw_t(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n timesteps, each uniform on 1..T but spread evenly over the batch to cut variance; int64 [n] on the CPU."""
@@ -217,18 +348,21 @@ class DiscreteDiffusion(nn.Module):
         kl = kl_divergence(self.bar_Q[self.timesteps, : self.num_classes], self.prior[None], dim=1)  # per level, [K]
         return kl.to(x_0.device, torch.float32)[x_0.long()].sum((1, 2, 3))
 
-    def L_t_minus_1(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def L_t_minus_1(self, x_0: Tensor, x_t: Tensor, t: Tensor, logits: Tensor | None = None) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), float [B]: its mean over x_t ~ q(x_t | x_0) is L_{t-1}.
 
         At t = 1 this is L_0 = -log p_theta(x_0 | x_1), since q(x_0 | x_1, x_0) is certain. It is +inf where the
-        reverse process rules out what the forward process can do.
+        reverse process rules out what the forward process can do. `logits` as in `p_theta`.
         """
-        p = self.p_theta(x_t, t)
+        p = self.p_theta(x_t, t, logits)
         q = self.q_posterior(x_t, F.one_hot(x_0[:, 0].long(), self.num_classes).movedim(-1, 1).to(p), t)
         return kl_divergence(q, p, dim=1).sum((1, 2))
 
+    @torch.no_grad()
     def variational_bound(self, x_0: Tensor, samples: int | None = None, generator=None) -> Tensor:
         """The negative bound L_T + sum over t = 2..T of L_{t-1} + L_0 >= -log p_theta(x_0), float [B].
+
+        An unbiased estimate: each term is taken at one x_t ~ q(x_t | x_0).
 
         Args:
             x_0: images, [B, 1, H, W].
@@ -250,14 +384,16 @@ class DiscreteDiffusion(nn.Module):
     # -- sampling -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def reverse_process(self, n: int, seed: int = 0, first: int = 0, shape=IMAGE_SHAPE):
+    def reverse_process(self, n: int, seed: int = 0, first: int = 0, shape=IMAGE_SHAPE, y=None, guidance: float = 0.0):
         """Walk from noise to data: yields x_T, x_{T-1}, ..., x_0, each int64 [n, 1, H, W], T + 1 tensors in all.
 
         The n images are numbers first .. first + n - 1 of the endless sheet that `seed` stands for. Image i draws
         from a random stream of its own, derived from (seed, i), so it does not depend on n or on its neighbours.
+        `y` and `guidance` as in `x_0_logits`.
         """
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         streams = [np.random.default_rng((seed, i)) for i in range(first, first + n)]
+        y = None if y is None else y.to(device)
 
         def uniforms():
             return torch.from_numpy(np.stack([s.random(shape, dtype=np.float32) for s in streams])).to(device)
@@ -265,29 +401,41 @@ class DiscreteDiffusion(nn.Module):
         x_t = draw(self.prior.float().to(device)[None, :, None, None].expand(n, -1, *shape[1:]), uniforms())
         yield x_t
         for t in range(self.timesteps, 0, -1):
-            x_t = self.p_sample(x_t, torch.full((n,), t, device=device), uniforms())
+            x_t = self.p_sample(x_t, torch.full((n,), t, device=device), uniforms(), y, guidance)
             yield x_t
 
-    def sample(self, n: int, seed: int = 0, first: int = 0, batch_size: int = 64, progress=False, shape=IMAGE_SHAPE):
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        first: int = 0,
+        batch_size: int = 64,
+        progress: bool = False,
+        shape=IMAGE_SHAPE,
+        y: Tensor | None = None,
+        guidance: float = 0.0,
+    ) -> Tensor:
         """Draw n images from the model: uint8 [n, 1, H, W] on the CPU.
 
-        Any n takes the memory of one batch beside the result. See `reverse_process` for `seed` and `first`.
+        Any n takes the memory of one batch beside the result. See `reverse_process` for `seed` and `first`,
+        `x_0_logits` for `guidance` and the labels `y`, int64 [n].
 
         Raises:
             ValueError: if n, batch_size, seed or first is out of range.
         """
-        if n < 1 or batch_size < 1 or seed < 0 or first < 0:
-            raise ValueError("n and batch_size must be at least 1, seed and first at least 0")
+        if n < 1 or batch_size < 1 or first < 0 or not 0 <= seed < 2**32:
+            raise ValueError("n and batch_size must be at least 1, first at least 0, seed in 0..2^32-1")
         images = torch.empty(n, *shape, dtype=torch.uint8)
-        with tqdm(
-            total=n * (self.timesteps + 1), desc="sampling", unit="step", unit_scale=True, disable=not progress
-        ) as bar:
+        total = n * (self.timesteps + 1)
+        with tqdm(total=total, desc="sampling", unit="step", unit_scale=True, disable=not progress) as bar:
             for start in range(0, n, batch_size):
-                size = min(batch_size, n - start)
-                for x_t in self.reverse_process(size, seed, first + start, shape):
+                batch = slice(start, min(start + batch_size, n))
+                size = batch.stop - start
+                labels = None if y is None else y[batch]
+                for x_t in self.reverse_process(size, seed, first + start, shape, labels, guidance):
                     x_0 = x_t
                     bar.update(size)
-                images[start : start + size] = x_0.cpu()
+                images[batch] = x_0.cpu()
         return images
 
 
@@ -320,7 +468,10 @@ def kl_divergence(q: Tensor, p: Tensor, dim: int) -> Tensor:
 
 def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
     """Q as float64 on the CPU, or a ValueError that says why it is not a chain of T transition matrices."""
-    Q = torch.as_tensor(Q).detach().to("cpu", torch.float64)
+    try:
+        Q = torch.as_tensor(Q).detach().to("cpu", torch.float64)
+    except (TypeError, RuntimeError):
+        raise ValueError("Q must be a tensor") from None
     if Q.ndim != 3 or Q.shape[0] != T + 1 or Q.shape[1] != Q.shape[2] or Q.shape[1] < K:
         raise ValueError(f"Q must be [timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}, got {list(Q.shape)}")
     if (Q < 0).any() or not torch.allclose(Q.sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-6):
@@ -356,7 +507,7 @@ def atomic_write(path: str | Path):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

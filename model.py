@@ -2,6 +2,7 @@
 
     x_t      integers [B, 1, H, W] in 0..num_states-1
     t        integers [B]
+    y        optional labels, int64 [B] in 0..num_labels-1, -1 for none; only for networks with num_labels > 0
     output   float [B, num_levels, H, W]
 
 `UNet` is the default; `PlainUNet` is the plain-convolution baseline that most small implementations use.
@@ -104,12 +105,20 @@ class UNet(nn.Module):
         num_states: S, how many values x_t takes; K if not given.
         channels: width at 1/2, 1/4 and 1/8 of the resolution, multiples of 8.
         blocks: residual blocks at each resolution, on the way down and again on the way up.
+        num_labels: how many classes may be given as y; 0 for a network without labels.
 
     Raises:
         ValueError: for other widths. Images must have sides divisible by 8.
     """
 
-    def __init__(self, num_levels: int = 2, num_states: int | None = None, channels=(24, 64, 96), blocks: int = 1):
+    def __init__(
+        self,
+        num_levels: int = 2,
+        num_states: int | None = None,
+        channels=(24, 64, 96),
+        blocks: int = 1,
+        num_labels: int = 0,
+    ):
         super().__init__()
         if len(channels) != 3 or any(c < 8 or c % 8 for c in channels):
             raise ValueError(f"channels must be three multiples of 8, got {', '.join(map(str, channels))}")
@@ -120,11 +129,15 @@ class UNet(nn.Module):
             "num_states": num_states,
             "channels": list(channels),
             "blocks": blocks,
+            "num_labels": num_labels,
         }
+        self.num_labels = num_labels
         self.num_levels, self.num_states, self.time_dim = num_levels, num_states, channels[0]
         high, middle, low = channels
         emb_dim = 4 * high
         self.embed_t = nn.Sequential(nn.Linear(high, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
+        if num_labels:
+            self.embed_y = nn.Embedding(num_labels + 1, emb_dim)  # the last row stands for "no label"
         self.fold = nn.Conv2d(4 * num_states, high, 3, padding=1)
         self.down1 = Stage(high, blocks, emb_dim, attention=False)
         self.shrink1 = nn.Conv2d(high, middle, 2, stride=2)
@@ -141,8 +154,13 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = self.embed_t(time_features(t, self.time_dim))
+        if self.num_labels:
+            y = torch.full_like(t, -1, dtype=torch.long) if y is None else y.long()
+            emb = emb + self.embed_y(torch.where(y < 0, self.num_labels, y))
+        elif y is not None:
+            raise ValueError("this network was built without labels")
         x = one_hot(x_t, self.num_states)  # [B, S, H, W]
         h1 = self.down1(self.fold(F.pixel_unshuffle(x, 2)), emb)  # [B, high, H/2, W/2]
         h2 = self.down2(self.shrink1(h1), emb)  # [B, middle, H/4, W/4]

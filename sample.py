@@ -3,11 +3,13 @@
     python sample.py results_d3pm/checkpoints/last.pth --n 16
     python sample.py CHECKPOINT --n 10000 --save-tensor digits.pt
     python sample.py CHECKPOINT --n 5000 --first 5000        # the second half of that, on another machine
+    python sample.py CHECKPOINT --digit 0123456789           # one row a digit (checkpoints of train.py --conditional)
 
 Image i of a seed is the same whatever --n, --batch-size and --first are.
 """
 
 import argparse
+import math
 import os
 import sys
 from contextlib import ExitStack
@@ -27,19 +29,31 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="a .pth file written by train.py; it knows its network, T and schedule")
-    add("--n", type=int, default=16, help="how many images (default 16)")
+    add("--n", type=int, help="how many images (default 16; 10 a class with --digit 0123456789)")
     add("--out", type=Path, help="the picture, .png (default d3pm_generated_samples_<checkpoint name>.png)")
     add("--save-tensor", type=Path, metavar="FILE.pt", help="also write the images as a uint8 tensor [n, 1, 32, 32]")
     add("--seed", type=int, default=0, help="which endless sheet of images to draw from (default 0)")
     add("--first", type=int, default=0, metavar="I", help="start at image number I of that sheet (default 0)")
+    add("--digit", metavar="D", help="draw --n images of class D; 0123456789 draws a row of --n images of each class. "
+        "For checkpoints of train.py --conditional")  # fmt: skip
+    add("--guidance", type=float, metavar="W", help="with --digit: push the logits of x_0 away from those without a "
+        "class, W times as far again (default 0: plain conditional)")  # fmt: skip
     add("--batch-size", type=int, default=64, help="images at a time (default 64)")
     add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
     args = parser.parse_args()
+    if args.n is None:
+        args.n = 10 if args.digit and len(args.digit) > 1 else 16
     args.out = args.out or Path(f"d3pm_generated_samples_{Path(args.checkpoint).stem}.png")
     if args.n < 1 or args.batch_size < 1:
         parser.error("--n and --batch-size must be at least 1")
     if args.seed < 0 or args.first < 0:
         parser.error("--seed and --first must be at least 0")
+    if args.digit is not None and args.digit not in (*"0123456789", "0123456789"):
+        parser.error(f"--digit takes one digit from 0 to 9, or 0123456789 for a row of each; got {args.digit!r}")
+    if args.guidance is not None and args.digit is None:
+        parser.error("--guidance goes with --digit")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        parser.error("--guidance must be at least 0")
     if args.out.suffix != ".png":
         parser.error(f"--out must end in .png, got {args.out}")
     if args.out == args.save_tensor:
@@ -50,11 +64,20 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device))
+    y, columns = None, None
+    if args.digit:
+        if not getattr(diffusion.model, "num_labels", 0):
+            raise ValueError(f"--digit: {args.checkpoint} was trained without classes (train.py --conditional)")
+        y = torch.tensor([int(digit) for digit in args.digit]).repeat_interleave(args.n)
+        columns = args.n if len(args.digit) > 1 else None
+    n = args.n if y is None else len(y)
     with ExitStack() as stack:  # opened before the work, so that a bad place is known at once
         picture = stack.enter_context(atomic_write(args.out))
         tensor = args.save_tensor and stack.enter_context(atomic_write(args.save_tensor))
-        images = diffusion.sample(args.n, args.seed, args.first, args.batch_size, progress=True)
-        image_grid(images, diffusion.num_classes).save(picture, format="png")
+        images = diffusion.sample(
+            n, args.seed, args.first, args.batch_size, progress=True, y=y, guidance=args.guidance or 0.0
+        )
+        image_grid(images, diffusion.num_classes, columns).save(picture, format="png")
         if tensor:
             torch.save(images, tensor)
     for path in filter(None, (args.out, args.save_tensor)):
@@ -65,6 +88,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"sample.py: error: {str(error).splitlines()[0]}")
+        sys.exit(f"sample.py: error: {(str(error) or type(error).__name__).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)

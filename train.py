@@ -29,15 +29,29 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from dataset import binarize, get_dataloader, image_grid, load_digits, shuffle_for, stream_seed
-from diffusion import SCHEDULES, DiscreteDiffusion, atomic_write, read_checkpoint, save_checkpoint
+from dataset import get_dataloader, image_grid, load_digits, restart, stream_seed, to_levels
+from diffusion import (
+    LOSSES,
+    SCHEDULES,
+    TRANSITIONS,
+    DiscreteDiffusion,
+    atomic_write,
+    read_checkpoint,
+    save_checkpoint,
+)
 from model import build_network, pick_device
 
 DEFAULTS = {
     "epochs": 50,
     "batch_size": 128,
     "timesteps": 200,
-    "schedule": "cosine",
+    "transition": "uniform",
+    "schedule": None,  # the transition family's own
+    "loss": "cross_entropy",
+    "hybrid_weight": 0.01,
+    "levels": 2,
+    "binarize": "threshold",
+    "conditional": False,
     "lr": None,  # by the digits in use: see LEARNING_RATE
     "network": "unet",
     "channels": None,  # the network's own
@@ -53,6 +67,7 @@ FREE_ON_RESUME = {"epochs", "data", "data_root", "device", "out_dir"}  # what ma
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
+LABEL_DROPOUT = 0.1
 EVERY = 5  # epochs between kept checkpoints and sample sheets
 
 
@@ -63,7 +78,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, help="passes over the training digits (default 50)")
     add("--batch-size", type=int, help="images per step (default 128)")
     add("--timesteps", type=int, help="T, the length of the chain (default 200)")
-    add("--schedule", choices=SCHEDULES, help="noise schedule (default cosine; linear does not reach noise)")
+    add("--transition", choices=TRANSITIONS, help="how noise acts: uniform (default) draws a level anew, absorbing "
+        "masks, gaussian prefers near levels (--levels 3 or more)")  # fmt: skip
+    add("--schedule", choices=SCHEDULES, help="noise schedule (default: cosine for uniform, mutual_info for absorbing, "
+        "linear for gaussian; linear does not reach noise for uniform)")  # fmt: skip
+    add("--loss", choices=LOSSES, help="objective (default cross_entropy)")
+    add("--hybrid-weight", type=float, metavar="W", help="of the cross-entropy in the hybrid loss (default 0.01)")
+    add("--levels", type=int, metavar="K", help="grey levels (default 2)")
+    add("--binarize", choices=["threshold", "dynamic"], help="threshold (default), or dynamic: every epoch draws each "
+        "pixel from Bernoulli(grey level) anew")  # fmt: skip
+    add("--conditional", action="store_true", default=None, help="tell the network the digit's class, for all but one "
+        "image in ten: the model then draws with and without a class")  # fmt: skip
     add("--lr", type=float, help="peak learning rate of AdamW (default 1e-4 on MNIST, 2e-3 on the offline digits); "
         f"{WARMUP_STEPS} warm-up steps (a tenth of shorter runs), then cosine decay to 0 at the last step")  # fmt: skip
     add("--network", choices=["unet", "plain"], help="unet (default), or plain: the common baseline, 10 times slower")
@@ -85,8 +110,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr is not None and not 0 < args.lr < math.inf:
         parser.error("--lr must be a positive number")
-    if args.seed is not None and not 0 <= args.seed < 2**63:
-        parser.error("--seed must be at least 0 and less than 2^63")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        parser.error("--seed must be in 0..2^32-1")
+    if args.hybrid_weight is not None and not 0 <= args.hybrid_weight < math.inf:
+        parser.error("--hybrid-weight must be at least 0")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -142,12 +169,10 @@ def learning_rate(peak: float, step: int, total: int) -> float:
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-@torch.no_grad()
 def validation_bound(diffusion: DiscreteDiffusion, x_0: torch.Tensor, device: torch.device) -> float:
-    """Estimate of the bound in nats per image; the same t and noise at every call, so epochs can be compared."""
+    """Estimate of the bound in nats per image, one t a digit; the same t and noise each time, to compare epochs."""
     generator = torch.Generator().manual_seed(0)
-    samples = max(1, 500 // len(x_0))
-    bounds = [diffusion.variational_bound(batch.to(device), samples, generator) for batch in x_0.split(250)]
+    bounds = [diffusion.variational_bound(batch.to(device), 1, generator) for batch in x_0.split(250)]
     return torch.cat(bounds).mean().item()
 
 
@@ -155,7 +180,7 @@ def write_metrics(history: list[dict], out_dir: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" for k, v in row.items()} for row in history)
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
     with atomic_write(out_dir / "metrics.csv") as file:
         file.write(text.getvalue().encode())
 
@@ -189,23 +214,44 @@ def main() -> int:
     seed, epochs, batch_size = settings["seed"], settings["epochs"], settings["batch_size"]
 
     # Data
-    loader = get_dataloader(batch_size, settings["data_root"], settings["data"], limit=settings["limit"])
+    loader = get_dataloader(
+        batch_size,
+        settings["data_root"],
+        settings["data"],
+        limit=settings["limit"],
+        num_levels=settings["levels"],
+        binarize=settings["binarize"],
+    )
     source = loader.source
     if checkpoint and checkpoint["data"] != source:
         raise ValueError(f"the run was trained on {checkpoint['data']} digits, but these are {source} digits")
-    validation = binarize(load_digits("validation", source, settings["data_root"]).images)
+    grey = load_digits("validation", source, settings["data_root"]).images
+    validation = to_levels(grey, settings["levels"], settings["binarize"], torch.Generator().manual_seed(0))
     settings["lr"] = settings["lr"] or LEARNING_RATE[source]
 
     # Network, diffusion, optimizer, averaged copy
     torch.manual_seed(seed)
-    config = {"name": settings["network"], "num_levels": 2}
-    if settings["channels"]:
-        if settings["network"] != "unet":
-            raise ValueError("--channels is for --network unet")
-        config["channels"] = settings["channels"]
+    mask = settings["transition"] == "absorbing"  # a state more than there are levels
+    config = {"name": settings["network"], "num_levels": settings["levels"], "num_states": settings["levels"] + mask}
+    for flag, key, value in (
+        ("--channels", "channels", settings["channels"]),
+        ("--conditional", "num_labels", 10 if settings["conditional"] else None),
+    ):
+        if value and settings["network"] != "unet":
+            raise ValueError(f"{flag} is for --network unet")
+        if value:
+            config[key] = value
     network = build_network(config).to(device)
     diffusion, averaged = (
-        DiscreteDiffusion(model, timesteps=settings["timesteps"], schedule=settings["schedule"])
+        DiscreteDiffusion(
+            model,
+            settings["levels"],
+            settings["timesteps"],
+            settings["transition"],
+            settings["schedule"],
+            settings["loss"],
+            settings["hybrid_weight"],
+        )
         for model in (network, AveragedModel(network, multi_avg_fn=average, use_buffers=True))
     )
     averaged.eval()
@@ -221,6 +267,8 @@ def main() -> int:
             raise ValueError(f"the run to resume does not fit this version of the repository: {reason}") from None
         averaged.model.n_averaged.fill_(checkpoint["step"])
         step, loss_sum, history = checkpoint["step"], checkpoint["loss_sum"], checkpoint["history"]
+    settings["schedule"] = diffusion.config.get("schedule")
+    settings["channels"] = network.config.get("channels")
     steps_per_epoch = len(loader)
     total = epochs * steps_per_epoch
     if step >= total:
@@ -228,8 +276,9 @@ def main() -> int:
 
     if args.overwrite:
         for folder in ("checkpoints", "samples"):
-            shutil.rmtree(out_dir / folder, ignore_errors=True)
-        for name in ("metrics.csv", "loss_curve.png"):
+            if (out_dir / folder).exists():
+                shutil.rmtree(out_dir / folder)
+        for name in ("metrics.csv", "loss_curve.png", "evaluation.json", "bound_terms.png", "nearest.png"):
             (out_dir / name).unlink(missing_ok=True)
     for leftover in out_dir.glob("checkpoints/.*.pth.*"):  # of a save that was killed
         leftover.unlink()
@@ -245,6 +294,7 @@ def main() -> int:
             "optimizer": optimizer.state_dict(),
             "settings": settings,
             "data": source,
+            "binarize": settings["binarize"],
             "epoch": step // steps_per_epoch,
             "step": step,
             "loss_sum": loss_sum,
@@ -272,19 +322,22 @@ def main() -> int:
 
     while step < total and not received:
         epoch, done = divmod(step, steps_per_epoch)
-        shuffle_for(loader, seed, epoch)
+        restart(loader, seed, epoch)
         start = time.perf_counter()
         bar = tqdm(total=steps_per_epoch * batch_size, initial=done * batch_size, desc=f"epoch {epoch + 1}/{epochs}",
                    unit="img", leave=False, disable=None)  # fmt: skip
         network.train()
-        for x_0, _ in islice(loader, done, None):
+        for x_0, label in islice(loader, done, None):
             # The noise depends on (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn.
             generator = torch.Generator().manual_seed(stream_seed(seed, 0, step))
             t = diffusion.draw_t(batch_size, generator)
             u = torch.rand(x_0.shape, generator=generator)
+            y = None
+            if settings["conditional"]:
+                y = label.masked_fill(torch.rand(batch_size, generator=generator) < LABEL_DROPOUT, -1).to(device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings["lr"], step, total)
-            loss = diffusion.loss(x_0.to(device), t.to(device), u.to(device))
+            loss = diffusion.loss(x_0.to(device), t.to(device), u.to(device), y)
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"the loss is {loss.item()} at step {step}: try a smaller --lr (checkpoints are intact)"
@@ -331,13 +384,8 @@ def main() -> int:
         write_metrics(history, out_dir)
         if keep:
             plot_history(history, out_dir)
-            for x_t in averaged.reverse_process(64, seed):
-                sheet = x_t
-                if received:
-                    break
-            else:
-                with atomic_write(out_dir / "samples" / f"sample_epoch_{epoch}.png") as file:
-                    image_grid(sheet, columns=8).save(file, format="png")
+            with atomic_write(out_dir / "samples" / f"sample_epoch_{epoch}.png") as file:
+                image_grid(averaged.sample(64, seed), settings["levels"], columns=8).save(file, format="png")
 
     if received and step < total:
         save("last.pth")
@@ -352,6 +400,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"train.py: error: {str(error).splitlines()[0]}")
+        sys.exit(f"train.py: error: {(str(error) or type(error).__name__).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(130)

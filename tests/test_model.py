@@ -59,7 +59,22 @@ def test_output_depends_on_image_and_time_and_not_on_neighbours(name):
     assert torch.allclose(network(x_t[1:2], t[1:2]), out[1:2], atol=1e-4)
 
 
-@pytest.mark.parametrize("network", [UNet(2), UNet(4, 5, channels=(8, 16, 24), blocks=2), PlainUNet(2, 3)])
+def test_labels():
+    """y moves the output of its own image; -1 is no label, the same as none at all; networks without labels refuse."""
+    network = randomize(UNet(2, channels=(8, 8, 8), num_labels=10))
+    torch.nn.init.normal_(network.embed_y.weight)
+    x_t, t = torch.zeros(4, 1, 8, 8, dtype=torch.long), torch.full((4,), 5)
+    none = network(x_t, t)
+    some = network(x_t, t, torch.tensor([-1, 0, 7, -1]))
+    assert torch.allclose(some[[0, 3]], none[[0, 3]], atol=1e-6)
+    assert (some[1] - none[1]).abs().max() > 1e-3 and (some[2] - some[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="without labels"):
+        UNet(channels=(8, 8, 8))(x_t, t, torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "network", [UNet(2), UNet(4, 5, channels=(8, 16, 24), blocks=2, num_labels=10), PlainUNet(2, 3)]
+)
 def test_config_rebuilds_the_network(network):
     rebuilt = build_network(network.config)
     rebuilt.load_state_dict(network.state_dict())

@@ -407,6 +407,47 @@ def test_full_disk_ends_training_with_one_line(monkeypatch, my_run, cheap):
     assert read_checkpoint(my_run / "checkpoints" / "last.pth")["step"] == before
 
 
+@pytest.mark.parametrize("arguments, states, levels", [
+    ("--transition absorbing", 3, 2),
+    ("--transition absorbing --levels 4 --loss variational --schedule cosine", 5, 4),
+    ("--transition gaussian --levels 4 --timesteps 20", 4, 4),
+    ("--loss variational --binarize dynamic", 2, 2),
+    ("--loss hybrid --hybrid-weight 0.5 --schedule mutual_info", 2, 2),
+])  # fmt: skip
+def test_design_choices_end_to_end(arguments, states, levels):
+    """One short epoch, then digits and an animation from nothing but the checkpoint."""
+    flags = [*TRAIN, *arguments.split(), "--epochs", 1, "--out-dir", "out"]
+    succeed("train.py", *flags)
+    d = diffusion.load_checkpoint("out/checkpoints/last.pth")
+    assert (d.num_states, d.num_classes) == (states, levels)
+    succeed("sample.py", "out/checkpoints/last.pth", "--n", 2, "--out", "a.png", "--save-tensor", "a.pt")
+    assert torch.load("a.pt").max() < levels
+    with Image.open("a.png") as picture:
+        grey = set(np.linspace(0, 255, levels).round().astype(int))
+        assert set(np.unique(picture)) <= grey | {96}
+    succeed("visualize_denoising.py", "out/checkpoints/last.pth", "--n", 2, "--out", "a.gif")
+
+
+def test_conditional_run(monkeypatch):
+    """The network is told the labels, except one in ten; the checkpoint draws with a class, guided, and without."""
+    told, loss = [], diffusion.DiscreteDiffusion.loss
+
+    def spy(self, x_0, t, u, y):
+        told.append(y)
+        return loss(self, x_0, t, u, y)
+
+    monkeypatch.setattr(diffusion.DiscreteDiffusion, "loss", spy)
+    succeed("train.py", *TRAIN, "--limit", 320, "--conditional", "--epochs", 1, "--out-dir", "out")
+    told = torch.cat(told)
+    assert len(told) == 320 and set(told.tolist()) == set(range(-1, 10))
+    assert 0.04 < (told == -1).double().mean() < 0.17
+    for flags in ("", "--digit 7", "--digit 7 --guidance 2"):
+        succeed("sample.py", "out/checkpoints/last.pth", "--n", 2, *flags.split(), "--out", "a.png")
+    succeed("sample.py", "out/checkpoints/last.pth", "--n", 3, "--digit", "0123456789", "--out", "rows.png")
+    with Image.open("rows.png") as picture:
+        assert picture.size == (2 * (3 * 34 + 2), 2 * (10 * 34 + 2))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sample.py and visualize_denoising.py
 
@@ -549,6 +590,17 @@ def test_checkpoint_whose_weights_do_not_fit(script, bad_files):
     "--network plain",  # with --channels
     "--network big",
     "--schedule sine",
+    "--transition nonsense",
+    "--transition gaussian",  # with two levels
+    "--transition gaussian --levels 4 --timesteps 2",
+    "--transition gaussian --levels 4 --schedule cosine",
+    "--transition absorbing --schedule linear",
+    "--loss nonsense",
+    "--loss hybrid --hybrid-weight -1",
+    "--levels 1",
+    "--levels 257",
+    "--levels 4 --binarize dynamic",
+    "--binarize nonsense",
     "--data fashion",
     "--resume",
     "--resume good.pth --overwrite",
@@ -580,7 +632,16 @@ def test_bad_input_to_both_samplers(script, arguments, bad_files):
     fail(script, *arguments.replace("SUFFIX", "png" if script == "sample.py" else "gif").split())
 
 
-@pytest.mark.parametrize("arguments", ["--batch-size 0", "--first -1", "--save-tensor folder"])
+@pytest.mark.parametrize("arguments", [
+    "--batch-size 0",
+    "--first -1",
+    "--save-tensor folder",
+    "--digit 12",
+    "--digit x",
+    "--digit 3",  # the checkpoint is unconditional
+    "--guidance 1",
+    "--digit 3 --guidance -1",
+])  # fmt: skip
 def test_bad_input_to_sample(arguments, bad_files):
     fail("sample.py", "good.pth", *arguments.split())
 
