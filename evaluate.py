@@ -1,0 +1,345 @@
+"""What a model is worth: its bound on test digits, the quality of its samples, and whether it only remembers.
+
+    python evaluate.py results_d3pm/checkpoints/last.pth
+    python evaluate.py CHECKPOINT --exact --images 500        # every t for 500 digits, instead of a few t for all
+    python evaluate.py --train-classifier                     # how the judge of the samples was made
+
+Writes evaluation.json, bound_terms.png and nearest.png into the folder of the checkpoint's run (or --out-dir).
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+# Read when torch loads: waiting threads sleep instead of spinning, 3 times as fast beside another busy program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import image_grid, load_digits, to_levels
+from diffusion import DiscreteDiffusion, atomic_write, load_checkpoint, read_checkpoint, save_checkpoint
+from model import pick_device
+
+CLASSIFIER = Path(__file__).parent / "results_d3pm" / "released" / "classifier.pth"
+REAL_PIXELS = 28 * 28  # bits per dimension count these; the terms of the padded border stay in the sum
+BATCH = 250
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bound
+
+
+@torch.no_grad()
+def bound_terms(diffusion: DiscreteDiffusion, x_0: Tensor, repeats: int | None, device, progress: bool = False) -> dict:
+    """The terms of the variational bound on images x_0 [N, 1, H, W], without labels, in nats.
+
+    Args:
+        repeats: how many t of 2..T to draw per image; None for every t. L_0 (t = 1) is always computed for all images.
+
+    Returns:
+        L_T, L_0: float64 [N]; L_t_minus_1: float64 [N], the (estimated) sum over t = 2..T; t, terms: what was drawn,
+        flat, for the plot.
+    """
+    generator = torch.Generator().manual_seed(0)
+    T, N = diffusion.timesteps, len(x_0)
+    if repeats is None:
+        ts = torch.arange(1, T + 1).expand(N, T)
+    else:
+        # For each image one t in each of `repeats` equal parts of 2..T: less variance than independent draws.
+        position = (torch.arange(repeats) + torch.rand(N, repeats, generator=generator)) / repeats
+        ts = torch.cat([torch.ones(N, 1, dtype=torch.long), 2 + (position * (T - 1)).long().clamp(max=T - 2)], dim=1)
+    if T == 1:
+        ts = ts[:, :1]
+    terms = torch.empty(ts.shape, dtype=torch.float64)
+    with tqdm(total=ts.numel(), desc="bound", unit="term", unit_scale=True, disable=not progress) as bar:
+        for rows in torch.arange(N).split(BATCH):
+            batch = x_0[rows].to(device)
+            for k in range(ts.shape[1]):
+                t = ts[rows, k].to(device)
+                u = torch.rand(batch.shape, generator=generator).to(device)
+                terms[rows, k] = diffusion.L_t_minus_1(batch, diffusion.q_sample(batch, t, u), t).cpu().double()
+                bar.update(len(rows))
+    weight = 1 if repeats is None else (T - 1) / repeats
+    return {
+        "L_T": diffusion.L_T(x_0).double(),
+        "L_t_minus_1": weight * terms[:, 1:].sum(1),
+        "L_0": terms[:, 0],
+        "t": ts.flatten(),
+        "terms": terms.flatten(),
+    }
+
+
+def summarize_bound(terms: dict) -> dict:
+    """Means over images in nats per image, the standard error of the total, and bits per dimension."""
+    total = terms["L_T"] + terms["L_t_minus_1"] + terms["L_0"]
+    nats, error = total.mean().item(), total.std().item() / len(total) ** 0.5
+    return {
+        "nats_per_image": nats,
+        "standard_error": error,
+        "bits_per_dimension": nats / REAL_PIXELS / math.log(2),
+        "L_T": terms["L_T"].mean().item(),
+        "sum_L_t_minus_1": terms["L_t_minus_1"].mean().item(),
+        "L_0": terms["L_0"].mean().item(),
+        "images": len(total),
+    }
+
+
+def plot_terms(terms: dict, T: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sums = torch.zeros(T + 1, dtype=torch.float64).index_add_(0, terms["t"], terms["terms"])
+    counts = torch.bincount(terms["t"], minlength=T + 1)
+    seen = counts > 0
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(torch.arange(T + 1)[seen], (sums / counts)[seen], marker=".", linewidth=0.8)
+    axis.set(xlabel="t", ylabel="mean of $L_{t-1}$, nats per image", yscale="log", title="Where the bound comes from")
+    axis.grid(alpha=0.3, which="both")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judge: a small classifier of digits
+
+
+class Classifier(nn.Module):
+    """Grey images in [0, 1], float [B, 1, 32, 32] -> logits [B, 10]; `features` are the 64 before the last layer."""
+
+    def __init__(self):
+        super().__init__()
+
+        def layer(i: int, o: int, stride: int = 1) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+        self.body = nn.Sequential(
+            layer(1, 16, 2), layer(16, 16), layer(16, 32, 2), layer(32, 32), layer(32, 64, 2), layer(64, 64)
+        )
+        self.head = nn.Linear(64, 10)
+
+    def features(self, grey: Tensor) -> Tensor:
+        return self.body(grey).mean((2, 3))
+
+    def forward(self, grey: Tensor) -> Tensor:
+        return self.head(self.features(grey))
+
+
+def load_classifier(device) -> Classifier:
+    if not CLASSIFIER.exists():
+        raise FileNotFoundError(f"{CLASSIFIER} is missing: restore it, or make it with evaluate.py --train-classifier")
+    classifier = Classifier()
+    try:
+        classifier.load_state_dict(torch.load(CLASSIFIER, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises half a dozen types here, with pages of text
+        raise ValueError(f"{CLASSIFIER} is damaged ({type(error).__name__})") from None
+    return classifier.eval().to(device)
+
+
+def train_classifier(data_root: str, epochs: int = 12, batch_size: int = 128) -> None:
+    """Train the judge on the training split, shifted by up to 2 pixels, half thresholded and half drawn from grey."""
+    torch.manual_seed(0)
+    digits, test = load_digits("train", "mnist", data_root), load_digits("test", "mnist", data_root)
+    classifier = Classifier().to(memory_format=torch.channels_last)
+    steps = len(digits.images) // batch_size
+    optimizer = torch.optim.AdamW(classifier.parameters(), 3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps)
+    for epoch in range(epochs):
+        order = torch.randperm(len(digits.images))
+        for rows in tqdm(order.split(batch_size)[:steps], desc=f"epoch {epoch + 1}/{epochs}", disable=None):
+            grey = digits.images[rows]
+            protocols = [to_levels(grey, 2, "threshold"), to_levels(grey, 2, "dynamic")]
+            x = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, *protocols).float()
+            dy, dx = torch.randint(-2, 3, (2,)).tolist()
+            loss = F.cross_entropy(classifier(x.roll((dy, dx), (2, 3))), digits.labels[rows], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    save_checkpoint(CLASSIFIER, classifier.state_dict())
+    classifier.eval()
+    for protocol in ("threshold", "dynamic"):
+        x = to_levels(test.images, 2, protocol, torch.Generator().manual_seed(0))
+        _, logits = judge(classifier, x, 2, "cpu")
+        print(f"{(logits.argmax(1) == test.labels).double().mean():.4f} of {protocol} test digits read right")
+    print(f"Wrote {CLASSIFIER} ({CLASSIFIER.stat().st_size / 1000:.0f} kB)")
+
+
+@torch.no_grad()
+def judge(classifier: Classifier, x: Tensor, num_levels: int, device) -> tuple[Tensor, Tensor]:
+    """Features float64 [N, 64] and logits [N, 10] of images of levels [N, 1, 32, 32]."""
+    features = [classifier.features(batch.to(device).float() / (num_levels - 1)) for batch in x.split(BATCH)]
+    features = torch.cat(features)
+    return features.cpu().double(), classifier.head(features).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sample quality
+
+
+def spread(x: Tensor, n: int | None) -> Tensor:
+    """n of the rows of x, evenly spaced: the first n would not do, since digits come in an order."""
+    return x if n is None or n >= len(x) else x[torch.arange(n) * len(x) // n]
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features [N, D] (Heusel et al. 2017)."""
+    C_a, C_b = a.T.cov(), b.T.cov()
+    # The trace of the square root is the sum of the square roots of the eigenvalues, which are real and not negative.
+    root = torch.linalg.eigvals(C_a @ C_b).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + C_a.trace() + C_b.trace() - 2 * root).item()
+
+
+def share_within(points: Tensor, reference: Tensor, k: int = 3) -> float:
+    """Share of `points` [N, D] within the k-th neighbour distance of some point of `reference` [M, D].
+
+    Of samples in test digits this is precision, of test digits in samples recall (Kynkaanniemi et al. 2019, k = 3).
+    """
+    radius = torch.cdist(reference, reference).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
+    return (torch.cdist(points, reference) <= radius).any(1).double().mean().item()
+
+
+def quality(x: Tensor, reference: Tensor, classifier: Classifier, num_levels: int, device, asked=None) -> dict:
+    """How like the features of real digits those of the images x are; `reference` are real digits' features [N, D]."""
+    features, logits = judge(classifier, x, num_levels, device)
+    read, same_size = logits.argmax(1), spread(reference, len(x))
+    result = {
+        "images": len(x),
+        "frechet_distance": frechet_distance(features, reference),
+        "precision": share_within(features, same_size),
+        "recall": share_within(same_size, features),
+        "mean_confidence": logits.softmax(1).amax(1).mean().item(),
+        "class_histogram": (torch.bincount(read, minlength=10) / len(x)).tolist(),
+        "ink": x.double().mean().item() / (num_levels - 1),
+    }
+    if asked is not None:
+        result["read_as_asked"] = (read == asked).double().mean().item()
+    return result
+
+
+def nearest_digits(samples: Tensor, train: Tensor, k: int = 7) -> tuple[Tensor, Tensor]:
+    """Each sample followed by its k nearest training digits, [n (k + 1), 1, H, W], and the least distances [n].
+
+    The distance is the sum of absolute level differences: for two levels, the Hamming distance in pixels.
+    """
+    distance = torch.cdist(samples.flatten(1).float(), train.flatten(1).float(), p=1)
+    nearest = distance.topk(k, largest=False)
+    rows = torch.cat([samples[:, None], train[nearest.indices]], dim=1)
+    return rows.flatten(0, 1), nearest.values[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", nargs="?", type=Path, help="a .pth file written by train.py")
+    add("--images", type=int, metavar="N", help="bound on N of the digits only (default all)")
+    add("--repeats", type=int, default=4, help="timesteps drawn per digit for the bound (default 4)")
+    add("--exact", action="store_true", help="every timestep for the bound: T passes over the digits")
+    add("--num-samples", type=int, default=500, help="images drawn to judge (default 500)")
+    add("--seed", type=int, default=0, help="of the samples, as for sample.py (default 0)")
+    add("--data", choices=["auto", "mnist", "offline"], default="auto", help="as for train.py (default auto)")
+    add("--data-root", default="data", help="where MNIST is or goes (default data)")
+    add("--out-dir", type=Path, help="where to write (default: the folder of the checkpoint's run)")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
+    add("--train-classifier", action="store_true", help="make the classifier that judges samples; needs MNIST")
+    args = parser.parse_args()
+    if (args.checkpoint is None) != args.train_classifier:
+        parser.error("give a checkpoint, or --train-classifier alone")
+    if args.repeats < 1 or (args.images or 2) < 2 or args.seed < 0:
+        parser.error("--repeats must be at least 1, --images at least 2, --seed at least 0")
+    if args.num_samples < 20:
+        parser.error("--num-samples must be at least 20: fewer say nothing about a distribution")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.train_classifier:
+        train_classifier(args.data_root)
+        return
+    device = pick_device(args.device)
+    diffusion = load_checkpoint(args.checkpoint, device)
+    checkpoint = read_checkpoint(args.checkpoint)
+    classifier = load_classifier(device)
+    K, protocol, trained_on = diffusion.num_classes, checkpoint.get("binarize", "threshold"), checkpoint["data"]
+    run = args.checkpoint.parent
+    out_dir = args.out_dir or (run.parent if run.name == "checkpoints" else run)
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    def levels(grey: Tensor, seed: int) -> Tensor:
+        return to_levels(grey, K, protocol, torch.Generator().manual_seed(seed))
+
+    # MNIST's test split where MNIST is at hand; else the offline digits that are kept out of training.
+    train = load_digits("train", args.data, args.data_root)
+    if train.source == "mnist":
+        test, name = load_digits("test", "mnist", args.data_root), "MNIST test split"
+    else:
+        test, name = load_digits("validation", "offline"), "offline validation digits (not the MNIST test split)"
+    seen = trained_on == "mnist" and train.source == "offline"  # all offline digits are from MNIST's training split
+    if trained_on == "offline" and train.source == "mnist":
+        train = load_digits("train", "offline")  # where memorized digits would come from
+    x_test, x_train = levels(test.images, 0), levels(train.images, 1)
+    what = f"{K} levels" if K > 2 else f"{protocol} binarization"
+    report = {"checkpoint": str(args.checkpoint), "digits": name, "levels": K, "binarization": protocol}
+    report["digits_were_in_training"] = seen
+    written = ["evaluation.json", "nearest.png"]
+
+    (out_dir / "bound_terms.png").unlink(missing_ok=True)
+    if seen:
+        print("No bound: the offline digits are part of MNIST's training split, which this model was trained on.")
+    else:
+        x_0 = spread(x_test, args.images)
+        terms = bound_terms(diffusion, x_0, None if args.exact else args.repeats, device, progress=True)
+        bound = summarize_bound(terms) | {
+            "timesteps_per_image": diffusion.timesteps if args.exact else 1 + args.repeats
+        }
+        report["bound"] = bound
+        plot_terms(terms, diffusion.timesteps, out_dir / "bound_terms.png")
+        written.append("bound_terms.png")
+        print(
+            f"Bound, {name}, {what}, no labels: {bound['nats_per_image']:.2f} +- {bound['standard_error']:.2f} nats "
+            f"per image = {bound['bits_per_dimension']:.4f} bits per dimension\n"
+            f"  L_T {bound['L_T']:.3f}, sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}, L_0 {bound['L_0']:.3f}"
+        )
+
+    asked = torch.arange(args.num_samples) % 10 if getattr(diffusion.model, "num_labels", 0) else None
+    samples = diffusion.sample(args.num_samples, args.seed, progress=True, y=asked)
+    reference, _ = judge(classifier, x_test, K, device)
+    report["samples"] = quality(samples, reference, classifier, K, device, asked)
+    report["training_digits"] = quality(spread(x_train, args.num_samples), reference, classifier, K, device)
+    print(f"{'':18}{'samples':>10}{'training digits':>17}")
+    for key in ("frechet_distance", "precision", "recall", "mean_confidence", "ink", "read_as_asked"):
+        if key in report["samples"]:
+            floor = report["training_digits"].get(key)
+            shown = "" if floor is None else f"{floor:17.3f}"
+            print(f"{key.replace('_', ' '):18}{report['samples'][key]:10.3f}{shown}")
+    for key in ("samples", "training_digits"):
+        shares = " ".join(f"{share:.2f}" for share in report[key]["class_histogram"])
+        print(f"classes 0-9, {key.replace('_', ' ')}: {shares}")
+
+    rows, least = nearest_digits(samples[:8], x_train)
+    report["nearest_training_digit"] = {"least_distances": least.tolist()}
+    with atomic_write(out_dir / "nearest.png") as file:
+        image_grid(rows, K, columns=8).save(file, format="png")
+    with atomic_write(out_dir / "evaluation.json") as file:
+        file.write(json.dumps(report, indent=2).encode())
+    print(f"Wrote {', '.join(written)} in {out_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"evaluate.py: error: {(str(error) or type(error).__name__).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
