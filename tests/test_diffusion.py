@@ -304,7 +304,8 @@ def brute_force_posterior(Q, bar_Q, t, x_t, w):
 
 def chains():
     for transition, schedule, K in LEGAL:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             d = make(K, 6 if transition != "gaussian" else 20, schedule, transition=transition)
         yield pytest.param(K, d.Q.numpy(), d.bar_Q.numpy(), id=f"{transition}-{schedule}-{K}")
     for K in (2, 3, 5):
