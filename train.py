@@ -3,7 +3,7 @@
     python train.py                                  # 50 epochs with the defaults, into results_d3pm/
     python train.py --data offline --epochs 5        # a first look in two minutes, no download
     python train.py --resume                         # go on after Ctrl-C, a crash, or for more: --resume --epochs 80
-    python train.py --lr 2e-3 --epochs 10            # good digits soon on full MNIST
+    python train.py --lr 2e-3 --steps 4000           # good digits soon on full MNIST
 
 Writes into --out-dir: checkpoints/model_epoch_N.pth and samples/sample_epoch_N.png every 5 epochs and at the end,
 checkpoints/last.pth and metrics.csv every epoch, loss_curve.png.
@@ -43,6 +43,7 @@ from model import build_network, pick_device
 
 DEFAULTS = {
     "epochs": 50,
+    "steps": None,  # in place of epochs
     "batch_size": 128,
     "timesteps": 200,
     "transition": "uniform",
@@ -63,7 +64,14 @@ DEFAULTS = {
     "out_dir": "results_d3pm",
 }
 LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # 1,750 steps on the offline digits are too few for 1e-4
-FREE_ON_RESUME = {"epochs", "data", "data_root", "device", "out_dir"}  # what may differ from the run that goes on
+FREE_ON_RESUME = {
+    "epochs",
+    "steps",
+    "data",
+    "data_root",
+    "device",
+    "out_dir",
+}  # what may differ from the run that goes on
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -76,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     # Flags default to None so that --resume can tell what was asked for from what was not.
     add = parser.add_argument
     add("--epochs", type=int, help="passes over the training digits (default 50)")
+    add("--steps", type=int, metavar="N", help="optimizer steps in all, in place of --epochs")
     add("--batch-size", type=int, help="images per step (default 128)")
     add("--timesteps", type=int, help="T, the length of the chain (default 200)")
     add("--transition", choices=TRANSITIONS, help="how noise acts: uniform (default) draws a level anew, absorbing "
@@ -105,7 +114,9 @@ def parse_arguments() -> argparse.Namespace:
         "a finished run it jumps back up")  # fmt: skip
     add("--overwrite", action="store_true", help="delete the run that is in --out-dir and start anew")
     args = parser.parse_args()
-    for name in ("epochs", "batch_size", "timesteps", "limit"):
+    if args.epochs and args.steps:
+        parser.error("--epochs and --steps exclude each other")
+    for name in ("epochs", "steps", "batch_size", "timesteps", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr is not None and not 0 < args.lr < math.inf:
@@ -153,8 +164,37 @@ def merge_settings(args: argparse.Namespace, checkpoint: dict | None) -> dict:
             raise ValueError(
                 f"--{name.replace('_', '-')} {given[name]} disagrees with the run to resume: {saved[name]}"
             )
-    out_dir = {"out_dir": DEFAULTS["out_dir"]} if checkpoint else {}
-    return DEFAULTS | saved | out_dir | given
+    fresh = {"out_dir": DEFAULTS["out_dir"]} if checkpoint else {}
+    if "epochs" in given:
+        fresh["steps"] = None
+    return DEFAULTS | saved | fresh | given
+
+
+def build_model(settings: dict) -> torch.nn.Module:
+    """The network that the settings ask for, freshly initialised. Raises ValueError if they don't go together."""
+    mask = settings["transition"] == "absorbing"  # a state more than there are levels
+    config = {"name": settings["network"], "num_levels": settings["levels"], "num_states": settings["levels"] + mask}
+    for flag, key, value in (
+        ("--channels", "channels", settings["channels"]),
+        ("--conditional", "num_labels", 10 if settings["conditional"] else None),
+    ):
+        if value and settings["network"] != "unet":
+            raise ValueError(f"{flag} is for --network unet")
+        if value:
+            config[key] = value
+    return build_network(config)
+
+
+def build_diffusion(model: torch.nn.Module, settings: dict) -> DiscreteDiffusion:
+    return DiscreteDiffusion(
+        model,
+        settings["levels"],
+        settings["timesteps"],
+        settings["transition"],
+        settings["schedule"],
+        settings["loss"],
+        settings["hybrid_weight"],
+    )
 
 
 def average(averaged: list[torch.Tensor], current: list[torch.Tensor], n: torch.Tensor) -> None:
@@ -211,7 +251,7 @@ def main() -> int:
     settings = merge_settings(args, checkpoint)
     device = pick_device(settings["device"])
     out_dir = Path(settings["out_dir"])
-    seed, epochs, batch_size = settings["seed"], settings["epochs"], settings["batch_size"]
+    seed, batch_size = settings["seed"], settings["batch_size"]
 
     # Data
     loader = get_dataloader(
@@ -231,29 +271,9 @@ def main() -> int:
 
     # Network, diffusion, optimizer, averaged copy
     torch.manual_seed(seed)
-    mask = settings["transition"] == "absorbing"  # a state more than there are levels
-    config = {"name": settings["network"], "num_levels": settings["levels"], "num_states": settings["levels"] + mask}
-    for flag, key, value in (
-        ("--channels", "channels", settings["channels"]),
-        ("--conditional", "num_labels", 10 if settings["conditional"] else None),
-    ):
-        if value and settings["network"] != "unet":
-            raise ValueError(f"{flag} is for --network unet")
-        if value:
-            config[key] = value
-    network = build_network(config).to(device)
-    diffusion, averaged = (
-        DiscreteDiffusion(
-            model,
-            settings["levels"],
-            settings["timesteps"],
-            settings["transition"],
-            settings["schedule"],
-            settings["loss"],
-            settings["hybrid_weight"],
-        )
-        for model in (network, AveragedModel(network, multi_avg_fn=average, use_buffers=True))
-    )
+    network = build_model(settings).to(device)
+    diffusion = build_diffusion(network, settings)
+    averaged = build_diffusion(AveragedModel(network, multi_avg_fn=average, use_buffers=True), settings)
     averaged.eval()
     optimizer = torch.optim.AdamW(network.parameters(), settings["lr"], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
     step, loss_sum, history = 0, 0.0, []
@@ -270,9 +290,10 @@ def main() -> int:
     settings["schedule"] = diffusion.config.get("schedule")
     settings["channels"] = network.config.get("channels")
     steps_per_epoch = len(loader)
-    total = epochs * steps_per_epoch
+    total = settings["steps"] or settings["epochs"] * steps_per_epoch
+    epochs = -(-total // steps_per_epoch)
     if step >= total:
-        raise ValueError(f"the run to resume has all its {epochs} epochs: give more with --epochs")
+        raise ValueError(f"the run to resume has all its {total} steps: give more with --epochs or --steps")
 
     if args.overwrite:
         for folder in ("checkpoints", "samples"):
@@ -306,7 +327,8 @@ def main() -> int:
     print(
         f"{len(loader.dataset):,} {source} digits for training, {len(validation):,} for validation\n"
         f"{settings['network']} with {weights:,} weights on {device}; T = {settings['timesteps']}\n"
-        f"{epochs} epochs of {steps_per_epoch} steps of {batch_size}; AdamW with peak learning rate {settings['lr']:g}"
+        f"{total} steps of {batch_size}, {total / steps_per_epoch:.3g} epochs; "
+        f"AdamW with peak learning rate {settings['lr']:g}"
     )
 
     # A first Ctrl-C or SIGTERM lets the step end and saves; a second one means it.
@@ -321,6 +343,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, on_signal)
 
     while step < total and not received:
+        first_step = step
         epoch, done = divmod(step, steps_per_epoch)
         restart(loader, seed, epoch)
         start = time.perf_counter()
@@ -351,10 +374,10 @@ def main() -> int:
             loss_sum += loss.item()
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update(batch_size)
-            if received:
+            if received or step == total:
                 break
         bar.close()
-        if step % steps_per_epoch:
+        if step % steps_per_epoch and step < total:
             break
 
         epoch += 1
@@ -363,21 +386,22 @@ def main() -> int:
             {
                 "epoch": epoch,
                 "step": step,
-                "train_loss": loss_sum / steps_per_epoch,
+                "train_loss": loss_sum / (step - (epoch - 1) * steps_per_epoch),
                 "validation_bound": validation_bound(averaged, validation, device),
                 "lr": optimizer.param_groups[0]["lr"],
-                "images_per_second": (steps_per_epoch - done) * batch_size / seconds,
+                "images_per_second": (step - first_step) * batch_size / seconds,
                 "seconds": seconds,
             }
         )
-        loss_sum = 0.0
+        if step % steps_per_epoch == 0:
+            loss_sum = 0.0
         row = history[-1]
         print(
             f"epoch {epoch:3d}/{epochs}  train loss {row['train_loss']:.4f} nats/pixel  "
             f"validation bound {row['validation_bound']:7.2f} nats/image  {row['images_per_second']:.0f} img/s",
             flush=True,
         )
-        keep = epoch % EVERY == 0 or epoch == epochs
+        keep = epoch % EVERY == 0 or step == total
         if keep:
             save(f"model_epoch_{epoch}.pth")
         save("last.pth")

@@ -24,7 +24,7 @@ from PIL import Image
 
 import diffusion
 from dataset import image_grid
-from diffusion import atomic_write, read_checkpoint, save_checkpoint
+from diffusion import atomic_write, load_checkpoint, read_checkpoint, save_checkpoint
 
 REPOSITORY = Path(diffusion.__file__).resolve().parent
 FLAGS = "--data offline --limit 64 --batch-size 16 --channels 8 8 8 --timesteps 10 --device cpu"
@@ -247,7 +247,7 @@ def test_finished_run_can_be_extended(my_run, cheap):
 def test_finished_run_has_nothing_to_resume(my_run):
     """One line that names --epochs; flags that repeat the saved settings are no other error."""
     line = fail("train.py", *TRAIN, "--lr", 0.002, "--resume", "--out-dir", my_run)
-    assert "4 epochs" in line and "--epochs" in line
+    assert "16 steps" in line and "--epochs" in line
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.csv"])
@@ -269,6 +269,18 @@ def test_overwrite_starts_anew(my_run, cheap):
         "last.pth", "model_epoch_1.pth", "sample_epoch_1.png", "metrics.csv", "loss_curve.png", "notes.txt",
     }  # fmt: skip
     assert [row["epoch"] for row in read_metrics(my_run)] == ["1"]
+
+
+def test_steps_in_place_of_epochs(tmp_path, cheap):
+    """It ends where it should, in the middle of an epoch, with all that a run leaves; --epochs can extend it."""
+    succeed("train.py", *TRAIN, "--steps", 6, "--out-dir", tmp_path)
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "model_epoch_2.pth")
+    assert checkpoint["step"] == 6 and (tmp_path / "samples" / "sample_epoch_2.png").exists()
+    assert [(row["epoch"], row["step"]) for row in read_metrics(tmp_path)] == [("1", "4"), ("2", "6")]
+    assert "all its 6 steps" in fail("train.py", "--resume", "--steps", 6, "--out-dir", tmp_path)
+    succeed("train.py", "--resume", "--epochs", 2, "--out-dir", tmp_path)
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.pth")["step"] == 8
+    assert "exclude" in fail("train.py", *TRAIN, "--steps", 6, "--epochs", 2)
 
 
 @pytest.mark.parametrize("mistake", ["--limit 8", "--channels 7 7 7"])
@@ -522,10 +534,25 @@ def test_gif_shows_the_whole_reverse_process(run):
     assert not np.array_equal(frames[0][-digits.height :], digits)
 
 
-@pytest.mark.parametrize("timesteps", [200, 0])
-def test_gif_with_other_timesteps_is_an_error(timesteps, run):
-    line = fail("visualize_denoising.py", run / "checkpoints" / "last.pth", "--timesteps", timesteps)
-    assert f"--timesteps {timesteps}," in line and "10 timesteps" in line
+@pytest.mark.parametrize("script", ["sample.py", "visualize_denoising.py", "evaluate.py"])
+@pytest.mark.parametrize("timesteps", [11, 0])
+def test_timesteps_that_training_did_not_have_are_an_error(script, timesteps, run):
+    line = fail(script, run / "checkpoints" / "last.pth", "--timesteps", timesteps)
+    assert "1..10" in line and str(timesteps) in line
+
+
+def test_fewer_timesteps(run):
+    """The animation shows the respaced chain, by its original t, and ends in what sample.py draws with it."""
+    checkpoint = run / "checkpoints" / "last.pth"
+    flags = "--timesteps", 5, "--n", 4, "--device", "cpu"
+    succeed("visualize_denoising.py", checkpoint, *flags)
+    succeed("sample.py", checkpoint, *flags, "--save-tensor", "x.pt")
+    images = torch.load("x.pt", weights_only=True)
+    assert torch.equal(images, load_checkpoint(checkpoint).respaced([2, 4, 6, 8, 10]).sample(4))
+    with Image.open("denoising_process.gif") as gif:
+        assert gif.n_frames == 6
+        gif.seek(5)
+        assert np.array_equal(np.asarray(gif.convert("L"))[24:], image_grid(images))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
