@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,7 @@ class DiscreteDiffusion(nn.Module):
         hybrid_weight: lambda of equation 5, the weight of the cross-entropy in the hybrid loss.
         Q: your own transition matrices [T+1, S, S] instead of a family and its schedule: Q[0] the identity, rows
             summing to one, S >= K; the first K states are the grey levels.
+        network_t: int64 [T+1], what the network is told for t = 0..T; t itself by default. See `respaced`.
 
     Attributes:
         Q: float64 [T+1, S, S], Q[t][i, j] = q(x_t = j | x_{t-1} = i); Q[0] is the identity.
@@ -186,6 +188,7 @@ class DiscreteDiffusion(nn.Module):
         loss_type: str = "cross_entropy",
         hybrid_weight: float = 0.01,
         Q: Tensor | None = None,
+        network_t: Tensor | None = None,
     ):
         super().__init__()
         if num_classes < 2:
@@ -212,7 +215,10 @@ class DiscreteDiffusion(nn.Module):
             self.config = {"Q": Q}
         self.config |= {"loss_type": loss_type, "hybrid_weight": hybrid_weight}
         self.config |= {"num_classes": num_classes, "timesteps": timesteps}  # rebuilds this object around a network
+        if network_t is not None:
+            self.config["network_t"] = network_t
         self.model = model
+        self.network_t = torch.arange(timesteps + 1) if network_t is None else network_t
         self.num_classes = num_classes
         self.num_states = Q.shape[-1]
         self.loss_type, self.hybrid_weight = loss_type, hybrid_weight
@@ -230,8 +236,33 @@ class DiscreteDiffusion(nn.Module):
             warnings.warn(
                 f"bar_Q[T] is far from stationary (total variation {distance:.3f}): sampling starts from a "
                 "distribution that the forward process does not reach, so L_T > 0. Use another schedule or a larger T.",
-                stacklevel=2,
+                stacklevel=1,  # the same line for every chain, so that it is said once
             )
+
+    def respaced(self, steps: int | list[int]) -> "DiscreteDiffusion":
+        """The same process seen at fewer timesteps, around the same network: bound and sampler take fewer steps.
+
+        Between kept timesteps, Q is the product of those that were skipped, so bar_Q at a kept timestep, and with it
+        what the network was trained for, stays the same. The network is told the original t.
+
+        Args:
+            steps: how many steps, evenly spread, from 1 to T; or the timesteps to keep, in rising order up to T.
+
+        Raises:
+            ValueError: for more steps than there are, or timesteps that are not such a list.
+        """
+        T = self.timesteps
+        if isinstance(steps, int):
+            if not 1 <= steps <= T:
+                raise ValueError(f"the number of steps must be in 1..{T}, the timesteps of training, got {steps}")
+            steps = torch.linspace(0, T, steps + 1, dtype=torch.float64).round().long().tolist()[1:]
+        kept = [0, *steps]
+        if kept[-1] != T or any(a >= b for a, b in pairwise(kept)):
+            raise ValueError(f"the timesteps to keep must rise from at least 1 to {T}")
+        Q = [reduce(torch.matmul, self.Q[a + 1 : b + 1]) for a, b in pairwise(kept)]
+        config = {key: value for key, value in self.config.items() if key not in ("transition", "schedule")}
+        config |= {"timesteps": len(steps), "Q": torch.stack([self.Q[0], *Q]), "network_t": self.network_t[kept]}
+        return type(self)(self.model, **config)
 
     # -- the forward process q ----------------------------------------------------------------------------------------
 
@@ -287,6 +318,7 @@ class DiscreteDiffusion(nn.Module):
 
         Guidance W > 0 moves them away from those without a label: (1 + W) logits(y) - W logits (Ho and Salimans 2022).
         """
+        t = self.network_t.to(t.device)[t.long()]
         if y is None:
             return self.model(x_t, t)
         logits = self.model(x_t, t, y)

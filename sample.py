@@ -1,6 +1,7 @@
 """Draw digits from a trained checkpoint.
 
     python sample.py results_d3pm/checkpoints/last.pth --n 16
+    python sample.py CHECKPOINT --n 64 --timesteps 20        # a tenth of the steps, and of the time
     python sample.py CHECKPOINT --n 10000 --save-tensor digits.pt
     python sample.py CHECKPOINT --n 5000 --first 5000        # the second half of that, on another machine
     python sample.py CHECKPOINT --digit 0123456789           # one row a digit (checkpoints of train.py --conditional)
@@ -12,6 +13,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,6 +32,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", help="a .pth file written by train.py; it knows its network, T and schedule")
     add("--n", type=int, help="how many images (default 16; 10 a class with --digit 0123456789)")
+    add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
+        "trained with; a tenth of them draws ten times as fast and nearly as well)")  # fmt: skip
     add("--out", type=Path, help="the picture, .png (default d3pm_generated_samples_<checkpoint name>.png)")
     add("--save-tensor", type=Path, metavar="FILE.pt", help="also write the images as a uint8 tensor [n, 1, 32, 32]")
     add("--seed", type=int, default=0, help="which endless sheet of images to draw from (default 0)")
@@ -63,7 +67,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device))
+    if args.timesteps is not None:
+        diffusion = diffusion.respaced(args.timesteps)
     y, columns = None, None
     if args.digit:
         if not getattr(diffusion.model, "num_labels", 0):

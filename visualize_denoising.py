@@ -6,6 +6,7 @@ python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 # Read when torch loads: waiting threads sleep instead of spinning, 3 times as fast beside another busy program.
@@ -25,7 +26,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="a .pth file written by train.py; it knows its network, T and schedule")
-    add("--timesteps", type=int, help="T (default: the checkpoint's, which it has to equal)")
+    add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
+        "trained with)")  # fmt: skip
     add("--out", type=Path, default=Path("denoising_process.gif"), help="the GIF (default denoising_process.gif)")
     add("--n", type=int, default=16, help="how many digits (default 16)")
     add("--fps", type=float, default=20, help="frames per second, 1 to 50 (default 20)")
@@ -54,14 +56,15 @@ def titled_frame(x_t, num_levels: int, title: str) -> Image.Image:
 
 def main() -> None:
     args = parse_arguments()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device))
+    if args.timesteps is not None:
+        diffusion = diffusion.respaced(args.timesteps)
     T = diffusion.timesteps
-    if args.timesteps not in (None, T):
-        raise ValueError(f"--timesteps {args.timesteps}, but {args.checkpoint} was trained with {T} timesteps")
     with atomic_write(args.out) as file:
         chain = enumerate(diffusion.reverse_process(args.n, args.seed))
         frames = [
-            titled_frame(x_t, diffusion.num_classes, f"t = {T - i}")
+            titled_frame(x_t, diffusion.num_classes, f"t = {diffusion.network_t[T - i]}")
             for i, x_t in tqdm(chain, total=T + 1, desc="denoising", unit="step")
         ]
         durations = [round(1000 / args.fps)] * T + [HOLD_MS]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffusion import LOSSES, TRANSITIONS, DiscreteDiffusion, draw, kl_divergence, linear_betas
+from experiments import Argmax, JointForm
 
 # Every legal combination, written out: a test below holds diffusion.TRANSITIONS against this list.
 LEGAL = [
@@ -391,25 +392,6 @@ class ExactPosterior(torch.nn.Module):
             return torch.from_numpy(np.log(pixel).reshape(len(flat), K, *x_t.shape[2:]))
 
 
-class JointForm(DiscreteDiffusion):
-    """Equation 4 with a cross-entropy network: q(x_{t-1}, x_t | x_0) p(x_0 | x_t), normalised at the end."""
-
-    def q_posterior(self, x_t, x_0_probs, t):
-        likelihood = self.bar_Q[t][:, : self.num_classes].gather(
-            2, x_t.flatten(1)[:, None].expand(-1, self.num_classes, -1)
-        )
-        reweighted = x_0_probs * likelihood.view_as(x_0_probs)
-        return super().q_posterior(x_t, reweighted / reweighted.sum(1, keepdim=True), t)
-
-
-class Argmax(DiscreteDiffusion):
-    """The single most probable x_0, and its posterior."""
-
-    def p_theta(self, x_t, t, logits=None):
-        best = self.model(x_t, t).argmax(1)
-        return self.q_posterior(x_t, torch.nn.functional.one_hot(best, self.num_classes).movedim(-1, 1).double(), t)
-
-
 def toy(name, K):
     """images [N, D], probs [N], shape. One pixel with P(x_0 = 1) = 0.1, or correlated 2x2 images."""
     if name == "pixel":
@@ -422,11 +404,19 @@ def toy(name, K):
 class ExactChain:
     """A toy data set, the perfect network for it, and every state x of the image space."""
 
-    def __init__(self, name, K=2, T=20, cls=DiscreteDiffusion, **kwargs):
+    def __init__(self, name, K=2, T=20, cls=DiscreteDiffusion, steps=None, **kwargs):
         self.images, self.probs, self.shape = toy(name, K)
         reference = make(K, T, **kwargs)
         self.bar_Q, self.Q = reference.bar_Q.numpy(), reference.Q.numpy()
         self.d = make(K, T, model=ExactPosterior(self.images, self.probs, self.bar_Q), cls=cls, **kwargs)
+        if steps is not None:  # the network stays the one of the T original timesteps
+            self.d, T = self.d.respaced(steps), len(steps)
+            kept = [0, *steps]
+            self.bar_Q = self.bar_Q[kept]
+            self.Q = np.stack([np.eye(self.Q.shape[-1])] + [
+                np.linalg.multi_dot([np.eye(self.Q.shape[-1]), *self.Q[a + 1 : b + 1]])
+                for a, b in itertools.pairwise(kept)
+            ])  # fmt: skip
         self.T, D, S = T, self.images.shape[1], self.Q.shape[-1]
         self.states = np.array(list(itertools.product(range(S), repeat=D)))  # [N, D]
 
@@ -519,6 +509,17 @@ def test_mean_bound_is_what_theory_says(name, kwargs, K):
     assert chain.mean_bound() == pytest.approx(base + gap, abs=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:bar_Q")
+@pytest.mark.parametrize("kwargs, K", EXACT)
+def test_respaced_chain_is_exact(kwargs, K):
+    """With uneven gaps and the network of the whole chain: it returns the data; its bound is what theory says."""
+    steps = [1, 4, 5, 13, 20]
+    pixel = exact_chain("pixel", K, steps=steps, **kwargs)
+    np.testing.assert_allclose(pixel.final_distribution()[:K], pixel.probs, atol=1e-9)
+    square = exact_chain("2x2", K, steps=steps, **kwargs)
+    assert square.mean_bound() == pytest.approx(sum(square.theory()), abs=1e-6)
+
+
 @pytest.mark.parametrize("transition, K", [("uniform", 2), ("absorbing", 2), ("gaussian", 3)])
 def test_factorization_gap_shrinks_with_T(transition, K):
     gaps = [exact_chain("2x2", K, T, transition=transition).theory()[1] for T in (20, 60, 180)]
@@ -544,6 +545,44 @@ def test_joint_form_is_the_mixture_for_absorbing():
         )
         for t in range(1, T + 1):
             np.testing.assert_allclose(mixture.reverse_kernel(t), joint.reverse_kernel(t), atol=1e-12)
+
+
+# -- fewer steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:bar_Q")
+@pytest.mark.parametrize("transition, schedule, K", LEGAL)
+def test_respaced_matrices(transition, schedule, K):
+    """Walking through the skipped steps one by one is the step between the kept ones; bar_Q stays what it was."""
+    whole = make(K, 20, schedule, transition=transition)
+    for steps, kept in [(1, [20]), (4, [5, 10, 15, 20]), (20, list(range(1, 21))), ([2, 3, 20], [2, 3, 20])]:
+        d = whole.respaced(steps)
+        assert d.network_t.tolist() == [0, *kept] and d.timesteps == len(kept) and d.model is whole.model
+        for i, (before, t) in enumerate(itertools.pairwise([0, *kept])):
+            rows = np.eye(d.num_states)
+            for s in range(before + 1, t + 1):
+                rows = rows @ whole.Q[s].numpy()
+            np.testing.assert_allclose(d.Q[i + 1], rows, atol=1e-12)
+            np.testing.assert_allclose(d.bar_Q[i + 1], whole.bar_Q[t], atol=1e-12)
+        x_0 = torch.randint(0, K, (2, 1, 3, 3))
+        assert torch.allclose(d.L_T(x_0), whole.L_T(x_0), atol=1e-6)
+
+
+def test_respacing_again_and_by_nothing():
+    network = RandomNetwork(2, 2, 20)
+    whole = make(2, 20, model=network, cls=JointForm)
+    again = whole.respaced(10).respaced([1, 5, 10])
+    assert again.network_t.tolist() == [0, 2, 10, 20] and isinstance(again, JointForm)
+    assert torch.allclose(again.Q, whole.respaced([2, 10, 20]).Q)
+    assert torch.equal(whole.respaced(20).sample(50, shape=(1, 1, 2)), whole.sample(50, shape=(1, 1, 2)))
+    rebuilt = JointForm(network, **again.config)  # what a checkpoint of it would do
+    assert torch.equal(rebuilt.sample(50, shape=(1, 1, 2)), again.sample(50, shape=(1, 1, 2)))
+
+
+@pytest.mark.parametrize("steps", [0, 21, -1, [], [5], [0, 20], [5, 5, 20], [9, 5, 20], [5, 21]])
+def test_respacing_refuses_other_timesteps(steps):
+    with pytest.raises(ValueError, match="20"):
+        make(2, 20).respaced(steps)
 
 
 # -- the bound of a network that is not perfect, against the likelihood of its whole chain ----------------------------

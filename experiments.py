@@ -1,0 +1,227 @@
+"""The README's tables and figures, one subcommand each. They need full MNIST.
+
+    python experiments.py table            # the design choices, each trained for the same time
+
+Results are kept, run by run, in results_d3pm/experiments/: a command that was stopped goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+# Read when torch loads: waiting threads sleep instead of spinning, 3 times as fast beside another busy program.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from benchmark import training_step
+from dataset import load_digits, to_levels
+from diffusion import IMAGE_SHAPE, DiscreteDiffusion, atomic_write, load_checkpoint, read_checkpoint, take_columns
+from evaluate import bound_terms, judge, load_classifier, quality, spread, summarize_bound
+from train import DEFAULTS, build_diffusion, build_model
+
+OUT_DIR = Path("results_d3pm") / "experiments"
+warnings.filterwarnings("ignore", "bar_Q.T. is far from stationary")  # the linear schedule is here on purpose
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reverse steps that are here only to be compared with
+
+
+class JointForm(DiscreteDiffusion):
+    """Equation 4 with the network's output taken as p(x_0 | x_t): counts the likelihood q(x_t | x_0) twice."""
+
+    def q_posterior(self, x_t, x_0_probs, t):
+        likelihood = take_columns(self._at(self.bar_Q, t, x_0_probs)[:, : self.num_classes], x_t)
+        joint = x_0_probs * likelihood
+        return super().q_posterior(x_t, joint / joint.sum(1, keepdim=True), t)
+
+
+class Argmax(DiscreteDiffusion):
+    """The single most probable x_0, and its posterior: the model's uncertainty is thrown away."""
+
+    def p_theta(self, x_t, t, logits=None):
+        logits = self.x_0_logits(x_t, t) if logits is None else logits
+        best = F.one_hot(logits.argmax(1), self.num_classes).movedim(-1, 1)
+        return self.q_posterior(x_t, best.to(logits), t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# table: what each design choice is worth
+
+# What differs from train.py's defaults, and the reverse step.
+ROWS = {
+    "uniform, cosine, cross-entropy": ({}, DiscreteDiffusion),
+    "the same, seed 1": ({"seed": 1}, DiscreteDiffusion),
+    "the same, seed 2": ({"seed": 2}, DiscreteDiffusion),
+    "the same network as seed 0, joint form": ({}, JointForm),
+    "the same network as seed 0, argmax": ({}, Argmax),
+    "uniform, linear, cross-entropy": ({"schedule": "linear"}, DiscreteDiffusion),
+    "uniform, cosine, variational": ({"loss": "variational"}, DiscreteDiffusion),
+    "uniform, cosine, hybrid": ({"loss": "hybrid"}, DiscreteDiffusion),
+    "absorbing, mutual_info, cross-entropy": ({"transition": "absorbing"}, DiscreteDiffusion),
+    "absorbing, mutual_info, variational": ({"transition": "absorbing", "loss": "variational"}, DiscreteDiffusion),
+    "absorbing, mutual_info, hybrid": ({"transition": "absorbing", "loss": "hybrid"}, DiscreteDiffusion),
+    "8 levels, uniform, cosine, cross-entropy": ({"levels": 8}, DiscreteDiffusion),
+    "8 levels, absorbing, mutual_info, cross-entropy": ({"levels": 8, "transition": "absorbing"}, DiscreteDiffusion),
+    "8 levels, gaussian, linear, cross-entropy": ({"levels": 8, "transition": "gaussian"}, DiscreteDiffusion),
+}
+LR = 2e-3
+NUM_SAMPLES = 500
+
+
+def run_name(changes: dict) -> str:
+    """The folder of a training: rows with the same changes share it."""
+    return "-".join(f"{key}_{value}" for key, value in changes.items()) or "default"
+
+
+def seconds_per_step(all_changes: list[dict], rounds: int = 6) -> list[float]:
+    """Of one training step with each of the changes on one thread, taking turns: the medians."""
+    torch.set_num_threads(1)
+    contestants = []
+    for changes in all_changes:
+        diffusion = build_diffusion(build_model(DEFAULTS | changes), DEFAULTS | changes)
+        x_0 = torch.randint(0, diffusion.num_classes, (DEFAULTS["batch_size"], *IMAGE_SHAPE))
+        contestants.append((diffusion, torch.optim.AdamW(diffusion.parameters(), 1e-4), x_0))
+    seconds = [[] for _ in contestants]
+    for _ in tqdm(range(rounds), desc="timing a step of each", disable=None):
+        for contestant, turns in zip(contestants, seconds, strict=True):
+            start = time.process_time()
+            training_step(*contestant)
+            turns.append(time.process_time() - start)
+    return [statistics.median(turns[1:]) for turns in seconds]  # the first warms up
+
+
+def train_run(changes: dict, steps: int, data_root: str) -> Path:
+    """Train with the changes for so many steps, or go on with it, in a process of one thread. The last checkpoint."""
+    out_dir = OUT_DIR / "table" / run_name(changes)
+    last = out_dir / "checkpoints" / "last.pth"
+    if last.exists() and read_checkpoint(last)["step"] >= steps:
+        return last
+    command = ["train.py", "--data", "mnist", "--data-root", data_root, "--lr", LR, "--steps", steps]
+    command += ["--out-dir", out_dir, *(["--resume"] if last.exists() else [])]
+    for key, value in changes.items():
+        command += ["--" + key.replace("_", "-"), value]
+    with open(OUT_DIR / "table" / f"{out_dir.name}.log", "a") as log:
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    if done.returncode:
+        raise RuntimeError(f"training {out_dir.name} ended with code {done.returncode}: see {log.name}")
+    return last
+
+
+def table_row(name: str, steps: int, data_root: str) -> dict:
+    """Train the row's network and judge it on the validation digits; in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    changes, reverse_step = ROWS[name]
+    diffusion = load_checkpoint(train_run(changes, steps, data_root))
+    diffusion = reverse_step(diffusion.model, **diffusion.config).eval()
+    K, classifier = diffusion.num_classes, load_classifier("cpu")
+    grey = load_digits("validation", "mnist", data_root).images
+    x_0 = to_levels(grey, K, "threshold", torch.Generator().manual_seed(0))
+    bound = None
+    if reverse_step is not Argmax:  # whose bound is infinite
+        bound = summarize_bound(bound_terms(diffusion, x_0, 4, "cpu"))
+    reference, _ = judge(classifier, x_0, K, "cpu")
+    samples = diffusion.sample(NUM_SAMPLES)
+    train = load_digits("train", "mnist", data_root).images
+    x_train = to_levels(spread(train, NUM_SAMPLES), K, "threshold")
+    return {
+        "row": name,
+        "steps": steps,
+        "bound": bound,
+        "samples": quality(samples, reference, classifier, K, "cpu"),
+        "training_digits": quality(x_train, reference, classifier, K, "cpu"),
+    }
+
+
+def table(args: argparse.Namespace) -> None:
+    folder = OUT_DIR / "table"
+    folder.mkdir(parents=True, exist_ok=True)
+    load_digits("train", "mnist", args.data_root)  # fails here, in one line, if there is no MNIST
+    plan = folder / "plan.json"
+    if plan.exists() and json.loads(plan.read_text())["minutes"] != args.minutes:
+        raise ValueError(f"{folder} holds the same table with other --minutes: move it away")
+    if not plan.exists():
+        unseeded = {run_name(changes): changes for changes, _ in ROWS.values() if "seed" not in changes}
+        seconds = dict(zip(unseeded, seconds_per_step(list(unseeded.values())), strict=True))
+        write_json(plan, {"minutes": args.minutes, "seconds_per_step": seconds})
+    seconds = json.loads(plan.read_text())["seconds_per_step"]
+
+    def steps(name: str) -> int:
+        changes = {key: value for key, value in ROWS[name][0].items() if key != "seed"}
+        return round(60 * args.minutes / seconds[run_name(changes)])
+
+    result = folder / "table.json"
+    done = json.loads(result.read_text()) if result.exists() else {}
+    # Rows that share a training wait for the row that makes it.
+    for wave in (
+        [name for name, (_, reverse_step) in ROWS.items() if reverse_step is DiscreteDiffusion],
+        [name for name, (_, reverse_step) in ROWS.items() if reverse_step is not DiscreteDiffusion],
+    ):
+        todo = [name for name in wave if name not in done]
+        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+            rows = [pool.submit(table_row, name, steps(name), args.data_root) for name in todo]
+            for row in tqdm(as_completed(rows), total=len(rows), desc="rows", disable=None):
+                done[row.result()["row"]] = row.result()
+                write_json(result, done)
+
+    floor = {K: done[name]["training_digits"] for name, K in ((next(iter(ROWS)), 2), (list(ROWS)[-1], 8))}
+    print("| | steps | bound | Fréchet distance | precision | recall | ink |\n| --- " + "| ---: " * 6 + "|")
+    for name in ROWS:
+        bound = done[name]["bound"]
+        shown = "infinite" if bound is None else f"{bound['nats_per_image']:.1f} ± {bound['standard_error']:.1f}"
+        print(f"| {name} | {done[name]['steps']} | {shown} | {quality_cells(done[name]['samples'])} |")
+    for K, digits in floor.items():
+        print(f"| *training digits, {K} levels* | | | {quality_cells(digits)} |")
+
+
+def quality_cells(q: dict) -> str:
+    return f"{q['frechet_distance']:.2f} | {q['precision']:.2f} | {q['recall']:.2f} | {q['ink']:.3f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2).encode())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add = commands.add_parser("table", help="what each design choice is worth, trained for the same time").add_argument
+    commands.choices["table"].set_defaults(run=table)
+    add("--minutes", type=float, default=10, help="training time of each row on one core (default 10)")
+    add("--jobs", type=int, default=os.cpu_count(), help="rows at a time, each on one thread (default: all cores)")
+    for command in commands.choices.values():
+        command.add_argument("--data-root", default="data", help="where MNIST is or goes (default data)")
+    args = parser.parse_args()
+    if args.minutes <= 0 or args.jobs < 1:
+        parser.error("--minutes must be positive and --jobs at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"experiments.py: error: {(str(error) or type(error).__name__).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
