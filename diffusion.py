@@ -494,8 +494,12 @@ def draw(probs: Tensor, u: Tensor | None = None) -> Tensor:
 
 
 def kl_divergence(q: Tensor, p: Tensor, dim: int) -> Tensor:
-    """sum of q log(q / p) over `dim`, in nats: 0 log 0 = 0, and +inf where q > 0 = p."""
-    return (torch.xlogy(q, q) - q * torch.where(q > 0, p, 1.0).log()).sum(dim)
+    """sum of q log(q / p) over `dim`, in nats: 0 log 0 = 0, and +inf where q > 0 = p.
+
+    A q so small that its p can underflow (below 1e-19 in float32) counts as 0: its term is far below rounding.
+    """
+    counts = q > torch.finfo(q.dtype).tiny ** 0.5
+    return (torch.xlogy(q, q) - q * torch.where(counts, p, 1.0).log()).sum(dim)
 
 
 def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:

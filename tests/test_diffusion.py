@@ -358,6 +358,16 @@ def test_posterior_stays_finite_in_float32(K):
     np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
 
 
+def test_bound_stays_finite_where_probabilities_underflow():
+    """Between far levels a Gaussian kernel falls below what float32 can hold: no reason for an infinite bound."""
+    d = make(8, 200, transition="gaussian")
+    x_0, x_t, t = torch.tensor([[[[2, 5]]]]), torch.tensor([[[[0, 0]]]]), torch.tensor([36])
+    w = torch.tensor([0.998, 1.1e-3, 3.1e-4, 1.0e-4, 4.0e-5, 1.5e-5, 6.2e-6, 8.3e-7])  # a trained network's
+    logits = w.log().view(1, 8, 1, 1).expand(1, 8, 1, 2)
+    low, high = (d.L_t_minus_1(x_0, x_t, t, v).item() for v in (logits, logits.double()))
+    assert low == pytest.approx(high, rel=1e-4)
+
+
 def test_posterior_refuses_the_impossible():
     """A visible pixel of an absorbing chain was always that level: any other x_0 alone is an error, not a NaN."""
     d = DiscreteDiffusion(Constant(2), 2, 5, Q=torch.from_numpy(absorbing_chain(2, 5)[0]))
