@@ -4,6 +4,7 @@
     python train.py --data offline --epochs 5        # a first look in two minutes, no download
     python train.py --resume                         # go on after Ctrl-C, a crash, or for more: --resume --epochs 80
     python train.py --lr 2e-3 --steps 4000           # good digits soon on full MNIST
+    torchrun --nproc_per_node=2 train.py             # the same run, shared by two processes
 
 Writes into --out-dir: checkpoints/model_epoch_N.pth and samples/sample_epoch_N.png every 5 epochs and at the end,
 checkpoints/last.pth and metrics.csv every epoch, loss_curve.png.
@@ -26,6 +27,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -61,6 +64,8 @@ DEFAULTS = {
     "limit": None,
     "seed": 0,
     "device": "auto",
+    "compile": False,
+    "amp": False,
     "out_dir": "results_d3pm",
 }
 LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # 1,750 steps on the offline digits are too few for 1e-4
@@ -77,6 +82,10 @@ WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 LABEL_DROPOUT = 0.1
 EVERY = 5  # epochs between kept checkpoints and sample sheets
+# Set by torchrun: this process's number among all and among those on this machine.
+RANK, LOCAL_RANK, WORLD_SIZE = (
+    int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,6 +117,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit", type=int, metavar="N", help="train on N digits only")
     add("--seed", type=int, help="of weights, batches and noise (default 0)")
     add("--device", help="cpu, cuda, mps, ... (default auto: the best there is)")
+    add("--compile", action="store_true", default=None, help="compile the network first: takes a minute or more, so it "
+        "pays in long runs")  # fmt: skip
+    add("--amp", action="store_true", default=None, help="run the network in bfloat16: pays where the hardware has it "
+        "(recent GPUs; few CPUs)")  # fmt: skip
     add("--out-dir", help="where everything is written (default results_d3pm)")
     add("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help="go on from the newest checkpoint in "
         "--out-dir, or from this one. With more --epochs the learning rate goes on as in a run of that length: after "
@@ -197,6 +210,28 @@ def build_diffusion(model: torch.nn.Module, settings: dict) -> DiscreteDiffusion
     )
 
 
+class Autocast(torch.nn.Module):
+    """A network that computes in bfloat16 where that is safe. Its logits come out in float32: the probabilities that
+    are made of them need all the digits."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: torch.Tensor, *args) -> torch.Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16):
+            return self.network(x_t, *args).float()
+
+
+def mean_over_processes(*values: float) -> list[float]:
+    """The mean of each value over all processes, which wait here for each other."""
+    if WORLD_SIZE == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return (sums / WORLD_SIZE).tolist()
+
+
 def average(averaged: list[torch.Tensor], current: list[torch.Tensor], n: torch.Tensor) -> None:
     """Exponential moving average over about the last ninth of the steps so far, at most 1,000 of them."""
     decay = min(0.999, (1 + int(n)) / (10 + int(n)))
@@ -247,13 +282,25 @@ def plot_history(history: list[dict], out_dir: Path) -> None:
 def main() -> int:
     args = parse_arguments()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    if RANK > 0:  # the first process speaks and writes for all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the end)
     checkpoint = find_run(args)
     settings = merge_settings(args, checkpoint)
     device = pick_device(settings["device"])
     out_dir = Path(settings["out_dir"])
     seed, batch_size = settings["seed"], settings["batch_size"]
+    if batch_size % WORLD_SIZE:
+        raise ValueError(f"the batch of {batch_size} can't be shared equally by {WORLD_SIZE} processes")
+    shard = slice(RANK * batch_size // WORLD_SIZE, (RANK + 1) * batch_size // WORLD_SIZE)
+    if WORLD_SIZE > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", LOCAL_RANK)
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
-    # Data
+    # Data: the first process on a machine fetches what is missing, the others find it.
+    if LOCAL_RANK > 0:
+        mean_over_processes(0)
     loader = get_dataloader(
         batch_size,
         settings["data_root"],
@@ -262,7 +309,11 @@ def main() -> int:
         num_levels=settings["levels"],
         binarize=settings["binarize"],
     )
+    if LOCAL_RANK == 0:
+        mean_over_processes(0)
     source = loader.source
+    if mean_over_processes(source == "mnist")[0] not in (0, 1):
+        raise ValueError("some machines have MNIST and some only the offline digits: choose with --data")
     if checkpoint and checkpoint["data"] != source:
         raise ValueError(f"the run was trained on {checkpoint['data']} digits, but these are {source} digits")
     grey = load_digits("validation", source, settings["data_root"]).images
@@ -272,7 +323,10 @@ def main() -> int:
     # Network, diffusion, optimizer, averaged copy
     torch.manual_seed(seed)
     network = build_model(settings).to(device)
-    diffusion = build_diffusion(network, settings)
+    model = Autocast(network) if settings["amp"] else network
+    model = torch.compile(model) if settings["compile"] else model
+    model = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    diffusion = build_diffusion(model, settings)
     averaged = build_diffusion(AveragedModel(network, multi_avg_fn=average, use_buffers=True), settings)
     averaged.eval()
     optimizer = torch.optim.AdamW(network.parameters(), settings["lr"], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
@@ -295,7 +349,8 @@ def main() -> int:
     if step >= total:
         raise ValueError(f"the run to resume has all its {total} steps: give more with --epochs or --steps")
 
-    if args.overwrite:
+    mean_over_processes(0)  # nobody looks for a run any more
+    if args.overwrite and RANK == 0:
         for folder in ("checkpoints", "samples"):
             if (out_dir / folder).exists():
                 shutil.rmtree(out_dir / folder)
@@ -324,14 +379,16 @@ def main() -> int:
         save_checkpoint(out_dir / "checkpoints" / name, state)
 
     weights = sum(p.numel() for p in network.parameters())
+    processes = f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     print(
         f"{len(loader.dataset):,} {source} digits for training, {len(validation):,} for validation\n"
-        f"{settings['network']} with {weights:,} weights on {device}; T = {settings['timesteps']}\n"
+        f"{settings['network']} with {weights:,} weights on {device}{processes}; T = {settings['timesteps']}\n"
         f"{total} steps of {batch_size}, {total / steps_per_epoch:.3g} epochs; "
         f"AdamW with peak learning rate {settings['lr']:g}"
     )
 
     # A first Ctrl-C or SIGTERM lets the step end and saves; a second one means it.
+    stop = False
     received: list[int] = []
 
     def on_signal(number, frame):
@@ -342,44 +399,46 @@ def main() -> int:
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
 
-    while step < total and not received:
+    while step < total and not stop:
         first_step = step
         epoch, done = divmod(step, steps_per_epoch)
         restart(loader, seed, epoch)
         start = time.perf_counter()
         bar = tqdm(total=steps_per_epoch * batch_size, initial=done * batch_size, desc=f"epoch {epoch + 1}/{epochs}",
-                   unit="img", leave=False, disable=None)  # fmt: skip
+                   unit="img", leave=False, disable=True if RANK > 0 else None)  # fmt: skip
         network.train()
         for x_0, label in islice(loader, done, None):
-            # The noise depends on (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn.
+            # The noise depends on (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn,
+            # and processes that share a batch draw what one process would have drawn, and take their part of it.
             generator = torch.Generator().manual_seed(stream_seed(seed, 0, step))
             t = diffusion.draw_t(batch_size, generator)
             u = torch.rand(x_0.shape, generator=generator)
             y = None
             if settings["conditional"]:
-                y = label.masked_fill(torch.rand(batch_size, generator=generator) < LABEL_DROPOUT, -1).to(device)
+                y = label.masked_fill(torch.rand(batch_size, generator=generator) < LABEL_DROPOUT, -1)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings["lr"], step, total)
-            loss = diffusion.loss(x_0.to(device), t.to(device), u.to(device), y)
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss.item()} at step {step}: try a smaller --lr (checkpoints are intact)"
-                )
+            loss = diffusion.loss(*(v if v is None else v[shard].to(device) for v in (x_0, t, u, y)))
+            mean_loss, stop = mean_over_processes(loss.item(), bool(received))
+            if not math.isfinite(mean_loss):
+                raise ValueError(f"the loss is {mean_loss} at step {step}: try a smaller --lr (checkpoints are intact)")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             averaged.model.update_parameters(network)
             step += 1
-            loss_sum += loss.item()
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            loss_sum += mean_loss
+            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             bar.update(batch_size)
-            if received or step == total:
+            if stop or step == total:
                 break
         bar.close()
         if step % steps_per_epoch and step < total:
             break
 
+        if RANK > 0:
+            continue
         epoch += 1
         seconds = time.perf_counter() - start
         history.append(
@@ -411,11 +470,13 @@ def main() -> int:
             with atomic_write(out_dir / "samples" / f"sample_epoch_{epoch}.png") as file:
                 image_grid(averaged.sample(64, seed), settings["levels"], columns=8).save(file, format="png")
 
-    if received and step < total:
-        save("last.pth")
-        print(f"Stopped by {signal.Signals(received[0]).name} after step {step} of {total}, saved in "
-              f"{out_dir / 'checkpoints' / 'last.pth'}; go on with --resume", file=sys.stderr)  # fmt: skip
-        return 128 + received[0]
+    if stop and step < total:
+        number = received[0] if received else signal.SIGTERM  # perhaps only another process was told
+        if RANK == 0:
+            save("last.pth")
+            print(f"Stopped by {signal.Signals(number).name} after step {step} of {total}, saved in "
+                  f"{out_dir / 'checkpoints' / 'last.pth'}; go on with --resume", file=sys.stderr)  # fmt: skip
+        return 128 + number
     print(f"Done. Draw digits: python sample.py {out_dir / 'checkpoints' / f'model_epoch_{epochs}.pth'}")
     return 0
 
@@ -424,6 +485,11 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"train.py: error: {(str(error) or type(error).__name__).splitlines()[0]}")
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        if WORLD_SIZE > 1:
+            line = f"process {RANK}: {line}"
+            if isinstance(error, RuntimeError):
+                line += " (has another process ended? The last checkpoint is intact: go on with --resume)"
+        sys.exit(f"train.py: error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)

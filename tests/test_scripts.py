@@ -283,6 +283,36 @@ def test_steps_in_place_of_epochs(tmp_path, cheap):
     assert "exclude" in fail("train.py", *TRAIN, "--steps", 6, "--epochs", 2)
 
 
+def test_two_processes_train_what_one_does(tmp_path, cheap):
+    """Same losses, same weights up to rounding; and one process can go on with what two began."""
+    flags = *TRAIN, "--conditional", "--epochs", 1
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, REPOSITORY / "train.py", *flags, "--out-dir", "two"]
+    subprocess.run(list(map(str, command)), cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
+    succeed("train.py", *flags, "--out-dir", tmp_path / "one")
+    one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.pth") for name in ("one", "two"))
+    assert two["history"][0]["train_loss"] == pytest.approx(one["history"][0]["train_loss"], rel=1e-5)
+    for name, weight in one["weights"].items():
+        assert torch.allclose(two["weights"][name], weight, atol=1e-3), name
+    succeed("train.py", "--resume", "--epochs", 2, "--out-dir", tmp_path / "two")
+    assert read_checkpoint(tmp_path / "two" / "checkpoints" / "last.pth")["step"] == 8
+
+
+def test_a_batch_that_processes_cannot_share(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "16 can't be shared equally by 3" in fail("train.py", *TRAIN)
+
+
+def test_amp_stays_close(tmp_path, cheap):
+    """bfloat16 moves the loss by its rounding, not more; the checkpoint is an ordinary one."""
+    losses = []
+    for flags in ([], ["--amp"]):
+        succeed("train.py", *TRAIN, "--epochs", 1, "--out-dir", tmp_path / f"run{len(flags)}", *flags)
+        losses.append(float(read_metrics(tmp_path / f"run{len(flags)}")[0]["train_loss"]))
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    load_checkpoint(tmp_path / "run1" / "checkpoints" / "last.pth")
+
+
 @pytest.mark.parametrize("mistake", ["--limit 8", "--channels 7 7 7"])
 def test_overwrite_with_a_mistake_keeps_the_old_run(mistake, my_run):
     fail("train.py", *TRAIN, "--epochs", 1, "--out-dir", my_run, "--overwrite", *mistake.split())
