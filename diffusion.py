@@ -572,8 +572,13 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> DiscreteDiffusion:
-    """A ready `DiscreteDiffusion` in eval mode with the averaged weights; raises what `read_checkpoint` raises."""
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", timesteps: int | None = None
+) -> DiscreteDiffusion:
+    """A ready `DiscreteDiffusion` in eval mode with the averaged weights, respaced to so many timesteps if given.
+
+    Raises what `read_checkpoint` and `DiscreteDiffusion.respaced` raise.
+    """
     checkpoint = read_checkpoint(path)
     try:
         diffusion = DiscreteDiffusion(build_network(checkpoint["network"]), **checkpoint["diffusion"])
@@ -581,4 +586,6 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Dis
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit this version of the repository: {reason}") from None
+    if timesteps is not None:
+        diffusion = diffusion.respaced(timesteps)
     return diffusion.eval().to(device)

@@ -241,6 +241,11 @@ def nearest_digits(samples: Tensor, train: Tensor, k: int = 7) -> tuple[Tensor, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def write_json(path: Path, value) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2).encode())
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -274,9 +279,7 @@ def main() -> None:
         train_classifier(args.data_root)
         return
     device = pick_device(args.device)
-    diffusion = load_checkpoint(args.checkpoint, device)
-    if args.timesteps is not None:
-        diffusion = diffusion.respaced(args.timesteps)
+    diffusion = load_checkpoint(args.checkpoint, device, args.timesteps)
     checkpoint = read_checkpoint(args.checkpoint)
     classifier = load_classifier(device)
     K, protocol, trained_on = diffusion.num_classes, checkpoint.get("binarize", "threshold"), checkpoint["data"]
@@ -340,8 +343,7 @@ def main() -> None:
     report["nearest_training_digit"] = {"least_distances": least.tolist()}
     with atomic_write(out_dir / "nearest.png") as file:
         image_grid(rows, K, columns=8).save(file, format="png")
-    with atomic_write(out_dir / "evaluation.json") as file:
-        file.write(json.dumps(report, indent=2).encode())
+    write_json(out_dir / "evaluation.json", report)
     print(f"Wrote {', '.join(written)} in {out_dir}")
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from benchmark import training_step
 from dataset import load_digits, to_levels
-from diffusion import IMAGE_SHAPE, DiscreteDiffusion, atomic_write, load_checkpoint, read_checkpoint, take_columns
-from evaluate import bound_terms, judge, load_classifier, quality, spread, summarize_bound
+from diffusion import IMAGE_SHAPE, DiscreteDiffusion, load_checkpoint, read_checkpoint, take_columns
+from evaluate import bound_terms, judge, load_classifier, quality, spread, summarize_bound, write_json
 from train import DEFAULTS, build_diffusion, build_model
 
 OUT_DIR = Path("results_d3pm") / "experiments"
@@ -191,11 +191,6 @@ def quality_cells(q: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, value) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=2).encode())
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -68,9 +68,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    diffusion = load_checkpoint(args.checkpoint, pick_device(args.device))
-    if args.timesteps is not None:
-        diffusion = diffusion.respaced(args.timesteps)
+    diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
     y, columns = None, None
     if args.digit:
         if not getattr(diffusion.model, "num_labels", 0):

@@ -357,7 +357,7 @@ def main() -> int:
         for name in ("metrics.csv", "loss_curve.png", "evaluation.json", "bound_terms.png", "nearest.png"):
             (out_dir / name).unlink(missing_ok=True)
     for leftover in out_dir.glob("checkpoints/.*.pth.*"):  # of a save that was killed
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)  # another process may have been faster
     (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     (out_dir / "samples").mkdir(exist_ok=True)
 

@@ -57,9 +57,7 @@ def titled_frame(x_t, num_levels: int, title: str) -> Image.Image:
 def main() -> None:
     args = parse_arguments()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    diffusion = load_checkpoint(args.checkpoint, pick_device(args.device))
-    if args.timesteps is not None:
-        diffusion = diffusion.respaced(args.timesteps)
+    diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
     T = diffusion.timesteps
     with atomic_write(args.out) as file:
         chain = enumerate(diffusion.reverse_process(args.n, args.seed))
