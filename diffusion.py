@@ -360,7 +360,10 @@ class DiscreteDiffusion(nn.Module):
         """
         t = self.draw_t(len(x_0)).to(x_0.device) if t is None else t
         x_t = self.q_sample(x_0, t, u)
-        logits = self.x_0_logits(x_t, t, y)
+        return self.loss_at(x_0, x_t, t, self.x_0_logits(x_t, t, y))
+
+    def loss_at(self, x_0: Tensor, x_t: Tensor, t: Tensor, logits: Tensor) -> Tensor:
+        """`loss` of logits of x_0, [B, K, H, W], that a network gave for x_t at t."""
         cross_entropy = F.cross_entropy(logits, x_0[:, 0].long())
         if self.loss_type == "cross_entropy":
             return cross_entropy

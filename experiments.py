@@ -1,6 +1,7 @@
 """The README's tables and figures, one subcommand each. They need full MNIST.
 
-    python experiments.py table            # the design choices, each trained for the same time
+    python experiments.py table                    # the design choices, each trained for the same time
+    python experiments.py steps [CHECKPOINT]       # quality against the number of sampling steps
 
 Results are kept, run by run, in results_d3pm/experiments/: a command that was stopped goes on where it was.
 """
@@ -14,6 +15,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,10 +26,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmark import training_step
-from dataset import load_digits, to_levels
-from diffusion import IMAGE_SHAPE, DiscreteDiffusion, load_checkpoint, read_checkpoint, take_columns
+from benchmark import Trainer
+from dataset import load_digits, sha256, to_levels
+from diffusion import (
+    IMAGE_SHAPE,
+    DiscreteDiffusion,
+    atomic_write,
+    load_checkpoint,
+    read_checkpoint,
+    take_columns,
+)
 from evaluate import bound_terms, judge, load_classifier, quality, spread, summarize_bound, write_json
+from model import pick_device
 from train import DEFAULTS, build_diffusion, build_model
 
 OUT_DIR = Path("results_d3pm") / "experiments"
@@ -87,16 +97,16 @@ def run_name(changes: dict) -> str:
 def seconds_per_step(all_changes: list[dict], rounds: int = 6) -> list[float]:
     """Of one training step with each of the changes on one thread, taking turns: the medians."""
     torch.set_num_threads(1)
-    contestants = []
+    trainers = []
     for changes in all_changes:
         diffusion = build_diffusion(build_model(DEFAULTS | changes), DEFAULTS | changes)
         x_0 = torch.randint(0, diffusion.num_classes, (DEFAULTS["batch_size"], *IMAGE_SHAPE))
-        contestants.append((diffusion, torch.optim.AdamW(diffusion.parameters(), 1e-4), x_0))
-    seconds = [[] for _ in contestants]
+        trainers.append(Trainer(diffusion, repeat(x_0)))
+    seconds = [[] for _ in trainers]
     for _ in tqdm(range(rounds), desc="timing a step of each", disable=None):
-        for contestant, turns in zip(contestants, seconds, strict=True):
+        for trainer, turns in zip(trainers, seconds, strict=True):
             start = time.process_time()
-            training_step(*contestant)
+            trainer.step()
             turns.append(time.process_time() - start)
     return [statistics.median(turns[1:]) for turns in seconds]  # the first warms up
 
@@ -158,7 +168,7 @@ def table(args: argparse.Namespace) -> None:
         write_json(plan, {"minutes": args.minutes, "seconds_per_step": seconds})
     seconds = json.loads(plan.read_text())["seconds_per_step"]
 
-    def steps(name: str) -> int:
+    def steps_of(name: str) -> int:
         changes = {key: value for key, value in ROWS[name][0].items() if key != "seed"}
         return round(60 * args.minutes / seconds[run_name(changes)])
 
@@ -171,7 +181,7 @@ def table(args: argparse.Namespace) -> None:
     ):
         todo = [name for name in wave if name not in done]
         with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-            rows = [pool.submit(table_row, name, steps(name), args.data_root) for name in todo]
+            rows = [pool.submit(table_row, name, steps_of(name), args.data_root) for name in todo]
             for row in tqdm(as_completed(rows), total=len(rows), desc="rows", disable=None):
                 done[row.result()["row"]] = row.result()
                 write_json(result, done)
@@ -191,6 +201,85 @@ def quality_cells(q: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# steps: what fewer steps cost
+
+STEPS = (5, 10, 15, 20, 50, 100, 200)
+
+
+def steps(args: argparse.Namespace) -> None:
+    device = pick_device("auto")
+    checkpoint = read_checkpoint(args.checkpoint)
+    folder = OUT_DIR / "steps"
+    result = folder / "steps.json"
+    what = {"checkpoint": sha256(Path(args.checkpoint)), "num_samples": args.num_samples}
+    done = json.loads(result.read_text()) if result.exists() else what | {"rows": {}}
+    if any(done[key] != value for key, value in what.items()):
+        raise ValueError(f"{folder} holds the same table for another checkpoint or --num-samples: move it away")
+    test, train = (load_digits(split, "mnist", args.data_root).images for split in ("test", "train"))
+    full, classifier = load_checkpoint(args.checkpoint, device), load_classifier(device)
+
+    def levels(grey):
+        return to_levels(grey, full.num_classes, checkpoint["binarize"], torch.Generator().manual_seed(0))
+
+    x_test = levels(test)
+    reference, _ = judge(classifier, x_test, full.num_classes, device)
+    for n in tqdm([n for n in STEPS if n <= full.timesteps and str(n) not in done["rows"]], disable=None):
+        diffusion = full.respaced(n)
+        terms = bound_terms(diffusion, x_test, 4, device)
+        start = time.perf_counter()
+        samples = diffusion.sample(args.num_samples)
+        done["rows"][str(n)] = {
+            "seconds": time.perf_counter() - start,
+            "bound": summarize_bound(terms),
+            "samples": quality(samples, reference, classifier, full.num_classes, device),
+        }
+        write_json(result, done)
+    x_train = levels(spread(train, args.num_samples))
+    done["training_digits"] = quality(x_train, reference, classifier, full.num_classes, device)
+    write_json(result, done)
+
+    print("| steps | bound | Fréchet distance | precision | recall | ink | digits per second |\n" + "| ---: " * 7 + "|")
+    for n, row in done["rows"].items():
+        bound, rate = row["bound"], args.num_samples / row["seconds"]
+        shown = f"{bound['nats_per_image']:.1f} ± {bound['standard_error']:.1f}"
+        print(f"| {n} | {shown} | {quality_cells(row['samples'])} | {rate:.1f} |")
+    print(f"| *training digits* | | {quality_cells(done['training_digits'])} | |")
+    plot_steps(done, args.out)
+    print(f"Wrote {args.out}")
+
+
+def plot_steps(done: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    n = [int(key) for key in done["rows"]]
+    rows = done["rows"].values()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.errorbar(
+        n,
+        [row["bound"]["nats_per_image"] for row in rows],
+        [row["bound"]["standard_error"] for row in rows],
+        marker="o",
+        capsize=3,
+    )
+    left.set(ylabel="test bound, nats per image")
+    right.plot(n, [row["samples"]["frechet_distance"] for row in rows], marker="o", color="tab:orange")
+    right.axhline(done["training_digits"]["frechet_distance"], color="gray", linestyle="--", label="training digits")
+    right.set(ylabel=f"Fréchet distance of {done['num_samples']:,} samples", ylim=(0, None))
+    right.legend()
+    for axis in (left, right):
+        axis.set(xlabel="steps from noise to digits", xscale="log")
+        axis.set_xticks(n, labels=map(str, n))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -200,11 +289,23 @@ def parse_arguments() -> argparse.Namespace:
     commands.choices["table"].set_defaults(run=table)
     add("--minutes", type=float, default=10, help="training time of each row on one core (default 10)")
     add("--jobs", type=int, default=os.cpu_count(), help="rows at a time, each on one thread (default: all cores)")
+    add = commands.add_parser("steps", help="bound and samples of one model against the number of steps").add_argument
+    commands.choices["steps"].set_defaults(run=steps)
+    add("checkpoint", help="a .pth file written by train.py")
+    add("--num-samples", type=int, default=1000, help="images drawn to judge each number of steps (default 1000)")
+    add(
+        "--out",
+        type=Path,
+        default=OUT_DIR / "steps" / "steps.png",
+        help=f"the plot (default {OUT_DIR}/steps/steps.png)",
+    )
     for command in commands.choices.values():
         command.add_argument("--data-root", default="data", help="where MNIST is or goes (default data)")
     args = parser.parse_args()
-    if args.minutes <= 0 or args.jobs < 1:
+    if args.run is table and (args.minutes <= 0 or args.jobs < 1):
         parser.error("--minutes must be positive and --jobs at least 1")
+    if args.run is steps and (args.num_samples < 20 or args.out.suffix != ".png"):
+        parser.error("--num-samples must be at least 20, and --out end in .png")
     return args
 
 

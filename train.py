@@ -56,6 +56,7 @@ DEFAULTS = {
     "levels": 2,
     "binarize": "threshold",
     "conditional": False,
+    "label_dropout": 0.1,
     "lr": None,  # by the digits in use: see LEARNING_RATE
     "network": "unet",
     "channels": None,  # the network's own
@@ -80,7 +81,6 @@ FREE_ON_RESUME = {
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
-LABEL_DROPOUT = 0.1
 EVERY = 5  # epochs between kept checkpoints and sample sheets
 # Set by torchrun: this process's number among all and among those on this machine.
 RANK, LOCAL_RANK, WORLD_SIZE = (
@@ -105,8 +105,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--levels", type=int, metavar="K", help="grey levels (default 2)")
     add("--binarize", choices=["threshold", "dynamic"], help="threshold (default), or dynamic: every epoch draws each "
         "pixel from Bernoulli(grey level) anew")  # fmt: skip
-    add("--conditional", action="store_true", default=None, help="tell the network the digit's class, for all but one "
-        "image in ten: the model then draws with and without a class")  # fmt: skip
+    add("--conditional", action="store_true", default=None, help="tell the network the digit's class, for most "
+        "images: the model then draws with and without a class")  # fmt: skip
+    add("--label-dropout", type=float, metavar="P", help="share of images whose class --conditional hides "
+        "(default 0.1)")  # fmt: skip
     add("--lr", type=float, help="peak learning rate of AdamW (default 1e-4 on MNIST, 2e-3 on the offline digits); "
         f"{WARMUP_STEPS} warm-up steps (a tenth of shorter runs), then cosine decay to 0 at the last step")  # fmt: skip
     add("--network", choices=["unet", "plain"], help="unet (default), or plain: the common baseline, 10 times slower")
@@ -138,6 +140,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--seed must be in 0..2^32-1")
     if args.hybrid_weight is not None and not 0 <= args.hybrid_weight < math.inf:
         parser.error("--hybrid-weight must be at least 0")
+    if args.label_dropout is not None and not 0 <= args.label_dropout <= 1:
+        parser.error("--label-dropout must be in 0..1")
+    if args.label_dropout is not None and not (args.conditional or args.resume):
+        parser.error("--label-dropout goes with --conditional")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -415,7 +421,7 @@ def main() -> int:
             u = torch.rand(x_0.shape, generator=generator)
             y = None
             if settings["conditional"]:
-                y = label.masked_fill(torch.rand(batch_size, generator=generator) < LABEL_DROPOUT, -1)
+                y = label.masked_fill(torch.rand(batch_size, generator=generator) < settings["label_dropout"], -1)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings["lr"], step, total)
             loss = diffusion.loss(*(v if v is None else v[shard].to(device) for v in (x_0, t, u, y)))
@@ -489,7 +495,7 @@ if __name__ == "__main__":
         if WORLD_SIZE > 1:
             line = f"process {RANK}: {line}"
             if isinstance(error, RuntimeError):
-                line += " (has another process ended? The last checkpoint is intact: go on with --resume)"
+                line = line.split(". ")[0] + " (has another ended? The last checkpoint is intact: go on with --resume)"
         sys.exit(f"train.py: error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -298,6 +298,29 @@ def test_two_processes_train_what_one_does(tmp_path, cheap):
     assert read_checkpoint(tmp_path / "two" / "checkpoints" / "last.pth")["step"] == 8
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes through /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_end_of_one_of_two_processes(number, tmp_path):
+    """A killed worker ends the run with a clear message; Ctrl-C on torchrun saves first. The checkpoint is whole."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(REPOSITORY / "train.py"), *TRAIN, "--epochs", "100000", "--out-dir", "two"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    last = tmp_path / "two" / "checkpoints" / "last.pth"
+    deadline = time.monotonic() + 60
+    while not last.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]) if number == signal.SIGKILL else process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if number == signal.SIGKILL:
+        assert "train.py: error: process 0:" in err or "Stopped by SIGTERM" in err
+    else:
+        assert "Stopped by SIGINT" in err
+    assert read_checkpoint(last)["step"] > 0
+
+
 def test_a_batch_that_processes_cannot_share(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "16 can't be shared equally by 3" in fail("train.py", *TRAIN)
