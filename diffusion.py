@@ -29,6 +29,7 @@ from tqdm import tqdm
 from model import build_network
 
 IMAGE_SHAPE = (1, 32, 32)
+RELEASED = Path(__file__).parent / "results_d3pm" / "released" / "d3pm_mnist.pth"  # what the scripts use by default
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedules: beta_1 .. beta_T as a float64 tensor [T] (section 3.2)
@@ -417,6 +418,11 @@ class DiscreteDiffusion(nn.Module):
         return total
 
     # -- sampling -----------------------------------------------------------------------------------------------------
+
+    def classes(self, n: int, first: int = 0) -> Tensor | None:
+        """Labels for images first .. first + n - 1 that take turns, int64 [n]; None if the network takes no labels."""
+        num_labels = getattr(self.model, "num_labels", 0)
+        return torch.arange(first, first + n) % num_labels if num_labels else None
 
     @torch.no_grad()
     def reverse_process(self, n: int, seed: int = 0, first: int = 0, shape=IMAGE_SHAPE, y=None, guidance: float = 0.0):

@@ -1,10 +1,12 @@
 """What a model is worth: its bound on test digits, the quality of its samples, and whether it only remembers.
 
+    python evaluate.py                                        # the model that ships with the repository
     python evaluate.py results_d3pm/checkpoints/last.pth
     python evaluate.py CHECKPOINT --exact --images 500        # every t for 500 digits, instead of a few t for all
     python evaluate.py --train-classifier                     # how the judge of the samples was made
 
 Writes evaluation.json, bound_terms.png and nearest.png into the folder of the checkpoint's run (or --out-dir).
+Samples are those of sample.py's defaults.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import image_grid, load_digits, to_levels
-from diffusion import DiscreteDiffusion, atomic_write, load_checkpoint, read_checkpoint, save_checkpoint
+from diffusion import RELEASED, DiscreteDiffusion, atomic_write, load_checkpoint, read_checkpoint, save_checkpoint
 from model import pick_device
 
 CLASSIFIER = Path(__file__).parent / "results_d3pm" / "released" / "classifier.pth"
@@ -249,7 +251,7 @@ def write_json(path: Path, value) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, help="a .pth file written by train.py")
+    add("checkpoint", nargs="?", type=Path, help="a .pth file written by train.py (default: the released model)")
     add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
         "trained with); the bound becomes that of the shorter chain")  # fmt: skip
     add("--images", type=int, metavar="N", help="bound on N of the digits only (default all)")
@@ -259,12 +261,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the samples, as for sample.py (default 0)")
     add("--data", choices=["auto", "mnist", "offline"], default="auto", help="as for train.py (default auto)")
     add("--data-root", default="data", help="where MNIST is or goes (default data)")
-    add("--out-dir", type=Path, help="where to write (default: the folder of the checkpoint's run)")
+    add(
+        "--out-dir",
+        type=Path,
+        help="where to write (default: the folder of the checkpoint's run, results_d3pm for the released model)",
+    )
     add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
     add("--train-classifier", action="store_true", help="make the classifier that judges samples; needs MNIST")
     args = parser.parse_args()
-    if (args.checkpoint is None) != args.train_classifier:
-        parser.error("give a checkpoint, or --train-classifier alone")
+    if args.checkpoint and args.train_classifier:
+        parser.error("give a checkpoint or --train-classifier")
     if args.repeats < 1 or (args.images or 2) < 2 or args.seed < 0:
         parser.error("--repeats must be at least 1, --images at least 2, --seed at least 0")
     if args.num_samples < 20:
@@ -279,12 +285,18 @@ def main() -> None:
         train_classifier(args.data_root)
         return
     device = pick_device(args.device)
+    run = Path("results_d3pm")  # where to write
+    if args.checkpoint is None:
+        args.checkpoint = RELEASED
+        print(f"Using the released model, {RELEASED}")
+    else:
+        folder = args.checkpoint.parent
+        run = folder.parent if folder.name == "checkpoints" else folder
     diffusion = load_checkpoint(args.checkpoint, device, args.timesteps)
     checkpoint = read_checkpoint(args.checkpoint)
     classifier = load_classifier(device)
     K, protocol, trained_on = diffusion.num_classes, checkpoint.get("binarize", "threshold"), checkpoint["data"]
-    run = args.checkpoint.parent
-    out_dir = args.out_dir or (run.parent if run.name == "checkpoints" else run)
+    out_dir = args.out_dir or run
     out_dir.mkdir(parents=True, exist_ok=True)
 
     def levels(grey: Tensor, seed: int) -> Tensor:
@@ -301,7 +313,7 @@ def main() -> None:
         train = load_digits("train", "offline")  # where memorized digits would come from
     x_test, x_train = levels(test.images, 0), levels(train.images, 1)
     what = f"{K} levels" if K > 2 else f"{protocol} binarization"
-    report = {"checkpoint": str(args.checkpoint), "digits": name, "levels": K, "binarization": protocol}
+    report = {"checkpoint": os.path.relpath(args.checkpoint), "digits": name, "levels": K, "binarization": protocol}
     report["timesteps"] = diffusion.timesteps
     report["digits_were_in_training"] = seen
     written = ["evaluation.json", "nearest.png"]
@@ -324,7 +336,7 @@ def main() -> None:
             f"  L_T {bound['L_T']:.3f}, sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}, L_0 {bound['L_0']:.3f}"
         )
 
-    asked = torch.arange(args.num_samples) % 10 if getattr(diffusion.model, "num_labels", 0) else None
+    asked = diffusion.classes(args.num_samples)
     samples = diffusion.sample(args.num_samples, args.seed, progress=True, y=asked)
     reference, _ = judge(classifier, x_test, K, device)
     report["samples"] = quality(samples, reference, classifier, K, device, asked)

@@ -1,7 +1,9 @@
-"""The README's tables and figures, one subcommand each. They need full MNIST.
+"""The README's tables and figures, one subcommand each. All but forward and release need full MNIST.
 
     python experiments.py table                    # the design choices, each trained for the same time
     python experiments.py steps [CHECKPOINT]       # quality against the number of sampling steps
+    python experiments.py forward                  # a digit at t = 0, 25, ..., 200
+    python experiments.py release CHECKPOINT       # what a checkpoint needs for drawing: the file that ships
 
 Results are kept, run by run, in results_d3pm/experiments/: a command that was stopped goes on where it was.
 """
@@ -30,10 +32,12 @@ from benchmark import Trainer
 from dataset import load_digits, sha256, to_levels
 from diffusion import (
     IMAGE_SHAPE,
+    RELEASED,
     DiscreteDiffusion,
     atomic_write,
     load_checkpoint,
     read_checkpoint,
+    save_checkpoint,
     take_columns,
 )
 from evaluate import bound_terms, judge, load_classifier, quality, spread, summarize_bound, write_json
@@ -227,7 +231,7 @@ def steps(args: argparse.Namespace) -> None:
         diffusion = full.respaced(n)
         terms = bound_terms(diffusion, x_test, 4, device)
         start = time.perf_counter()
-        samples = diffusion.sample(args.num_samples)
+        samples = diffusion.sample(args.num_samples, y=diffusion.classes(args.num_samples))
         done["rows"][str(n)] = {
             "seconds": time.perf_counter() - start,
             "bound": summarize_bound(terms),
@@ -280,6 +284,44 @@ def plot_steps(done: dict, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# forward: what noise does to a digit
+
+
+def forward(args: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    digits = load_digits("validation", "auto", args.data_root)
+    x_0 = to_levels(digits.images[digits.labels == args.digit][:1])
+    diffusion = DiscreteDiffusion(torch.nn.Identity())
+    ts = range(0, diffusion.timesteps + 1, 25)
+    torch.manual_seed(0)
+    u = torch.rand(x_0.shape)  # the same for all t: once flipped, nearly always flipped
+    figure, axes = plt.subplots(1, len(ts), figsize=(1.2 * len(ts), 1.5), layout="constrained")
+    for t, axis in zip(ts, axes, strict=True):
+        axis.imshow(diffusion.q_sample(x_0, torch.tensor([t]), u)[0, 0], cmap="gray", vmin=0, vmax=1)
+        axis.set_title(f"t = {t}", fontsize=10)
+        axis.axis("off")
+    with atomic_write(args.out) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+    print(f"Wrote {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# release: the checkpoint that ships
+
+
+def release(args: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(args.checkpoint)
+    kept = {key: checkpoint[key] for key in ("network", "diffusion", "averaged_weights", "data", "binarize", "step")}
+    save_checkpoint(args.out, kept)
+    print(f"Wrote {args.out}: the averaged weights after step {kept['step']}, {args.out.stat().st_size / 1e6:.2f} MB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -291,7 +333,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--jobs", type=int, default=os.cpu_count(), help="rows at a time, each on one thread (default: all cores)")
     add = commands.add_parser("steps", help="bound and samples of one model against the number of steps").add_argument
     commands.choices["steps"].set_defaults(run=steps)
-    add("checkpoint", help="a .pth file written by train.py")
+    add("checkpoint", nargs="?", default=RELEASED, help="a .pth file written by train.py (default: the released model)")
     add("--num-samples", type=int, default=1000, help="images drawn to judge each number of steps (default 1000)")
     add(
         "--out",
@@ -299,13 +341,23 @@ def parse_arguments() -> argparse.Namespace:
         default=OUT_DIR / "steps" / "steps.png",
         help=f"the plot (default {OUT_DIR}/steps/steps.png)",
     )
+    add = commands.add_parser("forward", help="a digit at t = 0, 25, ..., 200").add_argument
+    commands.choices["forward"].set_defaults(run=forward)
+    add("--digit", type=int, choices=range(10), default=8, metavar="D", help="its class (default 8)")
+    add("--out", type=Path, default=OUT_DIR / "forward.png", help=f"the picture (default {OUT_DIR}/forward.png)")
+    add = commands.add_parser("release", help="keep what drawing needs of a checkpoint").add_argument
+    commands.choices["release"].set_defaults(run=release)
+    add("checkpoint", help="a .pth file written by train.py")
+    add("--out", type=Path, default=RELEASED, help=f"where to (default {RELEASED.name} in results_d3pm/released/)")
     for command in commands.choices.values():
         command.add_argument("--data-root", default="data", help="where MNIST is or goes (default data)")
     args = parser.parse_args()
     if args.run is table and (args.minutes <= 0 or args.jobs < 1):
         parser.error("--minutes must be positive and --jobs at least 1")
-    if args.run is steps and (args.num_samples < 20 or args.out.suffix != ".png"):
-        parser.error("--num-samples must be at least 20, and --out end in .png")
+    if args.run is steps and args.num_samples < 20:
+        parser.error("--num-samples must be at least 20")
+    if args.run in (steps, forward) and args.out.suffix != ".png":
+        parser.error(f"--out must end in .png, got {args.out}")
     return args
 
 

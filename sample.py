@@ -1,5 +1,6 @@
 """Draw digits from a trained checkpoint.
 
+    python sample.py                                         # 16 digits from the model that ships with the repository
     python sample.py results_d3pm/checkpoints/last.pth --n 16
     python sample.py CHECKPOINT --n 64 --timesteps 20        # a tenth of the steps, and of the time
     python sample.py CHECKPOINT --n 10000 --save-tensor digits.pt
@@ -23,14 +24,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from dataset import image_grid
-from diffusion import atomic_write, load_checkpoint
+from diffusion import RELEASED, atomic_write, load_checkpoint
 from model import pick_device
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="a .pth file written by train.py; it knows its network, T and schedule")
+    add("checkpoint", nargs="?", type=Path, default=RELEASED, help="a .pth file written by train.py; it knows its "
+        "network, T and schedule (default: the released model)")  # fmt: skip
     add("--n", type=int, help="how many images (default 16; 10 a class with --digit 0123456789)")
     add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
         "trained with; a tenth of them draws ten times as fast and nearly as well)")  # fmt: skip
@@ -38,23 +40,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-tensor", type=Path, metavar="FILE.pt", help="also write the images as a uint8 tensor [n, 1, 32, 32]")
     add("--seed", type=int, default=0, help="which endless sheet of images to draw from (default 0)")
     add("--first", type=int, default=0, metavar="I", help="start at image number I of that sheet (default 0)")
-    add("--digit", metavar="D", help="draw --n images of class D; 0123456789 draws a row of --n images of each class. "
-        "For checkpoints of train.py --conditional")  # fmt: skip
+    add("--digit", metavar="D", help="draw --n images of class D; 0123456789 draws a row of --n images of each class; "
+        "none draws without a class. For checkpoints of train.py --conditional, where by default image i is of class "
+        "i mod 10")  # fmt: skip
     add("--guidance", type=float, metavar="W", help="with --digit: push the logits of x_0 away from those without a "
         "class, W times as far again (default 0: plain conditional)")  # fmt: skip
     add("--batch-size", type=int, default=64, help="images at a time (default 64)")
     add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
     args = parser.parse_args()
     if args.n is None:
-        args.n = 10 if args.digit and len(args.digit) > 1 else 16
-    args.out = args.out or Path(f"d3pm_generated_samples_{Path(args.checkpoint).stem}.png")
+        args.n = 10 if args.digit == "0123456789" else 16
+    args.out = args.out or Path(f"d3pm_generated_samples_{args.checkpoint.stem}.png")
     if args.n < 1 or args.batch_size < 1:
         parser.error("--n and --batch-size must be at least 1")
     if args.seed < 0 or args.first < 0:
         parser.error("--seed and --first must be at least 0")
-    if args.digit is not None and args.digit not in (*"0123456789", "0123456789"):
-        parser.error(f"--digit takes one digit from 0 to 9, or 0123456789 for a row of each; got {args.digit!r}")
-    if args.guidance is not None and args.digit is None:
+    if args.digit is not None and args.digit not in (*"0123456789", "0123456789", "none"):
+        parser.error(f"--digit takes one digit from 0 to 9, 0123456789 for a row of each, or none; got {args.digit!r}")
+    if args.guidance is not None and args.digit in (None, "none"):
         parser.error("--guidance goes with --digit")
     if args.guidance is not None and not 0 <= args.guidance < math.inf:
         parser.error("--guidance must be at least 0")
@@ -68,11 +71,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    if args.checkpoint == RELEASED:
+        print(f"Using the released model, {RELEASED}")
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
-    y, columns = None, None
-    if args.digit:
-        if not getattr(diffusion.model, "num_labels", 0):
-            raise ValueError(f"--digit: {args.checkpoint} was trained without classes (train.py --conditional)")
+    y, columns = diffusion.classes(args.n, args.first), None
+    if args.digit and y is None:
+        raise ValueError(f"--digit: {args.checkpoint} was trained without classes (train.py --conditional)")
+    if args.digit == "none":
+        y = None
+    elif args.digit:
         y = torch.tensor([int(digit) for digit in args.digit]).repeat_interleave(args.n)
         columns = args.n if len(args.digit) > 1 else None
     n = args.n if y is None else len(y)

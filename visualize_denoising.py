@@ -1,5 +1,6 @@
 """Write an animated GIF of the reverse process: from noise at t = T to digits at t = 0.
 
+python visualize_denoising.py                    # with the model that ships with the repository
 python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 --out denoising_process.gif
 """
 
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from dataset import image_grid
-from diffusion import atomic_write, load_checkpoint
+from diffusion import RELEASED, atomic_write, load_checkpoint
 from model import pick_device
 
 HOLD_MS = 3000  # how long the finished digits stay
@@ -25,7 +26,8 @@ HOLD_MS = 3000  # how long the finished digits stay
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", help="a .pth file written by train.py; it knows its network, T and schedule")
+    add("checkpoint", nargs="?", type=Path, default=RELEASED, help="a .pth file written by train.py; it knows its "
+        "network, T and schedule (default: the released model)")  # fmt: skip
     add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
         "trained with)")  # fmt: skip
     add("--out", type=Path, default=Path("denoising_process.gif"), help="the GIF (default denoising_process.gif)")
@@ -57,10 +59,12 @@ def titled_frame(x_t, num_levels: int, title: str) -> Image.Image:
 def main() -> None:
     args = parse_arguments()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    if args.checkpoint == RELEASED:
+        print(f"Using the released model, {RELEASED}")
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
     T = diffusion.timesteps
     with atomic_write(args.out) as file:
-        chain = enumerate(diffusion.reverse_process(args.n, args.seed))
+        chain = enumerate(diffusion.reverse_process(args.n, args.seed, y=diffusion.classes(args.n)))
         frames = [
             titled_frame(x_t, diffusion.num_classes, f"t = {diffusion.network_t[T - i]}")
             for i, x_t in tqdm(chain, total=T + 1, desc="denoising", unit="step")

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import diffusion
+import train
 from dataset import image_grid
 from diffusion import atomic_write, load_checkpoint, read_checkpoint, save_checkpoint
 
@@ -217,6 +218,28 @@ def test_stop_in_the_middle_of_an_epoch_loses_nothing(run, monkeypatch, cheap):
     succeed("train.py", "--resume", "--out-dir", "cut")
     assert same_weights(last, run / "checkpoints" / "last.pth")
     assert [row["train_loss"] for row in read_metrics(Path("cut"))] == [row["train_loss"] for row in read_metrics(run)]
+
+
+def test_muon_goes_on_bit_for_bit(monkeypatch, cheap):
+    """Its momentum and AdamW's state both come back from the checkpoint."""
+    flags = *TRAIN, "--optimizer", "muon", "--epochs", 2
+    succeed("train.py", *flags, "--out-dir", "straight")
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 5, signal.SIGTERM)
+        call("train.py", *flags, "--out-dir", "cut")
+    succeed("train.py", "--resume", "--out-dir", "cut")
+    assert same_weights("cut/checkpoints/last.pth", "straight/checkpoints/last.pth")
+
+
+def test_orthogonalized():
+    """Close to U V^T of the singular value decomposition, whatever the shape."""
+    torch.manual_seed(0)
+    for shape in ((8, 40), (40, 8)):
+        matrix = torch.randn(shape)
+        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        update = train.orthogonalized(matrix)
+        assert (U.T @ update @ Vh.T - torch.eye(8)).abs().max() < 0.35
+        assert ((U.T @ update @ Vh.T).diagonal() > 0.65).all()
 
 
 def test_second_ctrl_c_stops_at_once(monkeypatch):
@@ -506,8 +529,16 @@ def test_conditional_run(monkeypatch):
     told = torch.cat(told)
     assert len(told) == 320 and set(told.tolist()) == set(range(-1, 10))
     assert 0.04 < (told == -1).double().mean() < 0.17
-    for flags in ("", "--digit 7", "--digit 7 --guidance 2"):
-        succeed("sample.py", "out/checkpoints/last.pth", "--n", 2, *flags.split(), "--out", "a.png")
+    drawn = {}
+    for flags in ("", "--first 7", "--digit 7", "--digit 7 --guidance 2", "--digit none"):
+        last = "out/checkpoints/last.pth", "--save-tensor", "a.pt", "--out", "a.png"
+        succeed("sample.py", *last, "--n", 8, *flags.split())
+        drawn[flags] = torch.load("a.pt")
+    assert torch.equal(drawn[""][7], drawn["--digit 7"][7])  # by default image i is of class i mod 10
+    assert torch.equal(drawn[""][7], drawn["--first 7"][0])
+    d = load_checkpoint("out/checkpoints/last.pth")
+    assert torch.equal(drawn["--digit none"], d.sample(8))
+    assert torch.equal(drawn["--digit 7 --guidance 2"], d.sample(8, y=torch.full((8,), 7), guidance=2))
     succeed("sample.py", "out/checkpoints/last.pth", "--n", 3, "--digit", "0123456789", "--out", "rows.png")
     with Image.open("rows.png") as picture:
         assert picture.size == (2 * (3 * 34 + 2), 2 * (10 * 34 + 2))
@@ -608,6 +639,14 @@ def test_fewer_timesteps(run):
         assert np.array_equal(np.asarray(gif.convert("L"))[24:], image_grid(images))
 
 
+@pytest.mark.parametrize("script", ["sample.py", "visualize_denoising.py"])
+def test_without_a_checkpoint_the_released_one_is_used(script, run, monkeypatch):
+    """And the script says so."""
+    monkeypatch.setattr(diffusion, "RELEASED", run / "checkpoints" / "last.pth")
+    out = succeed(script, "--n", 2)
+    assert out.splitlines()[0] == f"Using the released model, {diffusion.RELEASED}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: a non-zero exit, one line that says "error", no traceback, no file
 
@@ -668,6 +707,9 @@ def test_checkpoint_whose_weights_do_not_fit(script, bad_files):
     "--channels 8 8 12",
     "--channels 8 8",
     "--network plain",  # with --channels
+    "--label-dropout 0.5",  # without --conditional
+    "--conditional --label-dropout 1.5",
+    "--optimizer sgd",
     "--network big",
     "--schedule sine",
     "--transition nonsense",
@@ -694,7 +736,6 @@ def test_bad_input_to_train(arguments, bad_files):
 
 
 @pytest.mark.parametrize("arguments", [
-    "",
     "good.pth --n 0",
     "good.pth --n -1",
     "good.pth --n many",
