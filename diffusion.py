@@ -247,7 +247,9 @@ class DiscreteDiffusion(nn.Module):
         what the network was trained for, stays the same. The network is told the original t.
 
         Args:
-            steps: how many steps, evenly spread, from 1 to T; or the timesteps to keep, in rising order up to T.
+            steps: how many steps, from 1 to T; or the timesteps to keep, in rising order up to T. A number is spread so
+                that about as many pixels lose their value in each step, whatever the schedule: with 15 of 200 uniform
+                timesteps that draws better digits than timesteps at equal distances.
 
         Raises:
             ValueError: for more steps than there are, or timesteps that are not such a list.
@@ -256,7 +258,7 @@ class DiscreteDiffusion(nn.Module):
         if isinstance(steps, int):
             if not 1 <= steps <= T:
                 raise ValueError(f"the number of steps must be in 1..{T}, the timesteps of training, got {steps}")
-            steps = torch.linspace(0, T, steps + 1, dtype=torch.float64).round().long().tolist()[1:]
+            steps = self._spread(steps)
         kept = [0, *steps]
         if kept[-1] != T or any(a >= b for a, b in pairwise(kept)):
             raise ValueError(f"the timesteps to keep must rise from at least 1 to {T}")
@@ -264,6 +266,16 @@ class DiscreteDiffusion(nn.Module):
         config = {key: value for key, value in self.config.items() if key not in ("transition", "schedule")}
         config |= {"timesteps": len(steps), "Q": torch.stack([self.Q[0], *Q]), "network_t": self.network_t[kept]}
         return type(self)(self.model, **config)
+
+    def _spread(self, n: int) -> list[int]:
+        """n different timesteps up to T, evenly spaced in the share of pixels that have lost their value, or nearly."""
+        T, K = self.timesteps, self.num_classes
+        changed = 1 - self.bar_Q[:, :K, :K].diagonal(dim1=1, dim2=2).mean(1)  # [T+1], the mean over levels
+        kept = [0]
+        for k in range(1, n + 1):
+            nearest = int((changed - k / n * changed[T]).abs().argmin())
+            kept.append(min(max(nearest, kept[-1] + 1), T - (n - k)))  # distinct, and room for those to come
+        return [*kept[1:-1], T]
 
     # -- the forward process q ----------------------------------------------------------------------------------------
 

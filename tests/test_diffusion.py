@@ -565,9 +565,11 @@ def test_joint_form_is_the_mixture_for_absorbing():
 def test_respaced_matrices(transition, schedule, K):
     """Walking through the skipped steps one by one is the step between the kept ones; bar_Q stays what it was."""
     whole = make(K, 20, schedule, transition=transition)
-    for steps, kept in [(1, [20]), (4, [5, 10, 15, 20]), (20, list(range(1, 21))), ([2, 3, 20], [2, 3, 20])]:
+    for steps, kept in [(1, [20]), (4, None), (19, None), (20, list(range(1, 21))), ([2, 3, 20], [2, 3, 20])]:
         d = whole.respaced(steps)
+        kept = kept or d.network_t.tolist()[1:]
         assert d.network_t.tolist() == [0, *kept] and d.timesteps == len(kept) and d.model is whole.model
+        assert kept == sorted(set(kept)) and kept[0] > 0 and kept[-1] == 20
         for i, (before, t) in enumerate(itertools.pairwise([0, *kept])):
             rows = np.eye(d.num_states)
             for s in range(before + 1, t + 1):
@@ -578,10 +580,19 @@ def test_respaced_matrices(transition, schedule, K):
         assert torch.allclose(d.L_T(x_0), whole.L_T(x_0), atol=1e-6)
 
 
+def test_a_number_of_steps_is_spread_evenly_over_what_is_lost():
+    """Against closed forms: alpha_bar = cos(...) at the kept timesteps, and 1 - t/T, which is even in t."""
+    assert make(2, 20, "mutual_info", transition="absorbing").respaced(4).network_t.tolist() == [0, 5, 10, 15, 20]
+    t = make(2, 200, "cosine").respaced(15).network_t.double()
+    alpha_bar = torch.cos((t / 200 + 0.008) / 1.008 * torch.pi / 2)
+    lost = 1 - alpha_bar / alpha_bar[0]
+    assert (lost - torch.arange(16) / 15).abs().max() < 0.005  # half of the largest step of 200
+
+
 def test_respacing_again_and_by_nothing():
     network = RandomNetwork(2, 2, 20)
     whole = make(2, 20, model=network, cls=JointForm)
-    again = whole.respaced(10).respaced([1, 5, 10])
+    again = whole.respaced(list(range(2, 21, 2))).respaced([1, 5, 10])
     assert again.network_t.tolist() == [0, 2, 10, 20] and isinstance(again, JointForm)
     assert torch.allclose(again.Q, whole.respaced([2, 10, 20]).Q)
     assert torch.equal(whole.respaced(20).sample(50, shape=(1, 1, 2)), whole.sample(50, shape=(1, 1, 2)))
