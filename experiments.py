@@ -2,6 +2,7 @@
 
     python experiments.py table                    # the design choices, each trained for the same time
     python experiments.py steps [CHECKPOINT]       # quality against the number of sampling steps
+    python experiments.py time                     # quality against training time, beside the common baseline
     python experiments.py forward                  # a digit at t = 0, 25, ..., 200
     python experiments.py release CHECKPOINT       # what a checkpoint needs for drawing: the file that ships
 
@@ -28,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmark import Trainer
-from dataset import load_digits, sha256, to_levels
+from benchmark import Trainer, endless
+from dataset import get_dataloader, load_digits, sha256, to_levels
 from diffusion import (
     IMAGE_SHAPE,
     RELEASED,
@@ -41,8 +42,8 @@ from diffusion import (
     take_columns,
 )
 from evaluate import bound_terms, judge, load_classifier, quality, spread, summarize_bound, write_json
-from model import pick_device
-from train import DEFAULTS, build_diffusion, build_model
+from model import build_network, pick_device
+from train import DEFAULTS, build_diffusion, build_model, learning_rate
 
 OUT_DIR = Path("results_d3pm") / "experiments"
 warnings.filterwarnings("ignore", "bar_Q.T. is far from stationary")  # the linear schedule is here on purpose
@@ -284,6 +285,92 @@ def plot_steps(done: dict, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# time: what a minute of training is worth
+
+CONTESTANTS = {
+    # network, schedule, peak learning rate and whether it decays, reverse step
+    "this repository": ("unet", "cosine", LR, True, DiscreteDiffusion),
+    "PlainUNet, its own recipe": ("plain", "linear", 1e-4, False, Argmax),
+}
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the training at which the network is judged
+
+
+def train_and_judge(name: str, args: argparse.Namespace) -> list[dict]:
+    """Train one contestant on all cores, with a clock that stands still while it is judged."""
+    network, schedule, lr, decays, reverse_step = CONTESTANTS[name]
+    torch.manual_seed(0)
+    diffusion = DiscreteDiffusion(build_network({"name": network}), schedule=schedule)
+    trainer = Trainer(diffusion, endless(get_dataloader(128, args.data_root, "mnist")))
+    # The baseline's recipe has no averaged weights and a constant rate.
+    judged = DiscreteDiffusion(trainer.averaged.module if decays else trainer.network, **diffusion.config)
+    grey = load_digits("validation", "mnist", args.data_root).images
+    x_0, classifier = to_levels(grey), load_classifier("cpu")
+    reference, _ = judge(classifier, x_0, 2, "cpu")
+    total, turns, step, rows = None, [], 0, []
+    for fraction in FRACTIONS:
+        trainer.network.train()
+        while total is None or step < fraction * total:
+            trainer.optimizer.param_groups[0]["lr"] = learning_rate(lr, step, total or 10**6) if decays else lr
+            turns.append(trainer.step())
+            step += 1
+            if step == 5:  # what fits
+                total = round(
+                    60 * args.minutes / statistics.median(map(sum, zip(*trainer.seconds.values(), strict=True)))
+                )
+        judged.eval()
+        terms = bound_terms(judged, spread(x_0, 1000), 4, "cpu")  # by the mixture: that of argmax is infinite
+        drawn = reverse_step(judged.model, **judged.config).respaced(args.timesteps).sample(NUM_SAMPLES)
+        rows.append(
+            {
+                "minutes": sum(turns) / 60,
+                "steps": step,
+                "bound": summarize_bound(terms),
+                "samples": quality(drawn, reference, classifier, 2, "cpu"),
+            }
+        )
+        row = rows[-1]
+        print(f"{name}: {row['minutes']:.1f} minutes, {step} steps: {row['bound']['nats_per_image']:.1f} nats, "
+              f"Fréchet distance {row['samples']['frechet_distance']:.2f}", flush=True)  # fmt: skip
+    return rows
+
+
+def time_to_quality(args: argparse.Namespace) -> None:
+    result = OUT_DIR / "time.json"
+    what = {"minutes": args.minutes, "timesteps": args.timesteps}
+    done = json.loads(result.read_text()) if result.exists() else what | {"rows": {}}
+    if any(done[key] != value for key, value in what.items()):
+        raise ValueError(f"{result} holds the same plot for other arguments: move it away")
+    for name in CONTESTANTS:
+        if name not in done["rows"]:
+            done["rows"][name] = train_and_judge(name, args)
+            write_json(result, done)
+    plot_time(done, args.out)
+    print(f"Wrote {args.out}")
+
+
+def plot_time(done: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, rows in done["rows"].items():
+        minutes = [row["minutes"] for row in rows]
+        left.plot(minutes, [row["bound"]["nats_per_image"] for row in rows], marker="o", label=name)
+        right.plot(minutes, [row["samples"]["frechet_distance"] for row in rows], marker="o", label=name)
+    left.set(ylabel="bound on validation digits, nats per image")
+    right.set(ylabel=f"Fréchet distance of {NUM_SAMPLES} samples in {done['timesteps']} steps")
+    for axis in (left, right):
+        axis.set(xlabel="minutes of training", xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # forward: what noise does to a digit
 
 
@@ -341,6 +428,11 @@ def parse_arguments() -> argparse.Namespace:
         default=OUT_DIR / "steps" / "steps.png",
         help=f"the plot (default {OUT_DIR}/steps/steps.png)",
     )
+    add = commands.add_parser("time", help="bound and samples against minutes of training").add_argument
+    commands.choices["time"].set_defaults(run=time_to_quality)
+    add("--minutes", type=float, default=10, help="training time of each network (default 10)")
+    add("--timesteps", type=int, default=20, metavar="N", help="sampling steps to judge with (default 20)")
+    add("--out", type=Path, default=OUT_DIR / "time.png", help=f"the plot (default {OUT_DIR}/time.png)")
     add = commands.add_parser("forward", help="a digit at t = 0, 25, ..., 200").add_argument
     commands.choices["forward"].set_defaults(run=forward)
     add("--digit", type=int, choices=range(10), default=8, metavar="D", help="its class (default 8)")
@@ -352,11 +444,15 @@ def parse_arguments() -> argparse.Namespace:
     for command in commands.choices.values():
         command.add_argument("--data-root", default="data", help="where MNIST is or goes (default data)")
     args = parser.parse_args()
-    if args.run is table and (args.minutes <= 0 or args.jobs < 1):
-        parser.error("--minutes must be positive and --jobs at least 1")
+    if args.run in (table, time_to_quality) and args.minutes <= 0:
+        parser.error("--minutes must be positive")
+    if args.run is table and args.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if args.run is time_to_quality and not 1 <= args.timesteps <= 200:
+        parser.error("--timesteps must be in 1..200")
     if args.run is steps and args.num_samples < 20:
         parser.error("--num-samples must be at least 20")
-    if args.run in (steps, forward) and args.out.suffix != ".png":
+    if args.run in (steps, forward, time_to_quality) and args.out.suffix != ".png":
         parser.error(f"--out must end in .png, got {args.out}")
     return args
 
