@@ -23,6 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks about 
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +32,7 @@ from dataset import get_dataloader
 from diffusion import IMAGE_SHAPE, DiscreteDiffusion, save_checkpoint
 from evaluate import write_json
 from model import build_network, pick_device
-from train import MAX_GRAD_NORM, average
+from train import BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, average
 
 PARTS = ("data", "noising", "network", "loss", "optimizer")
 WORKERS = 2  # of the baseline's DataLoader
@@ -50,7 +51,6 @@ class PerSample(Dataset):
                 transforms.ToPILImage(),
                 transforms.Pad(2),
                 transforms.ToTensor(),
-                transforms.Lambda(lambda x: (x > 0.5).long()),
             ]
         )
 
@@ -58,7 +58,7 @@ class PerSample(Dataset):
         return len(self.grey)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.transform(self.grey[i])
+        return (self.transform(self.grey[i]) > 0.5).long()
 
 
 def endless(loader: DataLoader):
@@ -68,23 +68,32 @@ def endless(loader: DataLoader):
 
 
 def mflop(network: torch.nn.Module) -> float:
-    """Of one forward pass of one image; multiply and add counted as two."""
+    """Of one forward pass of one image; multiply and add counted as two. (The fused attention would not be counted.)"""
     device = next(network.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, *IMAGE_SHAPE, dtype=torch.long, device=device), torch.ones(1, device=device).long())
     return counter.get_total_flops() / 1e6
 
 
 class Trainer:
-    """A network with all that a training step needs; `step` is that of train.py, with a clock between its parts."""
+    """A network with all that a training step needs, and a clock between the parts of a step.
 
-    def __init__(self, diffusion: DiscreteDiffusion, batches, compiled: bool = False):
+    The step is that of train.py; or, with `usual`, the common one: Adam at 1e-4, every t drawn on its own, no clipping
+    of gradients, no averaged weights.
+    """
+
+    def __init__(self, diffusion: DiscreteDiffusion, batches, compiled: bool = False, usual: bool = False):
         self.network, self.batches = diffusion.model, batches
         self.device = next(self.network.parameters()).device
         self.diffusion = diffusion
         if compiled:
             self.diffusion = DiscreteDiffusion(torch.compile(self.network), **diffusion.config)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), 1e-4, weight_decay=0.01)
+        self.usual, parameters = usual, self.network.parameters()
+        self.optimizer = (
+            torch.optim.Adam(parameters, 1e-4)
+            if usual
+            else torch.optim.AdamW(parameters, 1e-4, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        )
         self.averaged = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True)
         self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
 
@@ -93,7 +102,8 @@ class Trainer:
         d, clock = self.diffusion, [now(self.device)]
         x_0 = next(self.batches).to(self.device)
         clock.append(now(self.device))
-        t = d.draw_t(len(x_0)).to(self.device)
+        t = torch.randint(1, d.timesteps + 1, (len(x_0),)) if self.usual else d.draw_t(len(x_0))
+        t = t.to(self.device)
         x_t = d.q_sample(x_0, t)
         clock.append(now(self.device))
         logits = d.x_0_logits(x_t, t)
@@ -104,9 +114,11 @@ class Trainer:
         self.optimizer.zero_grad()
         logits.backward(leaf.grad)
         clock.append(now(self.device))
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
+        if not self.usual:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
-        self.averaged.update_parameters(self.network)
+        if not self.usual:
+            self.averaged.update_parameters(self.network)
         clock.append(now(self.device))
         data, noising, forward, loss, backward, optimizer = (b - a for a, b in pairwise(clock))
         for part, seconds in zip(PARTS, (data, noising, forward + backward, loss, optimizer), strict=True):
@@ -116,7 +128,9 @@ class Trainer:
 
 def now(device: torch.device) -> float:
     """The time once the device has done what it was given."""
-    if device.type in ("cuda", "mps"):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
@@ -137,14 +151,14 @@ def training(args: argparse.Namespace, device: torch.device) -> dict:
     grey = loader.dataset.tensors[0][:, 0, 2:-2, 2:-2].contiguous()  # back to 28x28: padding is the baseline's own work
     usual = DataLoader(PerSample(grey), args.batch_size, shuffle=True, num_workers=WORKERS, drop_last=True)
 
-    def trainer(network: str, loss: str, loader: DataLoader, compiled: bool = False) -> Trainer:
+    def trainer(network: str, loss: str, loader: DataLoader, **kwargs) -> Trainer:
         diffusion = DiscreteDiffusion(build_network({"name": network}).to(device), loss_type=loss)
-        return Trainer(diffusion, endless(loader), compiled)
+        return Trainer(diffusion, endless(loader), **kwargs)
 
     trainers = {
         "UNet": trainer("unet", "cross_entropy", loader),
         "UNet, variational": trainer("unet", "variational", loader),
-        "PlainUNet": trainer("plain", "cross_entropy", usual),
+        "PlainUNet": trainer("plain", "cross_entropy", usual, usual=True),
     }
     compiling = 0.0
     if args.compile:
@@ -171,7 +185,8 @@ def training(args: argparse.Namespace, device: torch.device) -> dict:
             "gflops": 3 * forward * args.batch_size / seconds / 1e3,  # backward counted as two forward passes
             "shares": {part: s / sum(parts.values()) for part, s in parts.items()},
         }
-    result["profile"] = profile(trainers["UNet"])
+    if device.type == "cpu":
+        result["profile"] = profile(trainers["UNet"])
     return result
 
 
@@ -206,11 +221,6 @@ def drawing(args: argparse.Namespace, device: torch.device) -> dict:
     seconds = now(device) - start
     return {
         "network_passes_per_second": {f"{name}, batch {B}": rate for (name, B), rate in medians.items()},
-        "images_per_second": {
-            f"{name}, batch {B}, {steps} steps": rate / steps
-            for (name, B), rate in medians.items()
-            for steps in (10, 20, 50, 200)
-        },
         "thousand_images": {
             "steps": args.few,
             "seconds": seconds,
@@ -242,7 +252,7 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 try:
     peak = next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-except OSError:
+except (OSError, StopIteration):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(peak)
 """
@@ -262,7 +272,8 @@ def commands(args: argparse.Namespace, device: torch.device) -> dict:
             start = time.perf_counter()
             done = subprocess.run([sys.executable, *map(str, arguments)], cwd=code, text=True, capture_output=True)
             if done.returncode:
-                raise RuntimeError(f"a process that was to be timed failed: {done.stderr.strip().splitlines()[-1]}")
+                last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+                raise RuntimeError(f"a process that was to be timed failed: {last}")
             return time.perf_counter() - start, done.stdout.splitlines()[-1]
 
         sample = ("sample.py", checkpoint, "--out", picture, "--device", device)
@@ -281,12 +292,13 @@ def commands(args: argparse.Namespace, device: torch.device) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def show(result: dict, batch_size: int, few: int) -> None:
+def show(result: dict) -> None:
     train, draw, command = result["training"], result["drawing"], result["commands"]
     peak = train["matrix_product_gflops"]
     print(f"torch {result['torch']}, {result['device']}, {result['threads']} threads; a 2048^3 float32 matrix product: "
           f"{peak:.0f} GFLOP/s; medians\n\n"
-          f"Training, batch {batch_size} (GFLOP/s: of the network, and as a share of the matrix product's)\n"
+          f"Training, batch {result['arguments']['batch_size']} (GFLOP/s: the network's operations over the time of "
+          "the whole step, and as a share of the matrix product's)\n"
           f"{'':18}{'weights':>10}{'MFLOP/img':>10}{'img/s':>7}{'GFLOP/s':>8}{'share':>6} |"
           + "".join(f"{part:>10}" for part in PARTS))  # fmt: skip
     for name, row in train.items():
@@ -300,7 +312,8 @@ def show(result: dict, batch_size: int, few: int) -> None:
     if train["seconds_to_compile"]:
         faster = train["UNet, compiled"]["images_per_second"] / rate["UNet"]
         print(f"compiled / eager: {faster:.2f}, for {train['seconds_to_compile']:.0f} s of compiling")
-    print("Where a step's time goes: " + ", ".join(f"{name} {s:.0%}" for name, s in train["profile"].items()))
+    if "profile" in train:
+        print("Where a step's time goes: " + ", ".join(f"{name} {s:.0%}" for name, s in train["profile"].items()))
 
     print("\nDrawing, images per second (extrapolated from five steps)\n" + f"{'':22}{'passes/s':>10}"
           + "".join(f"{f'{n} steps':>11}" for n in (10, 20, 50, 200)))  # fmt: skip
@@ -308,8 +321,8 @@ def show(result: dict, batch_size: int, few: int) -> None:
         print(f"{name:22}{rate:10.1f}" + "".join(f"{rate / n:11.2f}" for n in (10, 20, 50, 200)))
     thousand = draw["thousand_images"]
     plain = thousand["PlainUNet_200_steps_seconds_extrapolated"]
-    print(f"1,000 images: UNet in {few} steps {thousand['seconds']:.1f} s; PlainUNet in 200 steps {plain:.0f} s "
-          f"(extrapolated), {plain / thousand['seconds']:.0f} times as long")  # fmt: skip
+    print(f"1,000 images: UNet in {thousand['steps']} steps {thousand['seconds']:.1f} s (once); PlainUNet in 200 steps "
+          f"{plain:.0f} s (extrapolated), {plain / thousand['seconds']:.0f} times as long")  # fmt: skip
 
     print(f"\npython sample.py CHECKPOINT --n 16, T = 200: {command['seconds_to_16_digits']:.1f} s, of it "
           + ", ".join(f"{name} {s:.2f}" for name, s in command["of_it"].items())
@@ -332,12 +345,13 @@ def main() -> None:
         parser.error("--rounds and --batch-size must be at least 1, --few in 1..200")
     device = pick_device(args.device)
     result = {"torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}
+    result["arguments"] = vars(args)
     for part in (commands, training, drawing):
         start = time.perf_counter()
         result[part.__name__] = part(args, device)
         print(f"{part.__name__}: measured in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     write_json(OUT, result)
-    show(result, args.batch_size, args.few)
+    show(result)
     print(f"Wrote {OUT}")
 
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from model import build_network
 
 IMAGE_SHAPE = (1, 32, 32)
-RELEASED = Path(__file__).parent / "results_d3pm" / "released" / "d3pm_mnist.pth"  # what the scripts use by default
+# What the scripts use where no checkpoint is named
+RELEASED = Path(__file__).resolve().parent / "results_d3pm" / "released" / "d3pm_mnist.pth"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedules: beta_1 .. beta_T as a float64 tensor [T] (section 3.2)
@@ -248,8 +249,7 @@ class DiscreteDiffusion(nn.Module):
 
         Args:
             steps: how many steps, from 1 to T; or the timesteps to keep, in rising order up to T. A number is spread so
-                that about as many pixels lose their value in each step, whatever the schedule: with 15 of 200 uniform
-                timesteps that draws better digits than timesteps at equal distances.
+                that about as many pixels lose their value in each step, whatever the schedule.
 
         Raises:
             ValueError: for more steps than there are, or timesteps that are not such a list.

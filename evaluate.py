@@ -93,15 +93,13 @@ def summarize_bound(terms: dict) -> dict:
 
 
 def plot_terms(terms: dict, network_t: Tensor, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     sums = torch.zeros(len(network_t), dtype=torch.float64).index_add_(0, terms["t"], terms["terms"])
     counts = torch.bincount(terms["t"], minlength=len(network_t))
     seen = counts > 0
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     axis.plot(network_t[seen], (sums / counts)[seen], marker=".", linewidth=0.8)
     axis.set(
         xlabel="t", ylabel="mean term of the bound, nats per image", yscale="log", title="Where the bound comes from"
@@ -109,7 +107,6 @@ def plot_terms(terms: dict, network_t: Tensor, path: Path) -> None:
     axis.grid(alpha=0.3, which="both")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +261,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--out-dir",
         type=Path,
-        help="where to write (default: the folder of the checkpoint's run, results_d3pm for the released model)",
+        help="where to write (default: the folder of the run; results_d3pm/evaluation for the released model)",
     )
     add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
     add("--train-classifier", action="store_true", help="make the classifier that judges samples; needs MNIST")
@@ -285,13 +282,13 @@ def main() -> None:
         train_classifier(args.data_root)
         return
     device = pick_device(args.device)
-    run = Path("results_d3pm")  # where to write
     if args.checkpoint is None:
         args.checkpoint = RELEASED
         print(f"Using the released model, {RELEASED}")
-    else:
-        folder = args.checkpoint.parent
-        run = folder.parent if folder.name == "checkpoints" else folder
+    folder = args.checkpoint.parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if args.checkpoint.resolve() == RELEASED:  # its folder is part of the repository
+        run = Path("results_d3pm") / "evaluation"
     diffusion = load_checkpoint(args.checkpoint, device, args.timesteps)
     checkpoint = read_checkpoint(args.checkpoint)
     classifier = load_classifier(device)

@@ -11,6 +11,7 @@ Results are kept, run by run, in results_d3pm/experiments/: a command that was s
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -214,20 +215,21 @@ STEPS = (5, 10, 15, 20, 50, 100, 200)
 def steps(args: argparse.Namespace) -> None:
     device = pick_device("auto")
     checkpoint = read_checkpoint(args.checkpoint)
-    folder = OUT_DIR / "steps"
-    result = folder / "steps.json"
+    result = OUT_DIR / "steps.json"
     what = {"checkpoint": sha256(Path(args.checkpoint)), "num_samples": args.num_samples}
     done = json.loads(result.read_text()) if result.exists() else what | {"rows": {}}
     if any(done[key] != value for key, value in what.items()):
-        raise ValueError(f"{folder} holds the same table for another checkpoint or --num-samples: move it away")
+        raise ValueError(f"{result} holds the same table for another checkpoint or --num-samples: move it away")
     test, train = (load_digits(split, "mnist", args.data_root).images for split in ("test", "train"))
     full, classifier = load_checkpoint(args.checkpoint, device), load_classifier(device)
 
+    K, binarize = full.num_classes, checkpoint.get("binarize", "threshold")
+
     def levels(grey):
-        return to_levels(grey, full.num_classes, checkpoint["binarize"], torch.Generator().manual_seed(0))
+        return to_levels(grey, K, binarize, torch.Generator().manual_seed(0))
 
     x_test = levels(test)
-    reference, _ = judge(classifier, x_test, full.num_classes, device)
+    reference, _ = judge(classifier, x_test, K, device)
     for n in tqdm([n for n in STEPS if n <= full.timesteps and str(n) not in done["rows"]], disable=None):
         diffusion = full.respaced(n)
         terms = bound_terms(diffusion, x_test, 4, device)
@@ -236,11 +238,11 @@ def steps(args: argparse.Namespace) -> None:
         done["rows"][str(n)] = {
             "seconds": time.perf_counter() - start,
             "bound": summarize_bound(terms),
-            "samples": quality(samples, reference, classifier, full.num_classes, device),
+            "samples": quality(samples, reference, classifier, K, device),
         }
         write_json(result, done)
     x_train = levels(spread(train, args.num_samples))
-    done["training_digits"] = quality(x_train, reference, classifier, full.num_classes, device)
+    done["training_digits"] = quality(x_train, reference, classifier, K, device)
     write_json(result, done)
 
     print("| steps | bound | Fréchet distance | precision | recall | ink | digits per second |\n" + "| ---: " * 7 + "|")
@@ -254,14 +256,12 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def plot_steps(done: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     n = [int(key) for key in done["rows"]]
     rows = done["rows"].values()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.errorbar(
         n,
         [row["bound"]["nats_per_image"] for row in rows],
@@ -281,28 +281,26 @@ def plot_steps(done: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # time: what a minute of training is worth
 
 CONTESTANTS = {
-    # network, schedule, peak learning rate and whether it decays, reverse step
-    "this repository": ("unet", "cosine", LR, True, DiscreteDiffusion),
-    "PlainUNet, its own recipe": ("plain", "linear", 1e-4, False, Argmax),
+    # network, schedule, whether trained as by train.py or as usual, reverse step
+    f"this repository (--lr {LR:g})": ("unet", "cosine", False, DiscreteDiffusion),
+    "PlainUNet, linear schedule, Adam 1e-4, argmax": ("plain", "linear", True, Argmax),
 }
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the training at which the network is judged
 
 
 def train_and_judge(name: str, args: argparse.Namespace) -> list[dict]:
     """Train one contestant on all cores, with a clock that stands still while it is judged."""
-    network, schedule, lr, decays, reverse_step = CONTESTANTS[name]
+    network, schedule, usual, reverse_step = CONTESTANTS[name]
     torch.manual_seed(0)
     diffusion = DiscreteDiffusion(build_network({"name": network}), schedule=schedule)
-    trainer = Trainer(diffusion, endless(get_dataloader(128, args.data_root, "mnist")))
-    # The baseline's recipe has no averaged weights and a constant rate.
-    judged = DiscreteDiffusion(trainer.averaged.module if decays else trainer.network, **diffusion.config)
+    trainer = Trainer(diffusion, endless(get_dataloader(128, args.data_root, "mnist")), usual=usual)
+    judged = DiscreteDiffusion(trainer.network if usual else trainer.averaged.module, **diffusion.config)
     grey = load_digits("validation", "mnist", args.data_root).images
     x_0, classifier = to_levels(grey), load_classifier("cpu")
     reference, _ = judge(classifier, x_0, 2, "cpu")
@@ -310,7 +308,8 @@ def train_and_judge(name: str, args: argparse.Namespace) -> list[dict]:
     for fraction in FRACTIONS:
         trainer.network.train()
         while total is None or step < fraction * total:
-            trainer.optimizer.param_groups[0]["lr"] = learning_rate(lr, step, total or 10**6) if decays else lr
+            if not usual:
+                trainer.optimizer.param_groups[0]["lr"] = learning_rate(LR, step, total or 10**6)
             turns.append(trainer.step())
             step += 1
             if step == 5:  # what fits
@@ -349,12 +348,10 @@ def time_to_quality(args: argparse.Namespace) -> None:
 
 
 def plot_time(done: dict, path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, rows in done["rows"].items():
         minutes = [row["minutes"] for row in rows]
         left.plot(minutes, [row["bound"]["nats_per_image"] for row in rows], marker="o", label=name)
@@ -367,7 +364,6 @@ def plot_time(done: dict, path: Path) -> None:
         axis.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,10 +371,7 @@ def plot_time(done: dict, path: Path) -> None:
 
 
 def forward(args: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     digits = load_digits("validation", "auto", args.data_root)
     x_0 = to_levels(digits.images[digits.labels == args.digit][:1])
@@ -386,14 +379,14 @@ def forward(args: argparse.Namespace) -> None:
     ts = range(0, diffusion.timesteps + 1, 25)
     torch.manual_seed(0)
     u = torch.rand(x_0.shape)  # the same for all t: once flipped, nearly always flipped
-    figure, axes = plt.subplots(1, len(ts), figsize=(1.2 * len(ts), 1.5), layout="constrained")
+    figure = Figure(figsize=(1.2 * len(ts), 1.5), layout="constrained")
+    axes = figure.subplots(1, len(ts))
     for t, axis in zip(ts, axes, strict=True):
         axis.imshow(diffusion.q_sample(x_0, torch.tensor([t]), u)[0, 0], cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"t = {t}", fontsize=10)
         axis.axis("off")
     with atomic_write(args.out) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
     print(f"Wrote {args.out}")
 
 
@@ -403,9 +396,12 @@ def forward(args: argparse.Namespace) -> None:
 
 def release(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
-    kept = {key: checkpoint[key] for key in ("network", "diffusion", "averaged_weights", "data", "binarize", "step")}
-    save_checkpoint(args.out, kept)
-    print(f"Wrote {args.out}: the averaged weights after step {kept['step']}, {args.out.stat().st_size / 1e6:.2f} MB")
+    keys = ("network", "diffusion", "averaged_weights", "data", "binarize", "step")
+    if not set(keys) <= checkpoint.keys():
+        raise ValueError(f"{args.checkpoint} was not written by train.py")
+    save_checkpoint(args.out, {key: checkpoint[key] for key in keys})
+    size = args.out.stat().st_size / 1e6
+    print(f"Wrote {args.out}: the averaged weights after step {checkpoint['step']}, {size:.2f} MB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,15 +418,11 @@ def parse_arguments() -> argparse.Namespace:
     commands.choices["steps"].set_defaults(run=steps)
     add("checkpoint", nargs="?", default=RELEASED, help="a .pth file written by train.py (default: the released model)")
     add("--num-samples", type=int, default=1000, help="images drawn to judge each number of steps (default 1000)")
-    add(
-        "--out",
-        type=Path,
-        default=OUT_DIR / "steps" / "steps.png",
-        help=f"the plot (default {OUT_DIR}/steps/steps.png)",
-    )
+    add("--out", type=Path, default=OUT_DIR / "steps.png", help=f"the plot (default {OUT_DIR}/steps.png)")
     add = commands.add_parser("time", help="bound and samples against minutes of training").add_argument
     commands.choices["time"].set_defaults(run=time_to_quality)
-    add("--minutes", type=float, default=10, help="training time of each network (default 10)")
+    add("--minutes", type=float, default=10, help="training time of each network (default 10; judging them comes "
+        "on top)")  # fmt: skip
     add("--timesteps", type=int, default=20, metavar="N", help="sampling steps to judge with (default 20)")
     add("--out", type=Path, default=OUT_DIR / "time.png", help=f"the plot (default {OUT_DIR}/time.png)")
     add = commands.add_parser("forward", help="a digit at t = 0, 25, ..., 200").add_argument
@@ -441,11 +433,11 @@ def parse_arguments() -> argparse.Namespace:
     commands.choices["release"].set_defaults(run=release)
     add("checkpoint", help="a .pth file written by train.py")
     add("--out", type=Path, default=RELEASED, help=f"where to (default {RELEASED.name} in results_d3pm/released/)")
-    for command in commands.choices.values():
-        command.add_argument("--data-root", default="data", help="where MNIST is or goes (default data)")
+    for name in commands.choices.keys() - {"release"}:
+        commands.choices[name].add_argument("--data-root", default="data", help="where MNIST is or goes (default data)")
     args = parser.parse_args()
-    if args.run in (table, time_to_quality) and args.minutes <= 0:
-        parser.error("--minutes must be positive")
+    if args.run in (table, time_to_quality) and not 0 < args.minutes < math.inf:
+        parser.error("--minutes must be a positive number")
     if args.run is table and args.jobs < 1:
         parser.error("--jobs must be at least 1")
     if args.run is time_to_quality and not 1 <= args.timesteps <= 200:

@@ -80,6 +80,7 @@ FREE_ON_RESUME = {
     "out_dir",
 }  # what may differ from the run that goes on
 WARMUP_STEPS = 100
+BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
 EVERY = 5  # epochs between kept checkpoints and sample sheets
@@ -179,7 +180,7 @@ def find_run(args: argparse.Namespace) -> dict | None:
 def merge_settings(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     """What this run uses: flags first, then the resumed run's settings, then the defaults."""
     given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
-    saved = checkpoint["settings"] if checkpoint else {}
+    saved = DEFAULTS | checkpoint["settings"] if checkpoint else {}  # an older run may lack the newest
     for name in given.keys() & saved.keys() - FREE_ON_RESUME:
         if given[name] != saved[name]:
             raise ValueError(
@@ -309,13 +310,11 @@ def write_metrics(history: list[dict], out_dir: Path) -> None:
 
 
 def plot_history(history: list[dict], out_dir: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     epochs = [row["epoch"] for row in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(epochs, [row["train_loss"] for row in history], marker=".")
     left.set(xlabel="epoch", ylabel="training loss, nats per pixel", yscale="log")
     right.plot(epochs, [row["validation_bound"] for row in history], marker=".", color="tab:orange")
@@ -324,7 +323,6 @@ def plot_history(history: list[dict], out_dir: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     with atomic_write(out_dir / "loss_curve.png") as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
 
 
 def main() -> int:
@@ -380,7 +378,7 @@ def main() -> int:
     if settings["optimizer"] == "muon" and settings["network"] != "unet":
         raise ValueError("--optimizer muon is for --network unet")
     Optimizer, which = (Muon, network) if settings["optimizer"] == "muon" else (torch.optim.AdamW, network.parameters())
-    optimizer = Optimizer(which, settings["lr"], betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
+    optimizer = Optimizer(which, settings["lr"], betas=BETAS, weight_decay=WEIGHT_DECAY)
     step, loss_sum, history = 0, 0.0, []
     if checkpoint:
         try:

@@ -1,7 +1,9 @@
 """Write an animated GIF of the reverse process: from noise at t = T to digits at t = 0.
 
-python visualize_denoising.py                    # with the model that ships with the repository
-python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 --out denoising_process.gif
+    python visualize_denoising.py                    # with the model that ships with the repository
+    python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 --out denoising_process.gif
+
+The digits are the first of what sample.py draws with the same seed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The clocked training step of benchmark.py is the training step, and what the README's tables are made with runs."""
+"""The clocked training step of benchmark.py is the training step, and its operations are counted right."""
 
 from itertools import repeat
 
@@ -8,7 +8,7 @@ import torch
 from benchmark import PARTS, PerSample, Trainer, mflop
 from dataset import to_levels
 from diffusion import DiscreteDiffusion
-from model import PlainUNet, UNet
+from model import Attention, PlainUNet, UNet
 
 
 @pytest.mark.parametrize("loss_type", ["cross_entropy", "variational"])
@@ -45,3 +45,25 @@ def test_mflop_of_a_network_that_can_be_counted_by_hand():
     by_hand += 2 * 4 * (256 * 128 * 8**2 + 128 * 64 * 16**2)  # the transposed convolutions
     by_hand += 2 * 64 * 2 * 32**2 + 2 * (32 * 64 + 64 * 256)  # the last layer, the embedding of t
     assert mflop(PlainUNet()) == pytest.approx(by_hand / 1e6)
+
+
+def test_mflop_of_the_unet():
+    """Every convolution and linear layer by its weights and positions, attention as two products of N x N x C."""
+    network, flops = UNet(), []
+
+    def count(layer, inputs, output):
+        positions = (inputs[0] if isinstance(layer, torch.nn.ConvTranspose2d) else output).shape[2:].numel()
+        flops.append(2 * layer.weight.numel() * (1 if isinstance(layer, torch.nn.Linear) else positions))
+
+    def count_attention(layer, inputs, output):
+        _, C, H, W = output.shape
+        flops.append(2 * 2 * (H * W) ** 2 * C)
+
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.Linear):
+            layer.register_forward_hook(count)
+        elif isinstance(layer, Attention):
+            layer.register_forward_hook(count_attention)
+    network(torch.zeros(1, 1, 32, 32, dtype=torch.long), torch.ones(1).long())
+    by_hand = sum(flops) + 2 * 2 * 2 * 32**2  # and the table of the own state
+    assert mflop(network) == pytest.approx(by_hand / 1e6)

@@ -386,6 +386,16 @@ def test_resume_prefers_last_to_what_was_touched_later(my_run, cheap):
     assert "last.pth" in out.splitlines()[0] and read_checkpoint(later)["step"] == checkpoint["step"] + 4
 
 
+def test_resume_of_an_older_run_knows_what_its_settings_meant(my_run):
+    """A run from before there was --optimizer was AdamW's."""
+    last = my_run / "checkpoints" / "last.pth"
+    checkpoint = read_checkpoint(last)
+    del checkpoint["settings"]["optimizer"]
+    save_checkpoint(last, checkpoint)
+    flags = "--epochs", 5, "--out-dir", my_run
+    assert "--optimizer muon disagrees" in fail("train.py", "--resume", "--optimizer", "muon", *flags)
+
+
 def test_resume_does_not_write_into_another_run(my_run):
     """A checkpoint from elsewhere may go on in an empty folder, not in one that holds a run."""
     shutil.copytree(my_run, "other")
