@@ -321,6 +321,8 @@ def plot_history(history: list[dict], out_dir: Path) -> None:
     right.set(xlabel="epoch", ylabel="validation bound, nats per image", yscale="log")
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     with atomic_write(out_dir / "loss_curve.png") as file:
         figure.savefig(file, format="png", dpi=120)
 
