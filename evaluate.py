@@ -255,6 +255,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=4, help="timesteps drawn per digit for the bound (default 4)")
     add("--exact", action="store_true", help="every timestep for the bound: T passes over the digits")
     add("--num-samples", type=int, default=500, help="images drawn to judge (default 500)")
+    add("--no-labels", action="store_true", help="draw them without classes from a conditional checkpoint")
     add("--seed", type=int, default=0, help="of the samples, as for sample.py (default 0)")
     add("--data", choices=["auto", "mnist", "offline"], default="auto", help="as for train.py (default auto)")
     add("--data-root", default="data", help="where MNIST is or goes (default data)")
@@ -291,6 +292,8 @@ def main() -> None:
         run = Path("results_d3pm") / "evaluation"
     diffusion = load_checkpoint(args.checkpoint, device, args.timesteps)
     checkpoint = read_checkpoint(args.checkpoint)
+    if args.no_labels and diffusion.classes(1) is None:
+        raise ValueError(f"--no-labels: {args.checkpoint} was trained without classes")
     classifier = load_classifier(device)
     K, protocol, trained_on = diffusion.num_classes, checkpoint.get("binarize", "threshold"), checkpoint["data"]
     out_dir = args.out_dir or run
@@ -333,7 +336,7 @@ def main() -> None:
             f"  L_T {bound['L_T']:.3f}, sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}, L_0 {bound['L_0']:.3f}"
         )
 
-    asked = diffusion.classes(args.num_samples)
+    asked = None if args.no_labels else diffusion.classes(args.num_samples)
     samples = diffusion.sample(args.num_samples, args.seed, progress=True, y=asked)
     reference, _ = judge(classifier, x_test, K, device)
     report["samples"] = quality(samples, reference, classifier, K, device, asked)

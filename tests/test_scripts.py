@@ -628,6 +628,10 @@ def test_gif_shows_the_whole_reverse_process(run):
     assert not np.array_equal(frames[0][-digits.height :], digits)
 
 
+def test_no_labels_of_a_checkpoint_without(run):
+    assert "without classes" in fail("evaluate.py", run / "checkpoints" / "last.pth", "--no-labels")
+
+
 @pytest.mark.parametrize("script", ["sample.py", "visualize_denoising.py", "evaluate.py"])
 @pytest.mark.parametrize("timesteps", [11, 0])
 def test_timesteps_that_training_did_not_have_are_an_error(script, timesteps, run):
