@@ -49,6 +49,15 @@ from train import DEFAULTS, build_diffusion, build_model, learning_rate
 OUT_DIR = Path("results_d3pm") / "experiments"
 warnings.filterwarnings("ignore", "bar_Q.T. is far from stationary")  # the linear schedule is here on purpose
 
+
+def kept_results(path: Path, what: dict) -> dict:
+    """What a stopped command has left in `path`, or no rows yet. Raises ValueError if it is of something else."""
+    done = json.loads(path.read_text()) if path.exists() else what | {"rows": {}}
+    if any(done.get(key) != value for key, value in what.items()):
+        raise ValueError(f"{path} holds results for another checkpoint or other arguments: move it away")
+    return done
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reverse steps that are here only to be compared with
 
@@ -218,9 +227,7 @@ def steps(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     result = OUT_DIR / "steps.json"
     what = {"checkpoint": sha256(Path(args.checkpoint)), "num_samples": args.num_samples}
-    done = json.loads(result.read_text()) if result.exists() else what | {"rows": {}}
-    if any(done[key] != value for key, value in what.items()):
-        raise ValueError(f"{result} holds the same table for another checkpoint or --num-samples: move it away")
+    done = kept_results(result, what)
     test, train = (load_digits(split, "mnist", args.data_root).images for split in ("test", "train"))
     full, classifier = load_checkpoint(args.checkpoint, device), load_classifier(device)
 
@@ -335,9 +342,7 @@ def train_and_judge(name: str, args: argparse.Namespace) -> list[dict]:
 def time_to_quality(args: argparse.Namespace) -> None:
     result = OUT_DIR / "time.json"
     what = {"minutes": args.minutes, "timesteps": args.timesteps}
-    done = json.loads(result.read_text()) if result.exists() else what | {"rows": {}}
-    if any(done[key] != value for key, value in what.items()):
-        raise ValueError(f"{result} holds the same plot for other arguments: move it away")
+    done = kept_results(result, what)
     for name in CONTESTANTS:
         if name not in done["rows"]:
             done["rows"][name] = train_and_judge(name, args)
