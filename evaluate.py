@@ -105,8 +105,7 @@ def plot_terms(terms: dict, network_t: Tensor, path: Path) -> None:
         xlabel="t", ylabel="mean term of the bound, nats per image", yscale="log", title="Where the bound comes from"
     )
     axis.grid(alpha=0.3, which="both")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,6 +237,11 @@ def nearest_digits(samples: Tensor, train: Tensor, k: int = 7) -> tuple[Tensor, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_figure(figure, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def write_json(path: Path, value) -> None:

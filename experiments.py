@@ -36,13 +36,12 @@ from diffusion import (
     IMAGE_SHAPE,
     RELEASED,
     DiscreteDiffusion,
-    atomic_write,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
     take_columns,
 )
-from evaluate import bound_terms, judge, load_classifier, quality, spread, summarize_bound, write_json
+from evaluate import bound_terms, judge, load_classifier, quality, save_figure, spread, summarize_bound, write_json
 from model import build_network, pick_device
 from train import DEFAULTS, build_diffusion, build_model, learning_rate
 
@@ -204,11 +203,14 @@ def table(args: argparse.Namespace) -> None:
     floor = {K: done[name]["training_digits"] for name, K in ((next(iter(ROWS)), 2), (list(ROWS)[-1], 8))}
     print("| | steps | bound | Fréchet distance | precision | recall | ink |\n| --- " + "| ---: " * 6 + "|")
     for name in ROWS:
-        bound = done[name]["bound"]
-        shown = "infinite" if bound is None else f"{bound['nats_per_image']:.1f} ± {bound['standard_error']:.1f}"
-        print(f"| {name} | {done[name]['steps']} | {shown} | {quality_cells(done[name]['samples'])} |")
+        row = done[name]
+        print(f"| {name} | {row['steps']} | {bound_cell(row['bound'])} | {quality_cells(row['samples'])} |")
     for K, digits in floor.items():
         print(f"| *training digits, {K} levels* | | | {quality_cells(digits)} |")
+
+
+def bound_cell(bound: dict | None) -> str:
+    return "infinite" if bound is None else f"{bound['nats_per_image']:.1f} ± {bound['standard_error']:.1f}"
 
 
 def quality_cells(q: dict) -> str:
@@ -253,9 +255,7 @@ def steps(args: argparse.Namespace) -> None:
 
     print("| steps | bound | Fréchet distance | precision | recall | ink |\n" + "| ---: " * 6 + "|")
     for n, row in done["rows"].items():
-        bound = row["bound"]
-        shown = f"{bound['nats_per_image']:.1f} ± {bound['standard_error']:.1f}"
-        print(f"| {n} | {shown} | {quality_cells(row['samples'])} |")
+        print(f"| {n} | {bound_cell(row['bound'])} | {quality_cells(row['samples'])} |")
     print(f"| *training digits* | | {quality_cells(done['training_digits'])} |")
     plot_steps(done, args.out)
     print(f"Wrote {args.out}")
@@ -285,8 +285,7 @@ def plot_steps(done: dict, path: Path) -> None:
         axis.set_xticks(n, labels=map(str, n))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,9 +318,7 @@ def train_and_judge(name: str, args: argparse.Namespace) -> list[dict]:
             turns.append(trainer.step())
             step += 1
             if step == 5:  # what fits
-                total = round(
-                    60 * args.minutes / statistics.median(map(sum, zip(*trainer.seconds.values(), strict=True)))
-                )
+                total = round(60 * args.minutes / statistics.median(turns))
         judged.eval()
         terms = bound_terms(judged, spread(x_0, 1000), 4, "cpu")  # by the mixture: that of argmax is infinite
         drawn = reverse_step(judged.model, **judged.config).respaced(args.timesteps).sample(NUM_SAMPLES)
@@ -366,8 +363,7 @@ def plot_time(done: dict, path: Path) -> None:
         axis.set(xlabel="minutes of training", xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,8 +385,7 @@ def forward(args: argparse.Namespace) -> None:
         axis.imshow(diffusion.q_sample(x_0, torch.tensor([t]), u)[0, 0], cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"t = {t}", fontsize=10)
         axis.axis("off")
-    with atomic_write(args.out) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, args.out)
     print(f"Wrote {args.out}")
 
 
