@@ -38,17 +38,20 @@ BATCH = 250
 
 
 @torch.no_grad()
-def bound_terms(diffusion: DiscreteDiffusion, x_0: Tensor, repeats: int | None, device, progress: bool = False) -> dict:
+def bound_terms(
+    diffusion: DiscreteDiffusion, x_0: Tensor, repeats: int | None, device, progress: bool = False, seed: int = 0
+) -> dict:
     """The terms of the variational bound on images x_0 [N, 1, H, W], without labels, in nats.
 
     Args:
         repeats: how many t of 2..T to draw per image; None for every t. L_0 (t = 1) is always computed for all images.
+        seed: of the t and of the noise.
 
     Returns:
         L_T, L_0: float64 [N]; L_t_minus_1: float64 [N], the (estimated) sum over t = 2..T; t, terms: what was drawn,
         flat, for the plot.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     T, N = diffusion.timesteps, len(x_0)
     if repeats is None:
         ts = torch.arange(1, T + 1).expand(N, T)
@@ -77,26 +80,38 @@ def bound_terms(diffusion: DiscreteDiffusion, x_0: Tensor, repeats: int | None, 
     }
 
 
-def summarize_bound(terms: dict) -> dict:
-    """Means over images in nats per image, the standard error of the total, and bits per dimension."""
-    total = terms["L_T"] + terms["L_t_minus_1"] + terms["L_0"]
+def summarize_bound(*draws: dict) -> dict:
+    """Means in nats per image, their standard error over images, and bits per dimension.
+
+    Args:
+        draws: what bound_terms gave for the same images, once or for several random binarizations of them. Several add
+            the standard error over binarizations; that over images is then of each image's mean.
+    """
+    mean = {key: torch.stack([terms[key] for terms in draws]).mean(0) for key in ("L_T", "L_t_minus_1", "L_0")}
+    total = mean["L_T"] + mean["L_t_minus_1"] + mean["L_0"]
     nats, error = total.mean().item(), total.std().item() / len(total) ** 0.5
-    return {
+    summary = {
         "nats_per_image": nats,
         "standard_error": error,
         "bits_per_dimension": nats / REAL_PIXELS / math.log(2),
-        "L_T": terms["L_T"].mean().item(),
-        "sum_L_t_minus_1": terms["L_t_minus_1"].mean().item(),
-        "L_0": terms["L_0"].mean().item(),
+        "L_T": mean["L_T"].mean().item(),
+        "sum_L_t_minus_1": mean["L_t_minus_1"].mean().item(),
+        "L_0": mean["L_0"].mean().item(),
         "images": len(total),
     }
+    if len(draws) > 1:
+        of_draws = torch.stack([(d["L_T"] + d["L_t_minus_1"] + d["L_0"]).mean() for d in draws])
+        summary["binarizations"] = len(draws)
+        summary["standard_error_over_binarizations"] = of_draws.std().item() / len(draws) ** 0.5
+    return summary
 
 
-def plot_terms(terms: dict, network_t: Tensor, path: Path) -> None:
+def plot_terms(draws: list[dict], network_t: Tensor, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    sums = torch.zeros(len(network_t), dtype=torch.float64).index_add_(0, terms["t"], terms["terms"])
-    counts = torch.bincount(terms["t"], minlength=len(network_t))
+    t, terms = (torch.cat([draw[key] for draw in draws]) for key in ("t", "terms"))
+    sums = torch.zeros(len(network_t), dtype=torch.float64).index_add_(0, t, terms)
+    counts = torch.bincount(t, minlength=len(network_t))
     seen = counts > 0
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
@@ -255,6 +270,8 @@ def parse_arguments() -> argparse.Namespace:
     add("checkpoint", nargs="?", type=Path, help="a .pth file written by train.py (default: the released model)")
     add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
         "trained with); the bound becomes that of the shorter chain")  # fmt: skip
+    add("--binarizations", type=int, default=1, metavar="N", help="average the bound over N random binarizations of "
+        "the digits (default 1); for checkpoints of train.py --binarize dynamic")  # fmt: skip
     add("--images", type=int, metavar="N", help="bound on N of the digits only (default all)")
     add("--repeats", type=int, default=4, help="timesteps drawn per digit for the bound (default 4)")
     add("--exact", action="store_true", help="every timestep for the bound: T passes over the digits")
@@ -273,8 +290,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.checkpoint and args.train_classifier:
         parser.error("give a checkpoint or --train-classifier")
-    if args.repeats < 1 or (args.images or 2) < 2 or args.seed < 0:
-        parser.error("--repeats must be at least 1, --images at least 2, --seed at least 0")
+    if min(args.repeats, args.binarizations) < 1 or (args.images or 2) < 2 or args.seed < 0:
+        parser.error("--repeats and --binarizations must be at least 1, --images at least 2, --seed at least 0")
     if args.num_samples < 20:
         parser.error("--num-samples must be at least 20: fewer say nothing about a distribution")
     return args
@@ -300,6 +317,8 @@ def main() -> None:
         raise ValueError(f"--no-labels: {args.checkpoint} was trained without classes")
     classifier = load_classifier(device)
     K, protocol, trained_on = diffusion.num_classes, checkpoint.get("binarize", "threshold"), checkpoint["data"]
+    if args.binarizations > 1 and protocol != "dynamic":
+        raise ValueError(f"--binarizations: {args.checkpoint} was trained on digits that are not drawn at random")
     out_dir = args.out_dir or run
     out_dir.mkdir(parents=True, exist_ok=True)
 
@@ -326,19 +345,28 @@ def main() -> None:
     if seen:
         print("No bound: the offline digits are part of MNIST's training split, which this model was trained on.")
     else:
-        x_0 = spread(x_test, args.images)
-        terms = bound_terms(diffusion, x_0, None if args.exact else args.repeats, device, progress=True)
-        bound = summarize_bound(terms) | {
+        grey = spread(test.images, args.images)
+        repeats = None if args.exact else args.repeats
+        draws = [
+            bound_terms(diffusion, levels(grey, seed), repeats, device, progress=True, seed=seed)
+            for seed in range(args.binarizations)
+        ]
+        bound = summarize_bound(*draws) | {
             "timesteps_per_image": diffusion.timesteps if args.exact else 1 + args.repeats
         }
         report["bound"] = bound
-        plot_terms(terms, diffusion.network_t, out_dir / "bound_terms.png")
+        plot_terms(draws, diffusion.network_t, out_dir / "bound_terms.png")
         written.append("bound_terms.png")
         print(
             f"Bound, {name}, {what}, no labels: {bound['nats_per_image']:.2f} +- {bound['standard_error']:.2f} nats "
             f"per image = {bound['bits_per_dimension']:.4f} bits per dimension\n"
             f"  L_T {bound['L_T']:.3f}, sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}, L_0 {bound['L_0']:.3f}"
         )
+        if args.binarizations > 1:
+            print(
+                f"  mean of {args.binarizations} binarizations, whose standard error is "
+                f"{bound['standard_error_over_binarizations']:.3f}"
+            )
 
     asked = None if args.no_labels else diffusion.classes(args.num_samples)
     samples = diffusion.sample(args.num_samples, args.seed, progress=True, y=asked)

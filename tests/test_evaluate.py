@@ -69,3 +69,15 @@ def test_bound_estimate_agrees_with_all_terms(transition):
         parts = report["L_T"] + report["sum_L_t_minus_1"] + report["L_0"]
         assert report["nats_per_image"] == pytest.approx(parts)
         assert report["bits_per_dimension"] == pytest.approx(report["nats_per_image"] / 784 / math.log(2))
+
+
+def test_bound_of_several_binarizations_by_hand():
+    """Two images, three binarizations: totals [1, 3], [2, 6], [3, 9], whose means over binarizations are 2 and 6."""
+    L_t_minus_1 = torch.tensor([[1, 3], [1.5, 5], [3, 9]], dtype=torch.float64)
+    L_0 = torch.tensor([[0, 0], [0.5, 1], [0, 0]], dtype=torch.float64)
+    draws = [{"L_T": torch.zeros(2), "L_t_minus_1": a, "L_0": b} for a, b in zip(L_t_minus_1, L_0, strict=True)]
+    summary = summarize_bound(*draws)
+    assert summary["nats_per_image"] == pytest.approx(4)
+    assert summary["standard_error"] == pytest.approx(2)  # of 2 and 6: sqrt(8) / sqrt(2)
+    assert summary["standard_error_over_binarizations"] == pytest.approx(2 / math.sqrt(3))  # of 2, 4 and 6
+    assert summary["sum_L_t_minus_1"] + summary["L_0"] == pytest.approx(4) and summary["L_0"] == pytest.approx(0.25)

@@ -3,6 +3,7 @@
 import csv
 import errno
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -24,8 +25,9 @@ from PIL import Image
 
 import diffusion
 import train
-from dataset import image_grid
+from dataset import image_grid, load_digits, to_levels
 from diffusion import atomic_write, load_checkpoint, read_checkpoint, save_checkpoint
+from evaluate import bound_terms, spread, summarize_bound
 
 REPOSITORY = Path(diffusion.__file__).resolve().parent
 FLAGS = "--data offline --limit 64 --batch-size 16 --channels 8 8 8 --timesteps 10 --device cpu"
@@ -626,6 +628,32 @@ def test_gif_shows_the_whole_reverse_process(run):
     assert durations[:-1] == [100] * 10 and durations[-1] >= 1000
     assert np.array_equal(frames[-1][-digits.height :], digits)
     assert not np.array_equal(frames[0][-digits.height :], digits)
+
+
+def test_evaluation_end_to_end():
+    """The bound in the report is the mean over binarizations drawn anew, the samples are those of sample.py."""
+    last = "out/checkpoints/last.pth"
+    succeed("train.py", *TRAIN, "--binarize", "dynamic", "--epochs", 1, "--out-dir", "out")
+    flags = "--data offline --images 30 --binarizations 3 --num-samples 20 --repeats 2 --device cpu"
+    out = succeed("evaluate.py", last, *flags.split())
+    report = json.loads(Path("out/evaluation.json").read_text())
+    d, grey = load_checkpoint(last), spread(load_digits("validation", "offline").images, 30)
+    means = []
+    for seed in range(3):
+        x_0 = to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(seed))
+        means.append(summarize_bound(bound_terms(d, x_0, 2, "cpu", seed=seed))["nats_per_image"])
+    bound = report["bound"]
+    assert len(set(means)) == 3
+    assert bound["nats_per_image"] == pytest.approx(np.mean(means))
+    assert bound["standard_error_over_binarizations"] == pytest.approx(np.std(means, ddof=1) / math.sqrt(3))
+    assert f"{bound['nats_per_image']:.2f}" in out and "offline validation digits" in out
+    assert report["samples"]["ink"] == pytest.approx(d.sample(20).double().mean().item())
+    for name in ("bound_terms.png", "nearest.png"):
+        Image.open(f"out/{name}").verify()
+
+
+def test_binarizations_of_digits_that_have_one(run):
+    assert "not drawn at random" in fail("evaluate.py", run / "checkpoints" / "last.pth", "--binarizations", 2)
 
 
 def test_no_labels_of_a_checkpoint_without(run):
