@@ -279,7 +279,7 @@ def commands(args: argparse.Namespace, device: torch.device) -> dict:
         sample = ("sample.py", checkpoint, "--out", picture, "--device", device)
         totals, parts = [], []
         for _ in range(args.rounds):
-            totals.append(run(*sample, "--n", 16)[0])
+            totals.append(run(*sample, "--n", 16, "--timesteps", 200)[0])
             parts.append([float(s) for s in run("-c", PICTURE, checkpoint, device, picture)[1].split()])
         names = ("imports", "loading", "sampling", "writing")
         split = {name: statistics.median(p) for name, p in zip(names, zip(*parts, strict=True), strict=True)}
@@ -324,7 +324,7 @@ def show(result: dict) -> None:
     print(f"1,000 images: UNet in {thousand['steps']} steps {thousand['seconds']:.1f} s (once); PlainUNet in 200 steps "
           f"{plain:.0f} s (extrapolated), {plain / thousand['seconds']:.0f} times as long")  # fmt: skip
 
-    print(f"\npython sample.py CHECKPOINT --n 16, T = 200: {command['seconds_to_16_digits']:.1f} s, of it "
+    print(f"\npython sample.py CHECKPOINT --n 16 --timesteps 200: {command['seconds_to_16_digits']:.1f} s, of it "
           + ", ".join(f"{name} {s:.2f}" for name, s in command["of_it"].items())
           + "\npeak memory of sample.py: "
           + ", ".join(f"{mb:.0f} MB for n = {int(n):,}" for n, mb in command["peak_memory_mb"].items()))  # fmt: skip

@@ -334,8 +334,11 @@ class DiscreteDiffusion(nn.Module):
         t = self.network_t.to(t.device)[t.long()]
         if y is None:
             return self.model(x_t, t)
-        logits = self.model(x_t, t, y)
-        return logits + guidance * (logits - self.model(x_t, t)) if guidance else logits
+        if not guidance:
+            return self.model(x_t, t, y)
+        twice = x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, -1)])
+        labelled, unlabelled = self.model(*twice).chunk(2)
+        return labelled + guidance * (labelled - unlabelled)
 
     def p_theta(self, x_t: Tensor, t: Tensor, logits: Tensor | None = None) -> Tensor:
         """p_theta(x_{t-1} | x_t), float [B, S, H, W]: the one definition that loss, bound and sampler share.

@@ -6,7 +6,7 @@
     python evaluate.py --train-classifier                     # how the judge of the samples was made
 
 Writes evaluation.json, bound_terms.png and nearest.png into the folder of the checkpoint's run (or --out-dir).
-Samples are those of sample.py's defaults.
+Samples are those of sample.py's defaults; the bound is that of the whole chain.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dataset import image_grid, load_digits, to_levels
 from diffusion import RELEASED, DiscreteDiffusion, atomic_write, load_checkpoint, read_checkpoint, save_checkpoint
 from model import pick_device
+from sample import GUIDANCE, TIMESTEPS
 
 CLASSIFIER = Path(__file__).parent / "results_d3pm" / "released" / "classifier.pth"
 REAL_PIXELS = 28 * 28  # bits per dimension count these; the terms of the padded border stay in the sum
@@ -268,14 +269,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, help="a .pth file written by train.py (default: the released model)")
-    add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
-        "trained with); the bound becomes that of the shorter chain")  # fmt: skip
+    add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: those of sample.py for the "
+        "samples, all for the bound); the bound becomes that of the shorter chain")  # fmt: skip
     add("--binarizations", type=int, default=1, metavar="N", help="average the bound over N random binarizations of "
         "the digits (default 1); for checkpoints of train.py --binarize dynamic")  # fmt: skip
     add("--images", type=int, metavar="N", help="bound on N of the digits only (default all)")
     add("--repeats", type=int, default=4, help="timesteps drawn per digit for the bound (default 4)")
     add("--exact", action="store_true", help="every timestep for the bound: T passes over the digits")
     add("--num-samples", type=int, default=500, help="images drawn to judge (default 500)")
+    add("--guidance", type=float, metavar="W", help="of the samples (default: that of sample.py)")
     add("--no-labels", action="store_true", help="draw them without classes from a conditional checkpoint")
     add("--seed", type=int, default=0, help="of the samples, as for sample.py (default 0)")
     add("--data", choices=["auto", "mnist", "offline"], default="auto", help="as for train.py (default auto)")
@@ -292,6 +294,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give a checkpoint or --train-classifier")
     if min(args.repeats, args.binarizations) < 1 or (args.images or 2) < 2 or args.seed < 0:
         parser.error("--repeats and --binarizations must be at least 1, --images at least 2, --seed at least 0")
+    if args.guidance is not None and (args.no_labels or not 0 <= args.guidance < math.inf):
+        parser.error("--guidance must be at least 0, and needs labels")
     if args.num_samples < 20:
         parser.error("--num-samples must be at least 20: fewer say nothing about a distribution")
     return args
@@ -313,8 +317,9 @@ def main() -> None:
         run = Path("results_d3pm") / "evaluation"
     diffusion = load_checkpoint(args.checkpoint, device, args.timesteps)
     checkpoint = read_checkpoint(args.checkpoint)
-    if args.no_labels and diffusion.classes(1) is None:
-        raise ValueError(f"--no-labels: {args.checkpoint} was trained without classes")
+    if diffusion.classes(1) is None and (args.no_labels or args.guidance is not None):
+        flag = "--no-labels" if args.no_labels else "--guidance"
+        raise ValueError(f"{flag}: {args.checkpoint} was trained without classes")
     classifier = load_classifier(device)
     K, protocol, trained_on = diffusion.num_classes, checkpoint.get("binarize", "threshold"), checkpoint["data"]
     if args.binarizations > 1 and protocol != "dynamic":
@@ -369,9 +374,12 @@ def main() -> None:
             )
 
     asked = None if args.no_labels else diffusion.classes(args.num_samples)
-    samples = diffusion.sample(args.num_samples, args.seed, progress=True, y=asked)
+    guidance = GUIDANCE if args.guidance is None else args.guidance
+    sampler = diffusion if args.timesteps else diffusion.respaced(min(TIMESTEPS, diffusion.timesteps))
+    samples = sampler.sample(args.num_samples, args.seed, progress=True, y=asked, guidance=guidance)
     reference, _ = judge(classifier, x_test, K, device)
-    report["samples"] = quality(samples, reference, classifier, K, device, asked)
+    report["samples"] = {"timesteps": sampler.timesteps, "guidance": 0.0 if asked is None else guidance}
+    report["samples"] |= quality(samples, reference, classifier, K, device, asked)
     report["training_digits"] = quality(spread(x_train, args.num_samples), reference, classifier, K, device)
     print(f"{'':18}{'samples':>10}{'training digits':>17}")
     for key in ("frechet_distance", "precision", "recall", "mean_confidence", "ink", "read_as_asked"):

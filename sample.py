@@ -2,7 +2,7 @@
 
     python sample.py                                         # 16 digits from the model that ships with the repository
     python sample.py results_d3pm/checkpoints/last.pth --n 16
-    python sample.py CHECKPOINT --n 64 --timesteps 20        # a tenth of the steps, and of the time
+    python sample.py CHECKPOINT --n 64 --timesteps 200       # every step of training: four times the default's
     python sample.py CHECKPOINT --n 10000 --save-tensor digits.pt
     python sample.py CHECKPOINT --n 5000 --first 5000        # the second half of that, on another machine
     python sample.py CHECKPOINT --digit 0123456789           # one row a digit (checkpoints of train.py --conditional)
@@ -27,6 +27,9 @@ from dataset import image_grid
 from diffusion import RELEASED, atomic_write, load_checkpoint
 from model import pick_device
 
+TIMESTEPS = 50  # unless training had fewer; see "Fewer steps" in README
+GUIDANCE = 0.25  # where a class is given; see "The released model" in README
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,8 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     add("checkpoint", nargs="?", type=Path, default=RELEASED, help="a .pth file written by train.py; it knows its "
         "network, T and schedule (default: the released model)")  # fmt: skip
     add("--n", type=int, help="how many images (default 16; 10 a class with --digit 0123456789)")
-    add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
-        "trained with; a tenth of them draws ten times as fast and nearly as well)")  # fmt: skip
+    add("--timesteps", type=int, metavar="N", help=f"steps from noise to digits, at most those of training (default "
+        f"{TIMESTEPS}: more hardly show)")  # fmt: skip
     add("--out", type=Path, help="the picture, .png (default d3pm_generated_samples_<checkpoint name>.png)")
     add("--save-tensor", type=Path, metavar="FILE.pt", help="also write the images as a uint8 tensor [n, 1, 32, 32]")
     add("--seed", type=int, default=0, help="which endless sheet of images to draw from (default 0)")
@@ -43,8 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--digit", metavar="D", help="draw --n images of class D; 0123456789 draws a row of --n images of each class; "
         "none draws without a class. For checkpoints of train.py --conditional, where by default image i is of class "
         "i mod 10")  # fmt: skip
-    add("--guidance", type=float, metavar="W", help="with --digit: push the logits of x_0 away from those without a "
-        "class, W times as far again (default 0: plain conditional)")  # fmt: skip
+    add("--guidance", type=float, metavar="W", help="push the logits of x_0 away from those without a class, W "
+        f"times as far again; 0 draws from the model as it is (default {GUIDANCE} if there is a class)")  # fmt: skip
     add("--batch-size", type=int, default=64, help="images at a time (default 64)")
     add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
     args = parser.parse_args()
@@ -57,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--seed and --first must be at least 0")
     if args.digit is not None and args.digit not in (*"0123456789", "0123456789", "none"):
         parser.error(f"--digit takes one digit from 0 to 9, 0123456789 for a row of each, or none; got {args.digit!r}")
-    if args.guidance is not None and args.digit in (None, "none"):
-        parser.error("--guidance goes with --digit")
+    if args.guidance is not None and args.digit == "none":
+        parser.error("--guidance needs a class, --digit none has none")
     if args.guidance is not None and not 0 <= args.guidance < math.inf:
         parser.error("--guidance must be at least 0")
     if args.out.suffix != ".png":
@@ -75,20 +78,22 @@ def main() -> None:
         print(f"Using the released model, {RELEASED}")
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
     y, columns = diffusion.classes(args.n, args.first), None
-    if args.digit and y is None:
-        raise ValueError(f"--digit: {args.checkpoint} was trained without classes (train.py --conditional)")
+    if args.timesteps is None:
+        diffusion = diffusion.respaced(min(TIMESTEPS, diffusion.timesteps))
+    if y is None and (args.digit or args.guidance is not None):
+        flag = "--digit" if args.digit else "--guidance"
+        raise ValueError(f"{flag}: {args.checkpoint} was trained without classes (train.py --conditional)")
     if args.digit == "none":
         y = None
     elif args.digit:
         y = torch.tensor([int(digit) for digit in args.digit]).repeat_interleave(args.n)
         columns = args.n if len(args.digit) > 1 else None
     n = args.n if y is None else len(y)
+    guidance = GUIDANCE if args.guidance is None else args.guidance
     with ExitStack() as stack:  # opened before the work, so that a bad place is known at once
         picture = stack.enter_context(atomic_write(args.out))
         tensor = args.save_tensor and stack.enter_context(atomic_write(args.save_tensor))
-        images = diffusion.sample(
-            n, args.seed, args.first, args.batch_size, progress=True, y=y, guidance=args.guidance or 0.0
-        )
+        images = diffusion.sample(n, args.seed, args.first, args.batch_size, progress=True, y=y, guidance=guidance)
         image_grid(images, diffusion.num_classes, columns).save(picture, format="png")
         if tensor:
             torch.save(images, tensor)

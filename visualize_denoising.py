@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dataset import image_grid
 from diffusion import RELEASED, atomic_write, load_checkpoint
 from model import pick_device
+from sample import GUIDANCE
 
 HOLD_MS = 3000  # how long the finished digits stay
 
@@ -35,7 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("denoising_process.gif"), help="the GIF (default denoising_process.gif)")
     add("--n", type=int, default=16, help="how many digits (default 16)")
     add("--fps", type=float, default=20, help="frames per second, 1 to 50 (default 20)")
-    add("--seed", type=int, default=0, help="the digits are images 0 .. n-1 of sample.py with this seed (default 0)")
+    add("--seed", type=int, default=0, help="the digits are images 0 .. n-1 of sample.py with this seed and "
+        "as many steps (default 0)")  # fmt: skip
     add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
     args = parser.parse_args()
     if not 1 <= args.n <= 256:
@@ -66,7 +68,7 @@ def main() -> None:
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
     T = diffusion.timesteps
     with atomic_write(args.out) as file:
-        chain = enumerate(diffusion.reverse_process(args.n, args.seed, y=diffusion.classes(args.n)))
+        chain = enumerate(diffusion.reverse_process(args.n, args.seed, y=diffusion.classes(args.n), guidance=GUIDANCE))
         frames = [
             titled_frame(x_t, diffusion.num_classes, f"t = {diffusion.network_t[T - i]}")
             for i, x_t in tqdm(chain, total=T + 1, desc="denoising", unit="step")

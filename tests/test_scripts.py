@@ -529,7 +529,10 @@ def test_design_choices_end_to_end(arguments, states, levels):
 
 
 def test_conditional_run(monkeypatch):
-    """The network is told the labels, except one in ten; the checkpoint draws with a class, guided, and without."""
+    """The network is told the labels, except one in ten; the checkpoint draws with a class, guided, and without.
+
+    By default in 50 steps, and guided by 0.25 where there is a class.
+    """
     told, loss = [], diffusion.DiscreteDiffusion.loss
 
     def spy(self, x_0, t, u, y):
@@ -537,20 +540,34 @@ def test_conditional_run(monkeypatch):
         return loss(self, x_0, t, u, y)
 
     monkeypatch.setattr(diffusion.DiscreteDiffusion, "loss", spy)
-    succeed("train.py", *TRAIN, "--limit", 320, "--conditional", "--epochs", 1, "--out-dir", "out")
+    succeed("train.py", *TRAIN, "--limit", 320, "--timesteps", 60, "--conditional", "--epochs", 1, "--out-dir", "out")
     told = torch.cat(told)
     assert len(told) == 320 and set(told.tolist()) == set(range(-1, 10))
     assert 0.04 < (told == -1).double().mean() < 0.17
     drawn = {}
-    for flags in ("", "--first 7", "--digit 7", "--digit 7 --guidance 2", "--digit none"):
+    for flags in (
+        "",
+        "--first 7",
+        "--digit 7",
+        "--guidance 2",
+        "--digit 7 --guidance 0 --timesteps 60",
+        "--digit none",
+    ):
         last = "out/checkpoints/last.pth", "--save-tensor", "a.pt", "--out", "a.png"
         succeed("sample.py", *last, "--n", 8, *flags.split())
         drawn[flags] = torch.load("a.pt")
     assert torch.equal(drawn[""][7], drawn["--digit 7"][7])  # by default image i is of class i mod 10
     assert torch.equal(drawn[""][7], drawn["--first 7"][0])
     d = load_checkpoint("out/checkpoints/last.pth")
-    assert torch.equal(drawn["--digit none"], d.sample(8))
-    assert torch.equal(drawn["--digit 7 --guidance 2"], d.sample(8, y=torch.full((8,), 7), guidance=2))
+    few, sevens = d.respaced(50), torch.full((8,), 7)
+    assert torch.equal(drawn["--digit none"], few.sample(8))
+    assert torch.equal(drawn["--digit 7"], few.sample(8, y=sevens, guidance=0.25))
+    assert torch.equal(drawn["--guidance 2"], few.sample(8, y=d.classes(8), guidance=2))
+    assert torch.equal(drawn["--digit 7 --guidance 0 --timesteps 60"], d.sample(8, y=sevens))
+    succeed("visualize_denoising.py", "out/checkpoints/last.pth", "--n", 4, "--timesteps", 50)
+    with Image.open("denoising_process.gif") as gif:
+        gif.seek(50)
+        assert np.array_equal(np.asarray(gif.convert("L"))[24:], image_grid(drawn[""][:4]))
     succeed("sample.py", "out/checkpoints/last.pth", "--n", 3, "--digit", "0123456789", "--out", "rows.png")
     with Image.open("rows.png") as picture:
         assert picture.size == (2 * (3 * 34 + 2), 2 * (10 * 34 + 2))
@@ -658,6 +675,7 @@ def test_binarizations_of_digits_that_have_one(run):
 
 def test_no_labels_of_a_checkpoint_without(run):
     assert "without classes" in fail("evaluate.py", run / "checkpoints" / "last.pth", "--no-labels")
+    assert "without classes" in fail("evaluate.py", run / "checkpoints" / "last.pth", "--guidance", 1)
 
 
 @pytest.mark.parametrize("script", ["sample.py", "visualize_denoising.py", "evaluate.py"])
@@ -804,6 +822,7 @@ def test_bad_input_to_both_samplers(script, arguments, bad_files):
     "--digit 3",  # the checkpoint is unconditional
     "--guidance 1",
     "--digit 3 --guidance -1",
+    "--digit none --guidance 1",
 ])  # fmt: skip
 def test_bad_input_to_sample(arguments, bad_files):
     fail("sample.py", "good.pth", *arguments.split())
