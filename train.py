@@ -518,8 +518,9 @@ def main() -> int:
         write_metrics(history, out_dir)
         if keep:
             plot_history(history, out_dir)
+            y = torch.arange(64) % 10 if settings["conditional"] else None
             with atomic_write(out_dir / "samples" / f"sample_epoch_{epoch}.png") as file:
-                image_grid(averaged.sample(64, seed), settings["levels"], columns=8).save(file, format="png")
+                image_grid(averaged.sample(64, seed, y=y), settings["levels"], columns=8).save(file, format="png")
 
     if stop and step < total:
         number = received[0] if received else signal.SIGTERM  # perhaps only another process was told

@@ -559,6 +559,8 @@ def test_conditional_run(monkeypatch):
     assert torch.equal(drawn[""][7], drawn["--digit 7"][7])  # by default image i is of class i mod 10
     assert torch.equal(drawn[""][7], drawn["--first 7"][0])
     d = load_checkpoint("out/checkpoints/last.pth")
+    with Image.open("out/samples/sample_epoch_1.png") as picture:
+        assert np.array_equal(np.asarray(picture), image_grid(d.sample(64, y=d.classes(64)), columns=8))
     few, sevens = d.respaced(50), torch.full((8,), 7)
     assert torch.equal(drawn["--digit none"], few.sample(8))
     assert torch.equal(drawn["--digit 7"], few.sample(8, y=sevens, guidance=0.25))
