@@ -313,7 +313,7 @@ def main() -> None:
         print(f"Using the released model, {RELEASED}")
     folder = args.checkpoint.parent
     run = folder.parent if folder.name == "checkpoints" else folder
-    if args.checkpoint.resolve() == RELEASED:  # its folder is part of the repository
+    if folder.resolve() == RELEASED.parent:  # part of the repository
         run = Path("results_d3pm") / "evaluation"
     diffusion = load_checkpoint(args.checkpoint, device, args.timesteps)
     checkpoint = read_checkpoint(args.checkpoint)
