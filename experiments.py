@@ -320,7 +320,7 @@ def train_and_judge(name: str, args: argparse.Namespace) -> list[dict]:
             if step == 5:  # what fits
                 total = round(60 * args.minutes / statistics.median(turns))
         judged.eval()
-        terms = bound_terms(judged, spread(x_0, 1000), 4, "cpu")  # by the mixture: that of argmax is infinite
+        terms = bound_terms(judged, spread(x_0, 500), 2, "cpu")  # by the mixture: that of argmax is infinite
         drawn = reverse_step(judged.model, **judged.config).respaced(args.timesteps).sample(NUM_SAMPLES)
         rows.append(
             {
@@ -362,7 +362,9 @@ def plot_time(done: dict, path: Path) -> None:
     for axis in (left, right):
         axis.set(xlabel="minutes of training", xscale="log", yscale="log")
         axis.grid(alpha=0.3, which="both")
-        axis.legend()
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+    left.legend()
     save_figure(figure, path)
 
 
