@@ -381,15 +381,21 @@ def main() -> None:
     report["samples"] = {"timesteps": sampler.timesteps, "guidance": 0.0 if asked is None else guidance}
     report["samples"] |= quality(samples, reference, classifier, K, device, asked)
     report["training_digits"] = quality(spread(x_train, args.num_samples), reference, classifier, K, device)
-    print(f"{'':18}{'samples':>10}{'training digits':>17}")
+    columns = {"samples": "samples", "training_digits": "training digits"}
+    if asked is not None:  # what their even classes, which MNIST has not, are worth to real digits
+        rows = torch.cat(
+            [spread((train.labels == c).nonzero()[:, 0], int(n)) for c, n in enumerate(asked.bincount(minlength=10))]
+        )
+        columns["training_digits_of_these_classes"] = "of these classes"
+        report["training_digits_of_these_classes"] = quality(x_train[rows], reference, classifier, K, device)
+    print(" " * 18 + "".join(f"{heading:>17}" for heading in columns.values()))
     for key in ("frechet_distance", "precision", "recall", "mean_confidence", "ink", "read_as_asked"):
-        if key in report["samples"]:
-            floor = report["training_digits"].get(key)
-            shown = "" if floor is None else f"{floor:17.3f}"
-            print(f"{key.replace('_', ' '):18}{report['samples'][key]:10.3f}{shown}")
+        shown = "".join(f"{report[column][key]:17.3f}" for column in columns if key in report[column])
+        if shown:
+            print(f"{key.replace('_', ' '):18}{shown}")
     for key in ("samples", "training_digits"):
         shares = " ".join(f"{share:.2f}" for share in report[key]["class_histogram"])
-        print(f"classes 0-9, {key.replace('_', ' ')}: {shares}")
+        print(f"classes 0-9, {columns[key]}: {shares}")
 
     rows, least = nearest_digits(samples[:8], x_train)
     report["nearest_training_digit"] = {"least_distances": least.tolist()}

@@ -565,6 +565,13 @@ def test_conditional_run(monkeypatch):
     with Image.open("denoising_process.gif") as gif:
         gif.seek(50)
         assert np.array_equal(np.asarray(gif.convert("L"))[24:], image_grid(drawn[""]))
+    flags = ["--data", "offline", "--images", "2", "--repeats", "1", "--num-samples", "20", "--timesteps", "2"]
+    assert "of these classes" in succeed("evaluate.py", "out/checkpoints/last.pth", *flags)
+    report = json.loads(Path("out/evaluation.json").read_text())
+    even = report["training_digits_of_these_classes"]
+    assert even["images"] == 20 and even["class_histogram"] == pytest.approx(
+        [0.1] * 10, abs=0.051
+    )  # one may be misread
     flags = "--digit 0123456789 --n 3 --timesteps 2 --out rows.png"
     succeed("sample.py", "out/checkpoints/last.pth", *flags.split())
     with Image.open("rows.png") as picture:
