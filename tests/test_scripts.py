@@ -35,15 +35,6 @@ TRAIN = FLAGS.split()  # 4 steps per epoch
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the subprocesses, so that runs in and out of this process agree bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def fresh_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -110,7 +101,7 @@ def same_weights(a, b) -> bool:
 
 
 @pytest.fixture(scope="module")
-def run(one_thread, tmp_path_factory) -> Path:
+def run(tmp_path_factory) -> Path:
     """The directory of one finished run of four epochs. To be read only."""
     folder = tmp_path_factory.mktemp("run") / "run"
     out = succeed("train.py", *TRAIN, "--epochs", 4, "--out-dir", folder)
