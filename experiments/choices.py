@@ -1,0 +1,30 @@
+"""What each design choice is worth: rows trained for as many steps, with several seeds, judged on validation digits.
+
+python -m experiments.choices --data-root data      # about ten minutes on one core for each row and seed
+"""
+
+from cli import run
+
+from experiments.common import compare_trainings, table  # noqa: F401 (the page's table)
+
+# What differs from train.py's defaults
+ROWS = {
+    "uniform, cosine, cross-entropy": "",
+    "uniform, cosine, variational": "--loss variational",
+    "uniform, cosine, hybrid": "--loss hybrid",
+    "uniform, linear, cross-entropy": "--schedule linear",
+    "absorbing, mutual_info, cross-entropy": "--transition absorbing",
+    "absorbing, mutual_info, variational": "--transition absorbing --loss variational",
+    "absorbing, mutual_info, hybrid": "--transition absorbing --loss hybrid",
+    "8 levels, uniform, cosine, cross-entropy": "--levels 8",
+    "8 levels, absorbing, mutual_info, cross-entropy": "--levels 8 --transition absorbing",
+    "8 levels, gaussian, fitted, cross-entropy": "--levels 8 --transition gaussian",
+}
+
+
+def main() -> None:
+    compare_trainings("choices", __doc__, ROWS)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,265 @@
+"""The numbers that evaluate.py reports, against closed forms, brute force and counts by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import metrics
+from dataset import Digits, load_digits, take, to_levels
+from diffusion import BoundTerms
+from metrics import (
+    Classifier,
+    frechet_distance,
+    isolated,
+    judge,
+    load_classifier,
+    nearest_digits,
+    quality,
+    rows_of_classes,
+    share_within,
+    spread,
+    summarize_bound,
+    train_classifier,
+)
+
+# -- the bound --------------------------------------------------------------------------------------------------------
+
+
+def bound_of(L_T, L_t_minus_1, L_0, n=5) -> BoundTerms:
+    """The parts of the bound of some images; of the terms that they come from only the number counts here."""
+    L_T, L_t_minus_1, L_0 = (torch.tensor(v, dtype=torch.float64) for v in (L_T, L_t_minus_1, L_0))
+    return BoundTerms(L_T, L_t_minus_1, L_0, torch.ones(len(L_T), n, dtype=torch.long), torch.zeros(len(L_T), n))
+
+
+def test_bound_of_one_binarization_by_hand():
+    """Three images with totals 4, 7 and 10: mean 7, standard deviation 3."""
+    summary = summarize_bound(bound_of([1, 1, 1], [2, 4, 6], [1, 2, 3]))
+    expected = {"nats_per_image": 7, "L_T": 1, "sum_L_t_minus_1": 4, "L_0": 2}
+    expected |= {"standard_error": 3 / math.sqrt(3), "bits_per_dimension": 7 / (28 * 28 * math.log(2))}
+    assert summary == pytest.approx(expected | {"images": 3, "timesteps_per_image": 5})
+
+
+def test_bound_of_several_binarizations_by_hand():
+    """Two images, three binarizations: totals [1, 3], [2, 6], [3, 9], whose means over binarizations are 2 and 6."""
+    L_t_minus_1, L_0 = [[1, 3], [1.5, 5], [3, 9]], [[0, 0], [0.5, 1], [0, 0]]
+    summary = summarize_bound(*(bound_of([0, 0], a, b) for a, b in zip(L_t_minus_1, L_0, strict=True)))
+    assert summary["nats_per_image"] == pytest.approx(4)
+    assert summary["standard_error"] == pytest.approx(2)  # of 2 and 6: sqrt(8) / sqrt(2)
+    assert summary["standard_error_over_binarizations"] == pytest.approx(2 / math.sqrt(3))  # of 2, 4 and 6
+    assert summary["sum_L_t_minus_1"] + summary["L_0"] == pytest.approx(4) and summary["L_0"] == pytest.approx(0.25)
+    assert summary["binarizations"] == 3 and summary["images"] == 2
+
+
+# -- sets of features -------------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_gaussians():
+    """Known means and covariances, built exactly: |difference of means|^2 + (sum over axes of (s_a - s_b)^2)."""
+    torch.manual_seed(0)
+    raw = torch.randn(5000, 6, dtype=torch.float64)
+    raw -= raw.mean(0)
+    white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T.cov())).T  # covariance exactly the identity
+    s_a, s_b = torch.arange(1, 7, dtype=torch.float64), torch.tensor([2.0, 2, 2, 5, 5, 5], dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
+    shift = torch.arange(6, dtype=torch.float64)
+    expected = (shift.square().sum() + (s_a - s_b).square().sum()).item()
+    assert frechet_distance(white * s_a @ turn, (white * s_b + shift) @ turn) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(white, white) == pytest.approx(0, abs=1e-9)
+
+
+def test_share_within_by_hand():
+    """Reference 0, 1, 3, 7 on a line with k = 2: radii 3, 2, 3, 6."""
+    reference = torch.tensor([[0.0], [1], [3], [7]], dtype=torch.float64)
+    points = torch.tensor([[-3.0], [-3.5], [13], [13.5]], dtype=torch.float64)
+    assert share_within(points, reference, k=2) == 0.5
+    assert share_within(reference, reference, k=2) == 1
+
+
+def test_share_within_in_blocks():
+    """More points and references than one block holds, in an order that matters, against a direct computation."""
+    rng = np.random.default_rng(0)
+    reference = np.concatenate([rng.normal(0, 1, (1050, 3)), rng.normal(3, 1, (1050, 3))])
+    points = np.concatenate([rng.normal(5, 2, (1200, 3)), rng.normal(0, 1, (30, 3))])
+    radius = [np.sort(np.linalg.norm(reference - r, axis=1))[3] for r in reference]
+    within = [(np.linalg.norm(reference - point, axis=1) <= radius).any() for point in points]
+    share = share_within(torch.from_numpy(points), torch.from_numpy(reference))
+    assert share == pytest.approx(np.mean(within), abs=1e-12) and 0.1 < share < 0.9
+
+
+def test_spread_and_rows_of_classes():
+    x = torch.arange(10)
+    assert spread(x, 4).tolist() == [0, 2, 5, 7] and spread(x, None) is x and spread(x, 11) is x
+    labels = torch.tensor([0, 1, 0, 2, 0, 0, 1])
+    rows = rows_of_classes(labels, torch.tensor([2, 5, 0]))  # rows 0, 2, 4, 5 are of class 0
+    assert rows.tolist() == [0, 4, 1, 6] and rows.dtype == torch.int64
+
+
+def test_nearest_digits_by_hand():
+    """Nearest first, by the sum of level differences; the sample leads its row."""
+    train = torch.tensor([[[[0, 0], [0, 0]]], [[[1, 1], [1, 1]]], [[[3, 0], [1, 1]]]], dtype=torch.uint8)
+    samples = torch.tensor([[[[1, 0], [1, 1]]], [[[3, 0], [1, 1]]]], dtype=torch.uint8)
+    rows, least = nearest_digits(samples, train, k=3)
+    assert least.tolist() == [1, 0]
+    assert torch.equal(rows, torch.stack([samples[0], *train[[1, 2, 0]], samples[1], *train[[2, 1, 0]]]))
+    rows, _ = nearest_digits(samples, train, k=1)
+    assert torch.equal(rows, torch.stack([samples[0], train[1], samples[1], train[2]]))
+
+
+# -- the eye ----------------------------------------------------------------------------------------------------------
+
+
+def picture(*white):
+    image = torch.zeros(1, 1, 6, 6, dtype=torch.uint8)
+    for row, column in white:
+        image[0, 0, row, column] = 1
+    return image
+
+
+def test_isolated_pixels_by_hand():
+    """Neighbours are the eight around a pixel; beyond the edge there is none, and the opposite edge is far away."""
+    alone = [picture((2, 2)), picture((0, 0)), picture((0, 0), (0, 5)), picture((1, 1), (1, 2), (4, 4))]
+    alone += [picture((2, 2), (2, 4)), picture((5, 5), (3, 5), (2, 5))]
+    not_alone = [picture(), picture((2, 2), (3, 3)), picture((0, 5), (1, 4)), picture((0, 0), (0, 1)), 1 - picture()]
+    assert isolated(torch.cat(alone)).tolist() == [True] * 6
+    assert isolated(torch.cat(not_alone)).tolist() == [False] * 5
+
+
+class Corners(torch.nn.Module):
+    """A judge whose two features are the pixels (10, 10) and (10, 20); the larger one decides between two classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(2, 2, bias=False)
+        torch.nn.init.eye_(self.head.weight)
+
+    def features(self, grey):
+        return torch.stack([grey[:, 0, 10, 10], grey[:, 0, 10, 20]], dim=1)
+
+
+def blank(n, level=0):
+    """Images all of one level."""
+    return torch.full((n, 1, 32, 32), level, dtype=torch.uint8)
+
+
+def test_judge_scales_levels_and_keeps_the_order():
+    x = blank(600)
+    x[:, 0, 10, 10] = torch.arange(600) % 4
+    x[:, 0, 10, 20] = 3
+    features, logits = judge(Corners(), x, 4)
+    assert features.dtype == torch.float64 and features.shape == logits.shape == (600, 2)
+    np.testing.assert_allclose(features[:, 0], (torch.arange(600) % 4).double() / 3, atol=1e-7)
+    assert (features[:, 1] == 1).all() and torch.equal(logits.double(), features)
+
+
+def test_quality_by_hand():
+    """Eight images of four levels: what is counted, and what not."""
+    x = blank(8)
+    x[0, 0, 5, 5] = 2  # one white pixel alone
+    x[1] = x[7] = 3  # white all over, its border, too,
+    x[1, 0, 8, 8] = x[7, 0, 31, 31] = 1  # but for one that is black
+    x[2, 0, 16, 31] = 1  # ink in the border, of a level that is not white
+    x[3, 0, 2, 2] = x[3, 0, 29, 29] = 1  # just inside of it
+    x[4, 0, 10, 10], x[5, 0, 10, 20] = 1, 1  # what the judge looks at
+    x[6, 0, 5, 5] = x[6, 0, 6, 6] = 3  # two neighbours
+    reference = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1], [0.5, 0.5]], dtype=torch.float64)
+    asked = torch.tensor([0, 0, 0, 1, 0, 0, 1, 0])
+    result = quality(x, reference, Corners(), 4, asked)
+    features, _ = judge(Corners(), x, 4)
+    sure = 1 / (1 + math.exp(-1 / 3))  # of one third against nothing
+    assert result.pop("class_histogram") == [7 / 8, 1 / 8] + [0] * 8
+    expected = {
+        "images": 8,
+        "frechet_distance": frechet_distance(features, reference),
+        "precision": 1,
+        "recall": 1,  # what is not near (0, 0) is within sqrt(13) / 3 of (1, 1)
+        "mean_confidence": (6 * 0.5 + 2 * sure) / 8,
+        "isolated_white": 1 / 8,
+        "isolated_black": 2 / 8,
+        "ink_in_border": 3 / 8,
+        "ink": (2 + 2 * (3 * 1023 + 1) + 1 + 2 + 1 + 1 + 6) / (3 * 8 * 1024),
+        "read_as_asked": 5 / 8,
+    }
+    assert result == pytest.approx(expected)
+    assert "read_as_asked" not in quality(x, reference, Corners(), 4)
+
+
+@pytest.mark.parametrize("i, j", [(0, 16), (1, 16), (30, 16), (31, 16), (16, 0), (16, 1), (16, 30), (16, 31)])
+def test_ink_in_any_part_of_the_border_counts(i, j):
+    x = blank(4)
+    x[2, 0, i, j] = 1
+    assert quality(x, torch.rand(9, 2).double(), Corners(), 2)["ink_in_border"] == 0.25
+
+
+def test_precision_is_of_samples_and_recall_of_digits():
+    """All samples alike, at one of the digits: each is near a digit, but few of the digits are near a sample."""
+    reference = torch.cartesian_prod(torch.linspace(0, 1, 5), torch.linspace(0, 1, 4)).double()  # 20 digits
+    collapsed = quality(blank(20), reference, Corners(), 2)
+    assert collapsed["precision"] == 1 and collapsed["recall"] == 1 / 20
+    everywhere = torch.cat([blank(5), blank(5, 30)])  # half of them far from all digits
+    everywhere[1, 0, 10, 10] = everywhere[2, 0, 10, 20] = everywhere[3, 0, 10, 10:21] = 1
+    result = quality(everywhere, reference, Corners(), 2)
+    assert result["precision"] == 0.5 and result["recall"] == 1
+
+
+def test_quality_compares_with_as_many_digits_as_there_are_samples():
+    """Every second digit for five samples and ten digits; the Fréchet distance takes them all."""
+    reference = torch.full((10, 2), 9.0, dtype=torch.float64)
+    reference[::2] = torch.tensor([[0, 0], [0, 0.1], [0.1, 0], [0.1, 0.1], [0, 0.2]], dtype=torch.float64)
+    x = blank(5)
+    x[0, 0, 10, 10] = x[1, 0, 10, 20] = 1
+    few, many = quality(x, reference, Corners(), 2), quality(x.repeat(2, 1, 1, 1), reference, Corners(), 2)
+    assert few["recall"] == 1 and many["recall"] == 0.5
+    features, _ = judge(Corners(), x, 2)
+    assert few["frechet_distance"] == pytest.approx(frechet_distance(features, reference))
+
+
+# -- the released judge -----------------------------------------------------------------------------------------------
+
+
+def test_released_classifier_reads_digits():
+    """In eval mode, so that a digit is read the same way in any company."""
+    digits = take(load_digits("validation", "offline"), 250)
+    classifier = load_classifier()
+    _, logits = judge(classifier, to_levels(digits.images), 2)
+    assert (logits.argmax(1) == digits.labels).float().mean() > 0.98
+    _, alone = judge(classifier, to_levels(digits.images[:3]), 2)
+    np.testing.assert_allclose(alone, logits[:3], atol=1e-4)
+
+
+def test_missing_and_damaged_classifier(monkeypatch, tmp_path):
+    path = tmp_path / "classifier.pth"
+    monkeypatch.setattr(metrics, "CLASSIFIER", path)
+    with pytest.raises(FileNotFoundError, match="train-classifier"):
+        load_classifier()
+    torch.save({"something": torch.zeros(1)}, tmp_path / "other.pth")
+    for content in (b"nonsense", (tmp_path / "other.pth").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged") as error:
+            load_classifier()
+        assert "\n" not in str(error.value)
+
+
+def test_training_a_classifier(monkeypatch, tmp_path, capsys):
+    """It learns to read, says how well, and what it writes is what `load_classifier` loads. The same twice."""
+    digits, asked = take(load_digits("train", "offline"), 900), []
+
+    def load(split, data, data_root):
+        asked.append((split, data, data_root))
+        return digits if split == "train" else Digits(digits.images[1::3], digits.labels[1::3], "offline")
+
+    monkeypatch.setattr(metrics, "load_digits", load)
+    for name in ("one", "two"):
+        train_classifier("root", tmp_path / name / "classifier.pth", epochs=4, batch_size=32)
+    assert asked[:2] == [("train", "mnist", "root"), ("test", "mnist", "root")]
+    one, two = (torch.load(tmp_path / name / "classifier.pth", weights_only=True) for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    monkeypatch.setattr(metrics, "CLASSIFIER", tmp_path / "one" / "classifier.pth")
+    lines = capsys.readouterr().out.splitlines()
+    for protocol, line in zip(("threshold", "dynamic"), lines[:2], strict=True):
+        x = to_levels(digits.images[1::3], 2, protocol, torch.Generator().manual_seed(0))
+        _, logits = judge(load_classifier(), x, 2)
+        share = (logits.argmax(1) == digits.labels[1::3]).float().mean()
+        assert share > 0.8 and line.startswith(f"{share:.4f} of {protocol}")
+    assert isinstance(load_classifier(), Classifier)

@@ -1,0 +1,84 @@
+"""Pictures, pixel by pixel."""
+
+import numpy as np
+import pytest
+import torch
+
+from pictures import image_grid, plot_history, plot_terms, titled_frame
+
+
+def test_image_grid_two_levels():
+    """Three 2x3 images: two columns, two rows, two grey pixels around each image, everything doubled in size."""
+    x = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 1]]]).unsqueeze(1)
+    g, w = 96, 255
+    sheet = np.array([
+        [g, g, g, g, g, g, g, g, g, g, g, g],
+        [g, g, g, g, g, g, g, g, g, g, g, g],
+        [g, g, w, 0, 0, g, g, 0, 0, 0, g, g],
+        [g, g, 0, w, 0, g, g, w, w, w, g, g],
+        [g, g, g, g, g, g, g, g, g, g, g, g],
+        [g, g, g, g, g, g, g, g, g, g, g, g],
+        [g, g, w, w, w, g, g, g, g, g, g, g],
+        [g, g, w, 0, w, g, g, g, g, g, g, g],
+        [g, g, g, g, g, g, g, g, g, g, g, g],
+        [g, g, g, g, g, g, g, g, g, g, g, g],
+    ])  # fmt: skip
+    for images in (x, x.to(torch.uint8)):
+        picture = image_grid(images)
+        assert picture.mode == "L"
+        assert np.array_equal(np.asarray(picture), sheet.repeat(2, axis=0).repeat(2, axis=1))
+
+
+def test_image_grid_four_levels_in_a_row():
+    """Levels 0..3 are evenly spaced greys; `columns` is obeyed."""
+    picture = image_grid(torch.arange(4).view(4, 1, 1, 1), num_levels=4, columns=4)
+    row = [96, 96, 0, 96, 96, 85, 96, 96, 170, 96, 96, 255, 96, 96]
+    sheet = np.full((5, 14), 96)
+    sheet[2] = row
+    assert np.array_equal(np.asarray(picture), sheet.repeat(2, axis=0).repeat(2, axis=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_all_states_beyond_the_levels_show_the_ground(dtype):
+    """One mask or two."""
+    x = torch.tensor([[[[0, 1, 2], [3, 1, 2]]]]).to(dtype)
+    assert np.array(image_grid(x, 2))[4:8:2, 4:10:2].tolist() == [[0, 255, 96], [96, 255, 96]]
+    assert np.array(image_grid(x, 3))[4:8:2, 4:10:2].tolist() == [[0, 128, 255], [96, 128, 255]]
+
+
+def test_256_levels_are_the_grey_values():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert np.array_equal(np.array(image_grid(x, 256))[4:36:2, 4:36:2], x[0, 0])
+
+
+@pytest.mark.parametrize("n, columns", [(1, 1), (2, 2), (4, 2), (5, 3), (17, 5)])
+def test_image_grid_is_about_square(n, columns):
+    """The least number of columns whose square holds all images, and no empty row."""
+    picture = image_grid(torch.zeros(n, 1, 32, 32, dtype=torch.uint8))
+    rows = -(-n // columns)
+    assert picture.size == (2 * (columns * 34 + 2), 2 * (rows * 34 + 2))
+
+
+def test_large_image_grid_is_not_doubled():
+    assert image_grid(torch.zeros(1025, 1, 1, 1, dtype=torch.uint8), columns=41).size == (41 * 3 + 2, 25 * 3 + 2)
+
+
+def test_titled_frame():
+    """The grid, and above it a white strip with the words in it."""
+    x = torch.randint(0, 2, (4, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    frame, grid = np.array(titled_frame(x, 2, "t = 7")), np.array(image_grid(x))
+    assert np.array_equal(frame[24:], grid)
+    assert (frame[:24] == 255).mean() > 0.8 and (frame[:24] < 64).any()
+    assert not np.array_equal(np.array(titled_frame(x, 2, "t = 8"))[:24], frame[:24])
+
+
+def test_plots_hold_the_numbers():
+    """Loss and bound by epoch; the mean of the bound's terms by the t that the network is told, where there are any."""
+    rows = [{"epoch": 3, "train_loss": 0.5, "validation_bound": 90.0}]
+    rows += [{"epoch": 4, "train_loss": 0.25, "validation_bound": 80.0}]
+    left, right = plot_history(rows).axes
+    assert left.lines[0].get_xydata().tolist() == [[3, 0.5], [4, 0.25]]
+    assert right.lines[0].get_xydata().tolist() == [[3, 90], [4, 80]]
+    t, terms = torch.tensor([1, 1, 3, 3, 3]), torch.tensor([1.0, 2, 3, 6, 9], dtype=torch.float64)
+    (axis,) = plot_terms(torch.tensor([0, 10, 20, 50]), t, terms).axes
+    assert axis.lines[0].get_xydata().tolist() == [[10, 1.5], [50, 6]]

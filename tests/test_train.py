@@ -1,0 +1,1088 @@
+"""train.py end to end: what a run is made of, what it writes, how it stops and goes on, and what it refuses."""
+
+import csv
+import errno
+import io
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import ENVIRONMENT, REPOSITORY, TRAIN, call, fail, files, same_weights, snapshot, start, succeed
+
+import dataset
+import train
+import trainer
+from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from dataset import Digits, batches, load_digits, take, to_levels
+from diffusion import DiscreteDiffusion
+from model import build_network
+from pictures import image_grid
+from trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("fresh_directory")
+STEP = [*TRAIN, "--steps", "1", "--out-dir", "out"]
+
+
+def read_metrics(folder) -> list[dict]:
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint_of(folder, name="last") -> dict:
+    return read_checkpoint(Path(folder) / "checkpoints" / f"{name}.pth")
+
+
+def same_history(a, b) -> bool:
+    """Whether two runs tell the same of every epoch, but for the seconds."""
+    a, b = ([{**row, "images_per_second": 0, "seconds": 0} for row in checkpoint_of(x)["history"]] for x in (a, b))
+    return a == b
+
+
+def signal_at_step(monkeypatch, at, *signals):
+    """Send these signals to this process while step `at` (from 0) computes its loss."""
+    loss, calls = DiscreteDiffusion.loss, []
+
+    def loss_with_signal(self, *arguments):
+        if len(calls) == at:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        calls.append(at)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(DiscreteDiffusion, "loss", loss_with_signal)
+
+
+def spy(monkeypatch, owner, name) -> list[tuple]:
+    """The calls of owner.name from now on, as (arguments, keyword arguments); a method's start with its object."""
+    original, calls = getattr(owner, name), []
+
+    def called(*args, **kwargs):
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, called)
+    return calls
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_a_run_is_these_steps_on_these_batches(run):
+    """The whole of a run, written out: network by seed, batches by epoch, steps, a mean loss and a bound each epoch."""
+    digits = take(load_digits("train", "offline"), 64)
+    torch.manual_seed(0)
+    network = build_network({"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8], "num_labels": 0})
+    t = Trainer(DiscreteDiffusion(network, timesteps=10), 16, 16, 2e-3)
+    validation = to_levels(load_digits("validation", "offline").images)
+    history = []
+    for epoch in range(4):
+        losses = [t.step(*batch).item() for batch in batches(digits, 16, 0, epoch)]
+        history.append([epoch + 1, t.steps, sum(losses) / 4, t.validate(validation), t.optimizer.param_groups[0]["lr"]])
+    last = checkpoint_of(run)
+    for key in ("weights", "averaged_weights"):
+        for name, weight in t.state_dict()[key].items():
+            assert torch.equal(last[key][name], weight), name
+    rows = [list(row.values())[:5] for row in last["history"]]
+    assert np.allclose(rows, history, rtol=1e-12)
+    assert all(row["seconds"] * row["images_per_second"] == pytest.approx(64) for row in last["history"])
+
+
+def test_train_writes_what_it_promises(run):
+    """Checkpoints, one sheet of 8x8 samples, the metrics of every epoch, the loss curve; and nothing else."""
+    assert files(run) == {
+        "checkpoints/last.pth",
+        "checkpoints/constant.pth",
+        "checkpoints/model_epoch_4.pth",
+        "checkpoints/weights.pth",
+        "samples/sample_epoch_4.png",
+        "metrics.csv",
+        "loss_curve.png",
+    }
+    rows, history = read_metrics(run), checkpoint_of(run)["history"]
+    columns = ["epoch", "step", "train_loss", "validation_bound", "lr", "images_per_second", "seconds"]
+    assert list(rows[0]) == columns
+    for row, kept in zip(rows, history, strict=True):
+        assert [float(row[column]) for column in columns] == pytest.approx([kept[column] for column in columns], 1e-5)
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8"), ("3", "12"), ("4", "16")]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) < 1.0
+    assert same_weights(run / "checkpoints" / "last.pth", run / "checkpoints" / "model_epoch_4.pth")
+    samples = load_checkpoint(run / "checkpoints" / "last.pth").sample(64)
+    with Image.open(run / "samples" / "sample_epoch_4.png") as picture:
+        assert picture.size == (2 * (8 * 34 + 2),) * 2
+        assert np.array_equal(picture, image_grid(samples, columns=8))
+    with Image.open(run / "loss_curve.png") as picture:
+        picture.verify()
+
+
+def test_what_a_checkpoint_holds(run):
+    last, constant, weights = (checkpoint_of(run, name) for name in ("last", "constant", "weights"))
+    assert last.keys() == constant.keys() == {
+        "network", "diffusion", "averaged_weights", "weights", "optimizer", "settings", "data", "binarize", "epoch",
+        "step", "steps_per_epoch", "total_steps", "loss_sum", "history",
+    }  # fmt: skip
+    assert (last["epoch"], last["step"], last["steps_per_epoch"], last["total_steps"]) == (4, 16, 4, 16)
+    assert last["data"] == "offline" and last["binarize"] == "threshold"
+    assert last["loss_sum"] == pytest.approx(4 * last["history"][-1]["train_loss"])
+    assert constant["step"] == 12  # 0.7 * 16 = 11.2
+    assert weights.keys() == {"network", "diffusion", "averaged_weights", "data", "binarize", "step"}
+    for name, weight in last["averaged_weights"].items():
+        assert torch.equal(weights["averaged_weights"][name], weight.half())
+    assert not all(torch.equal(last["weights"][name], w) for name, w in last["averaged_weights"].items())
+    whole, half = (load_checkpoint(run / "checkpoints" / f"{name}.pth") for name in ("last", "weights"))
+    x, t = torch.ones(1, 1, 32, 32).long(), torch.tensor([5])
+    assert next(half.parameters()).dtype == torch.float32
+    assert torch.allclose(whole.x_0_logits(x, t), half.x_0_logits(x, t), atol=0.01)
+
+
+def test_what_a_run_says():
+    """What is trained, on what, for how long; a line an epoch; the command that comes next."""
+    out = succeed("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out").splitlines()
+    row = checkpoint_of("out")["history"][1]
+    assert out[:3] == [
+        "64 offline digits for training, 500 for validation",
+        "15,300 weights on cpu; T = 10",
+        "8 steps of 16, 2 epochs; adamw with peak learning rate 0.002",
+    ]
+    assert out[4].startswith(
+        f"epoch   2/2  train loss {row['train_loss']:.4f} nats/pixel  "
+        f"validation bound {row['validation_bound']:7.2f} nats/image  {row['images_per_second']:.0f} img/s"
+    )
+    assert out[5:] == [f"Done. Draw digits: python sample.py {Path('out/checkpoints/weights.pth')}"]
+
+
+def test_what_is_kept(monkeypatch, cheap):
+    """Every so many epochs and at the end a checkpoint and a sheet; weights only at the end."""
+    monkeypatch.setattr(train, "EVERY", 2)
+    succeed("train.py", *TRAIN, "--epochs", 5, "--out-dir", "out")
+    assert files(Path("out/checkpoints")) == {
+        "last.pth", "constant.pth", "weights.pth", "model_epoch_2.pth", "model_epoch_4.pth", "model_epoch_5.pth",
+    }  # fmt: skip
+    assert files(Path("out/samples")) == {f"sample_epoch_{n}.png" for n in (2, 4, 5)}
+    assert checkpoint_of("out", "model_epoch_2")["step"] == 8
+
+
+class Clock:
+    """A clock on which every look takes so many seconds."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now = seconds, 0.0
+        self.perf_counter = time.perf_counter
+
+    def monotonic(self):
+        self.now += self.seconds
+        return self.now
+
+
+def test_saves_by_the_clock(monkeypatch, cheap):
+    """In the middle of a long epoch, when SAVE_SECONDS have gone by since the last save; then it can go on there."""
+    assert train.SAVE_SECONDS == 600
+    monkeypatch.setattr(train, "CHECK_STEPS", 1)
+    monkeypatch.setattr(train, "time", Clock(250))  # a look at each step, and one at each save
+    saves = []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, state: saves.append((path.name, state["step"])))
+    flags = *TRAIN, "--batch-size", 4, "--epochs", 1, "--decay", "cosine"
+    succeed("train.py", *flags, "--out-dir", "out")
+    assert saves[:-3] == [("last.pth", step) for step in (3, 6, 9, 12, 15)]
+    assert saves[-3:] == [("model_epoch_1.pth", 16), ("last.pth", 16), ("weights.pth", 16)]
+    saves.clear()
+    monkeypatch.setattr(train, "time", Clock(1))
+    succeed("train.py", *flags, "--out-dir", "other")
+    assert len(saves) == 3
+
+
+def test_life_signs_in_a_log(monkeypatch, cheap):
+    """Without a progress bar, a line when TELL_SECONDS have gone by, with the mean loss of the epoch so far."""
+    assert train.TELL_SECONDS == 60
+    monkeypatch.setattr(train, "CHECK_STEPS", 2)
+    monkeypatch.setattr(train, "time", Clock(25))
+    losses, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda *args: losses.append(step(*args)) or losses[-1])
+    flags = *TRAIN, "--batch-size", 4, "--epochs", 2, "--out-dir"
+    out = succeed("train.py", *flags, "out").splitlines()
+    lines = [line for line in out if line.startswith("epoch") and "step" in line]
+    assert [line.split()[3] for line in lines[:2]] == ["6", "12"] and len(lines) > 3
+    for line in lines:
+        epoch, step = int(line.split()[1][:-1]), int(line.split()[3])
+        mean = torch.stack(losses[16 * (epoch - 1) : step]).mean()
+        assert line == f"epoch {epoch}, step {step} of 32, train loss {mean:.4f} nats/pixel"
+
+
+def test_no_life_signs_beside_a_progress_bar(monkeypatch, cheap):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(train, "CHECK_STEPS", 2)
+    monkeypatch.setattr(train, "time", Clock(25))
+    monkeypatch.setattr("scripts.redirect_stderr", lambda err: patched_stderr(monkeypatch, terminal))
+    terminal = Terminal()
+    out = succeed("train.py", *TRAIN, "--batch-size", 4, "--epochs", 1, "--out-dir", "out")
+    assert ", step" not in out and "epoch 1" in terminal.getvalue()
+
+
+def patched_stderr(monkeypatch, stream):
+    from contextlib import redirect_stderr
+
+    return redirect_stderr(stream)
+
+
+def test_progress_bar_starts_where_the_run_goes_on(monkeypatch, my_run, cheap):
+    bars, tqdm = [], train.tqdm
+
+    def bar(**kwargs):
+        bars.append(tqdm(**kwargs | {"disable": False, "file": io.StringIO()}))
+        assert kwargs["disable"] is None  # tqdm's word for: only on a terminal
+        return bars[-1]
+
+    monkeypatch.setattr(train, "tqdm", bar)
+    shutil.copy(my_run / "checkpoints" / "model_epoch_4.pth", "x.pth")
+    succeed("train.py", "--resume", "x.pth", "--steps", 18, "--out-dir", "a")
+    succeed("train.py", "--resume", "--epochs", 5, "--out-dir", "a")
+    assert [(bar.total, bar.initial, bar.n, bar.desc) for bar in bars] == [
+        (64, 0, 32, "epoch 5"),
+        (64, 32, 64, "epoch 5"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def test_flags_reach_what_they_are_about(monkeypatch, cheap):
+    """Every flag at once, none at its default: the network, the diffusion, the trainer, the batches, the checkpoint."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    made, loaded, served = (spy(monkeypatch, train, name) for name in ("Trainer", "load_digits", "batches"))
+    flags = """--steps 2 --batch-size 8 --timesteps 12 --transition absorbing --schedule cosine --loss hybrid
+        --hybrid-weight 0.5 --levels 4 --conditional --label-dropout 0.3 --optimizer muon --lr 0.003 --decay cosine
+        --channels 8 16 24 --blocks 2 --data offline --data-root nowhere --limit 40 --seed 5 --device cpu --compile
+        --amp --reverse joint --out-dir here"""
+    succeed("train.py", *flags.split())
+    ((diffusion, total), options) = made[0]
+    assert total == 2
+    assert options.pop("processes") == trainer.Processes()
+    assert options == {
+        "batch_size": 8, "lr": 0.003, "optimizer": "muon", "decay": "cosine", "label_dropout": 0.3, "seed": 5,
+        "amp": True, "compiled": True,
+    }  # fmt: skip
+    assert diffusion.config == {
+        "num_levels": 4, "timesteps": 12, "image_shape": (1, 32, 32), "loss_type": "hybrid", "hybrid_weight": 0.5,
+        "reverse": "joint", "transition": "absorbing", "schedule": "cosine",
+    }  # fmt: skip
+    assert diffusion.model.config == {
+        "name": "unet", "num_levels": 4, "num_states": 5, "channels": [8, 16, 24], "blocks": 2, "num_labels": 10,
+        "output": "softmax",
+    }  # fmt: skip
+    assert [args for args, _ in loaded] == [
+        ("train", "offline", Path("nowhere")),
+        ("validation", "offline", Path("nowhere")),
+    ]
+    digits, *rest = served[-1][0]
+    assert rest == [8, 5, 0, 0, 4, "threshold"]
+    everything = load_digits("train", "offline")
+    assert torch.equal(digits.images, take(everything, 40).images)
+    assert torch.equal(digits.labels, take(everything, 40).labels)
+    settings = checkpoint_of("here")["settings"]
+    assert settings.pop("epochs") == 50
+    assert settings == {
+        "steps": 2, "batch_size": 8, "timesteps": 12, "transition": "absorbing", "schedule": "cosine", "loss": "hybrid",
+        "hybrid_weight": 0.5, "reverse": "joint", "output": "softmax", "levels": 4, "binarize": "threshold",
+        "conditional": True, "label_dropout": 0.3,
+        "optimizer": "muon", "lr": 0.003, "decay": "cosine", "channels": [8, 16, 24], "blocks": 2, "data": "offline",
+        "data_root": "nowhere", "limit": 40, "seed": 5, "device": "cpu", "compile": True, "amp": True,
+        "out_dir": "here",
+    }  # fmt: skip
+
+
+def test_defaults(monkeypatch, cheap):
+    """Without flags: README's run."""
+    made = spy(monkeypatch, train, "Trainer")
+    monkeypatch.setattr(train.Run, "train", lambda self, stop: False)
+    out = succeed("train.py", "--data", "offline")
+    assert f"python sample.py {Path('results_d3pm/checkpoints/weights.pth')}" in out
+    ((diffusion, total), options) = made[0]
+    assert total == 50 * (4500 // 128)
+    options.pop("processes")
+    assert options == {
+        "batch_size": 128, "lr": 2e-3, "optimizer": "adamw", "decay": "late", "label_dropout": 0.1, "seed": 0,
+        "amp": False, "compiled": False,
+    }  # fmt: skip
+    assert diffusion.config == {
+        "num_levels": 2, "timesteps": 200, "image_shape": (1, 32, 32), "loss_type": "cross_entropy",
+        "hybrid_weight": 0.001, "reverse": "mixture", "transition": "uniform", "schedule": "cosine",
+    }  # fmt: skip
+    assert diffusion.model.config == {
+        "name": "unet", "num_levels": 2, "num_states": 2, "channels": [24, 64, 96], "blocks": 1, "num_labels": 0,
+        "output": "softmax",
+    }  # fmt: skip
+
+
+def fake_mnist(split, data="auto", data_root="data") -> Digits:
+    """Splits that can be told apart: all pixels of a split have one grey level."""
+    grey = {"train": 10, "validation": 130, "test": 140}[split]
+    return Digits(torch.full((32, 1, 32, 32), grey, dtype=torch.uint8), torch.arange(32) % 10, "mnist")
+
+
+def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
+    monkeypatch.setattr(train, "load_digits", fake_mnist)
+    made = spy(monkeypatch, train, "Trainer")
+    succeed("train.py", *STEP, "--limit", 16, "--data", "auto")
+    assert made[0][1]["lr"] == 1e-4 and checkpoint_of("out")["data"] == "mnist"
+
+
+def test_a_run_stays_with_its_digits(monkeypatch, my_run):
+    monkeypatch.setattr(train, "load_digits", fake_mnist)
+    line = fail("train.py", "--resume", "--epochs", 6, "--data", "mnist", "--out-dir", my_run)
+    assert "trained on offline digits, but these are mnist digits" in line
+
+
+@pytest.mark.parametrize("protocol", ["threshold", "dynamic"])
+def test_validation_is_on_validation_digits(protocol, monkeypatch, cheap):
+    """As levels, drawn once where they are drawn at random; and training batches are drawn by the same protocol."""
+    monkeypatch.setattr(Trainer, "validate", lambda self, x_0: seen.append(x_0) or 1.0)
+    served, seen = spy(monkeypatch, train, "batches"), []
+    succeed("train.py", *TRAIN, "--epochs", 2, "--binarize", protocol, "--out-dir", "out")
+    grey = load_digits("validation", "offline").images
+    expected = to_levels(grey, 2, protocol, torch.Generator().manual_seed(0))
+    assert len(seen) == 2 and all(torch.equal(x_0, expected) for x_0 in seen)
+    assert served[-1][0][-1] == protocol
+    assert checkpoint_of("out")["binarize"] == protocol
+
+
+@pytest.mark.parametrize("arguments, states, levels", [
+    ("--transition absorbing", 3, 2),
+    ("--transition absorbing --levels 4 --loss variational --schedule cosine", 5, 4),
+    ("--transition gaussian --levels 4 --timesteps 20", 4, 4),
+    ("--loss variational --binarize dynamic --blocks 2", 2, 2),
+])  # fmt: skip
+def test_design_choices_end_to_end(arguments, states, levels):
+    """One short epoch, then digits and an animation from nothing but the checkpoint."""
+    succeed("train.py", *TRAIN, *arguments.split(), "--epochs", 1, "--out-dir", "out")
+    d = load_checkpoint("out/checkpoints/weights.pth")
+    assert (d.num_states, d.num_levels) == (states, levels)
+    succeed("sample.py", "out/checkpoints/weights.pth", "--n", 2, "--out", "a.png", "--save-tensor", "a.pt")
+    assert torch.load("a.pt").max() < levels
+    with Image.open("a.png") as picture:
+        grey = set(np.linspace(0, 255, levels).round().astype(int))
+        assert set(np.unique(picture)) <= grey | {96}
+    succeed("visualize_denoising.py", "out/checkpoints/last.pth", "--n", 2, "--out", "a.gif")
+
+
+def test_conditional_run(monkeypatch):
+    """The network is told the labels, except one in ten; the sheet has a digit of each class in turn."""
+    told, loss = [], DiscreteDiffusion.loss
+
+    def watched(self, x_0, t, u, y):
+        told.append(y)
+        return loss(self, x_0, t, u, y)
+
+    monkeypatch.setattr(DiscreteDiffusion, "loss", watched)
+    succeed("train.py", *TRAIN, "--limit", 320, "--conditional", "--epochs", 1, "--out-dir", "out")
+    told = torch.cat(told)
+    assert len(told) == 320 and set(told.tolist()) == set(range(-1, 10))
+    assert 0.04 < (told == -1).double().mean() < 0.17
+    d = load_checkpoint("out/checkpoints/last.pth")
+    with Image.open("out/samples/sample_epoch_1.png") as picture:
+        row = np.asarray(image_grid(d.sample(8, y=d.labels(8)), columns=8))[:-4]  # less the border below
+        assert np.array_equal(np.asarray(picture)[: len(row)], row)
+
+
+def test_seed_of_the_sheet(monkeypatch, cheap):
+    drawn = spy(monkeypatch, DiscreteDiffusion, "sample")
+    succeed("train.py", *STEP, "--seed", 3)
+    ((_, n, seed), _) = drawn[0]
+    assert (n, seed) == (64, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other weights to start from
+
+
+@pytest.mark.parametrize("name", ["last", "weights"])
+def test_init_starts_from_averaged_weights(name, run, monkeypatch, cheap):
+    """A fresh run: step 0, no history, the average starts there, too; and it may be another seed, rate or schedule."""
+    made = []
+
+    class Watched(Trainer):
+        def __init__(self, diffusion, *args, **kwargs):
+            super().__init__(diffusion, *args, **kwargs)
+            made.append(({k: v.clone() for k, v in self.network.state_dict().items()}, self.steps))
+
+    monkeypatch.setattr(train, "Trainer", Watched)
+    path = run / "checkpoints" / f"{name}.pth"
+    succeed("train.py", *STEP, "--init", path, "--seed", 9, "--transition", "uniform", "--schedule", "linear")
+    weights, steps = made[0]
+    assert steps == 0 and checkpoint_of("out")["step"] == 1 and len(checkpoint_of("out")["history"]) == 1
+    for key, weight in read_checkpoint(path)["averaged_weights"].items():
+        assert torch.equal(weights[key], weight.float())
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--channels 8 8 16", "channels"),
+    ("--conditional", "num_labels"),
+    ("--levels 4", "num_levels, num_states"),
+    ("--transition absorbing", "num_states"),
+    ("--blocks 2", "blocks"),
+])  # fmt: skip
+def test_init_of_another_network(flags, word, run):
+    line = fail("train.py", *STEP, "--init", run / "checkpoints" / "last.pth", *flags.split())
+    assert "another network" in line and f"by its {word}" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def test_interrupted_and_resumed_run_equals_the_straight_one(run, tmp_path):
+    """Ctrl-C saves, says how to go on and exits with 130; --resume then ends in bit-identical weights."""
+    process = start("train.py", *TRAIN, "--epochs", 4, "--out-dir", "cut", cwd=tmp_path)  # a real process, end to end
+    for line in process.stdout:  # which comes when it is written, though nobody sits at a terminal
+        if line.startswith("epoch   2/4"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=300)
+    last = Path("cut") / "checkpoints" / "last.pth"
+    if process.returncode == 130:  # else it was faster than the signal
+        (message,) = err.splitlines()
+        assert "SIGINT" in message and "--resume" in message and str(last) in message
+        assert 8 <= read_checkpoint(last)["step"] < 16
+        out = succeed("train.py", "--resume", "--out-dir", "cut")  # everything else comes from the checkpoint
+        assert f"Resuming {last}" in out
+    else:
+        assert process.returncode == 0, err
+    assert same_weights(last, run / "checkpoints" / "last.pth")
+    assert same_history("cut", run)
+    pictures = [folder / "samples" / "sample_epoch_4.png" for folder in (last.parent.parent, run)]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+@pytest.mark.parametrize("number, at", [
+    (signal.SIGTERM, 5), (signal.SIGINT, 2), (signal.SIGHUP, 7), (signal.SIGTERM, 11), (signal.SIGTERM, 12),
+])  # fmt: skip
+def test_stop_anywhere_loses_nothing(number, at, run, monkeypatch):
+    """In the middle of an epoch, at its end, and where the decay starts: the step ends and is saved; resuming is exact.
+
+    The exit code is 128 and the signal's number. The history has one row an epoch.
+    """
+    monkeypatch.setattr(DiscreteDiffusion, "sample", lambda self, n, *_, **__: torch.zeros(n, 1, 32, 32).byte())
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, at, number)
+        code, _, err = call("train.py", *TRAIN, "--epochs", 4, "--out-dir", "cut")
+    assert code == 128 + number
+    (line,) = err.splitlines()
+    last = Path("cut") / "checkpoints" / "last.pth"
+    assert line == f"Stopped by {number.name} after step {at + 1} of 16, saved in {last}; go on with --resume"
+    assert checkpoint_of("cut")["step"] == at + 1
+    assert len(read_metrics("cut")) if at >= 3 else not Path("cut/metrics.csv").exists()
+    assert checkpoint_of("cut")["history"] == checkpoint_of("cut")["history"][: (at + 1) // 4]
+    assert Path("cut/checkpoints/constant.pth").exists() == (at >= 11)
+    succeed("train.py", "--resume", "--out-dir", "cut")
+    assert same_weights(last, run / "checkpoints" / "last.pth")
+    assert same_weights("cut/checkpoints/constant.pth", run / "checkpoints" / "constant.pth")
+    assert same_history("cut", run)
+    assert checkpoint_of("cut")["loss_sum"] == checkpoint_of(run)["loss_sum"]
+
+
+def test_stop_where_the_decay_starts_within_an_epoch(monkeypatch, cheap):
+    """That step makes constant.pth and last.pth."""
+    succeed("train.py", *TRAIN, "--steps", 10, "--out-dir", "straight")  # constant until 7
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 6, signal.SIGTERM)
+        assert call("train.py", *TRAIN, "--steps", 10, "--out-dir", "cut")[0] == 143
+    assert checkpoint_of("cut")["step"] == checkpoint_of("cut", "constant")["step"] == 7
+    succeed("train.py", "--resume", "--out-dir", "cut")
+    assert same_weights("cut/checkpoints/last.pth", "straight/checkpoints/last.pth")
+    assert same_history("cut", "straight")
+
+
+def test_stop_at_the_last_step_is_the_end(monkeypatch, cheap):
+    signal_at_step(monkeypatch, 3, signal.SIGTERM)
+    out = succeed("train.py", *TRAIN, "--epochs", 1, "--out-dir", "out")
+    assert "Done" in out and Path("out/checkpoints/weights.pth").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    "--optimizer muon",
+    "--decay cosine --conditional --binarize dynamic",
+    "--amp --loss variational",
+])  # fmt: skip
+def test_other_runs_go_on_bit_for_bit(flags, monkeypatch, cheap):
+    """Muon's momentum, hidden labels and random binarizations come back, too."""
+    flags = *TRAIN, *flags.split(), "--epochs", 2
+    succeed("train.py", *flags, "--out-dir", "straight")
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 5, signal.SIGTERM)
+        call("train.py", *flags, "--out-dir", "cut")
+    succeed("train.py", "--resume", "--out-dir", "cut")
+    assert same_weights("cut/checkpoints/last.pth", "straight/checkpoints/last.pth")
+    assert same_history("cut", "straight")
+
+
+def test_second_ctrl_c_stops_at_once(monkeypatch):
+    """Exit code 130 without a traceback and without waiting for the step or a save."""
+    signal_at_step(monkeypatch, 1, signal.SIGINT, signal.SIGINT)
+    code, _, err = call("train.py", *TRAIN, "--epochs", 4, "--out-dir", "cut")
+    assert code == 130
+    assert "Traceback" not in err
+    assert not list(Path().rglob("*.pth"))
+
+
+def test_finished_run_goes_on_from_where_the_rate_was_constant(my_run, cheap, monkeypatch):
+    """More epochs give, bit for bit, what a run planned longer from the start would have given; no row is there twice.
+
+    That is, if both warm up alike: in runs of less than a thousand steps the warm-up depends on their number.
+    """
+    monkeypatch.setattr(trainer, "WARMUP_STEPS", 1)  # what 16 steps have anyway
+    leftover = my_run / "checkpoints" / ".last.pth.a1b2c3d4"  # of a save that was killed
+    leftover.write_bytes(b"half a checkpoint")
+    old = read_metrics(my_run)
+    out = succeed("train.py", "--resume", "--epochs", 6, "--out-dir", my_run)
+    assert f"Resuming {my_run / 'checkpoints' / 'constant.pth'} at step 12" in out
+    succeed("train.py", *TRAIN, "--epochs", 6, "--out-dir", "longer")
+    assert same_weights(my_run / "checkpoints" / "last.pth", "longer/checkpoints/last.pth")
+    assert same_weights(my_run / "checkpoints" / "constant.pth", "longer/checkpoints/constant.pth")
+    rows = read_metrics(my_run)
+    assert rows[:3] == old[:3] and [row["epoch"] for row in rows] == list("123456")
+    assert [row["lr"] for row in rows] == [row["lr"] for row in read_metrics("longer")]
+    assert files(my_run / "checkpoints") == {
+        "last.pth", "constant.pth", "weights.pth", *(f"model_epoch_{n}.pth" for n in (4, 5, 6)),
+    }  # fmt: skip
+    assert files(my_run / "samples") == {f"sample_epoch_{n}.png" for n in (4, 5, 6)}
+
+
+def test_which_checkpoint_a_longer_run_goes_on_from(monkeypatch, my_run, cheap):
+    """constant.pth only where the newest is past it and there is to be more than was planned."""
+    monkeypatch.setattr(train.Run, "train", lambda self, stop: False)
+
+    def resumed(*flags):
+        (line,) = [x for x in succeed("train.py", "--resume", *flags).splitlines() if x.startswith("Resuming")]
+        return Path(line.split()[1]).name, int(line.split()[-1])
+
+    folder = my_run / "checkpoints"
+    assert resumed("--steps", 17, "--out-dir", my_run) == ("constant.pth", 12)
+    assert resumed(folder / "last.pth", "--epochs", 6, "--out-dir", my_run)[0] == "last.pth"  # as it was asked for
+    shutil.move(folder / "constant.pth", "constant.pth")
+    assert resumed("--epochs", 6, "--out-dir", my_run) == ("last.pth", 16)  # a run from before there was one
+    shutil.copy("constant.pth", folder / "last.pth")
+    shutil.move("constant.pth", folder / "constant.pth")
+    assert resumed("--epochs", 6, "--out-dir", my_run) == ("last.pth", 12)  # the same, and it may hold more
+    assert resumed("--epochs", 4, "--out-dir", my_run) == ("last.pth", 12)
+    assert resumed("--out-dir", my_run) == ("last.pth", 12)
+
+
+def test_branch_within_an_epoch_that_decays(monkeypatch, cheap):
+    """The decay starts in the middle of an epoch: its losses before and after the branch make one row."""
+    monkeypatch.setattr(trainer, "WARMUP_STEPS", 1)
+    succeed("train.py", *TRAIN, "--steps", 10, "--out-dir", "out")  # constant until 7
+    assert checkpoint_of("out", "constant")["step"] == 7
+    assert [row["step"] for row in checkpoint_of("out")["history"]] == [4, 8, 10]
+    succeed("train.py", "--resume", "--epochs", 3, "--out-dir", "out")
+    succeed("train.py", *TRAIN, "--epochs", 3, "--out-dir", "longer")
+    assert same_weights("out/checkpoints/last.pth", "longer/checkpoints/last.pth")
+    assert same_history("out", "longer")
+
+
+def test_steps_in_place_of_epochs(cheap):
+    """A run ends where it should, in the middle of an epoch, with all that a run leaves; more steps, no second row."""
+    succeed("train.py", *TRAIN, "--steps", 6, "--decay", "cosine", "--out-dir", "out")
+    assert checkpoint_of("out", "model_epoch_2")["step"] == 6 and Path("out/samples/sample_epoch_2.png").exists()
+    assert [(row["epoch"], row["step"]) for row in read_metrics("out")] == [("1", "4"), ("2", "6")]
+    assert "all its 6 steps" in fail("train.py", "--resume", "--steps", 6, "--out-dir", "out")
+    assert "all its 6 steps" in fail("train.py", "--resume", "--out-dir", "out")
+    succeed("train.py", "--resume", "--epochs", 2, "--out-dir", "out")
+    assert checkpoint_of("out")["step"] == 8 and checkpoint_of("out")["settings"]["steps"] is None
+    assert [(row["epoch"], row["step"]) for row in read_metrics("out")] == [("1", "4"), ("2", "8")]
+    assert checkpoint_of("out")["history"][1]["train_loss"] == pytest.approx(checkpoint_of("out")["loss_sum"] / 4)
+
+
+def test_finished_run_has_nothing_to_resume(my_run):
+    """One line that names --epochs; flags that repeat the saved settings are no other error."""
+    line = fail("train.py", *TRAIN, "--lr", 0.002, "--resume", "--out-dir", my_run)
+    assert "16 steps" in line and "--epochs" in line
+
+
+@pytest.mark.parametrize("flag, given, saved", [
+    ("--lr", "0.1", "0.002"),
+    ("--batch-size", "32", "16"),
+    ("--timesteps", "20", "10"),
+    ("--seed", "1", "0"),
+    ("--channels", "16 16 16", "[8, 8, 8]"),
+    ("--decay", "cosine", "late"),
+    ("--schedule", "linear", "cosine"),
+    ("--limit", "32", "64"),
+    ("--conditional", "", "False"),
+])  # fmt: skip
+def test_resume_with_disagreeing_settings_is_an_error(flag, given, saved, my_run):
+    """It names the flag and both values."""
+    line = fail("train.py", "--resume", "--epochs", 6, "--out-dir", my_run, flag, *given.split())
+    assert flag in line and given.replace(" ", ", ") in line and line.endswith(f"to resume: {saved}")
+
+
+def test_what_may_differ_on_resume(my_run, cheap, monkeypatch):
+    """Place, machine and length; the settings of the checkpoint are then the new ones."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    shutil.move(my_run, "moved")
+    flags = "--epochs 5 --data auto --data-root elsewhere --device cpu --compile --amp --out-dir moved"
+    monkeypatch.setattr(train, "load_digits", lambda split, *_: load_digits(split, "offline"))
+    succeed("train.py", "--resume", *flags.split())
+    settings = checkpoint_of("moved")["settings"]
+    assert (settings["data"], settings["data_root"], settings["out_dir"]) == ("auto", "elsewhere", "moved")
+    assert settings["compile"] is True and settings["amp"] is True and settings["batch_size"] == 16
+
+
+def test_resume_prefers_last_to_what_was_touched_later(my_run, cheap):
+    """Copying or syncing a run changes the times of its files, not which is the newest; else the youngest counts."""
+    folder = my_run / "checkpoints"
+    os.utime(folder / "model_epoch_4.pth")
+    assert "last.pth" in succeed("train.py", "--resume", folder / "last.pth", "--epochs", 5, "--out-dir", my_run)
+    (folder / "last.pth").unlink()
+    for name, age in (("constant.pth", 30), ("model_epoch_4.pth", 10), ("model_epoch_5.pth", 20), ("weights.pth", 0)):
+        os.utime(folder / name, (1e9 - age, 1e9 - age))
+    line = fail("train.py", "--resume", "--out-dir", my_run)
+    assert "all its 16 steps" in line
+
+
+def test_resume_of_an_older_run_knows_what_its_settings_meant(my_run, cheap):
+    """A run from before there was --optimizer was AdamW's, one from before --decay a cosine's; with its levels' old
+    name and no steps per epoch it goes on."""
+    last = my_run / "checkpoints" / "last.pth"
+    checkpoint = read_checkpoint(last)
+    for name in ("optimizer", "decay", "blocks"):
+        del checkpoint["settings"][name]
+    for name in ("steps_per_epoch", "total_steps"):
+        del checkpoint[name]
+    del checkpoint["network"]["blocks"], checkpoint["diffusion"]["image_shape"]
+    checkpoint["settings"]["network"] = "unet"
+    checkpoint["diffusion"]["num_classes"] = checkpoint["diffusion"].pop("num_levels")
+    (my_run / "checkpoints" / "constant.pth").unlink()
+    save_checkpoint(last, checkpoint)
+    flags = "--epochs", 5, "--out-dir", my_run
+    assert "--optimizer muon disagrees" in fail("train.py", "--resume", "--optimizer", "muon", *flags)
+    assert "--decay late disagrees" in fail("train.py", "--resume", "--decay", "late", *flags)
+    assert fail("train.py", "--resume", "--blocks", 2, *flags).endswith("resume: 1")
+    succeed("train.py", "--resume", *flags)
+    new = checkpoint_of(my_run)
+    assert new["step"] == 20 and new["settings"]["decay"] == "cosine" and "network" not in new["settings"]
+    assert new["history"][-1]["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * 19 / 20)))
+
+
+def test_resume_of_an_older_gaussian_run(cheap):
+    """Its schedule was called linear then."""
+    flags = *TRAIN, "--transition", "gaussian", "--levels", 4, "--decay", "cosine", "--timesteps", 20
+    succeed("train.py", *flags, "--epochs", 2, "--out-dir", "straight")
+    succeed("train.py", *flags, "--steps", 6, "--out-dir", "out")
+    old = checkpoint_of("out")
+    old["diffusion"]["num_classes"] = old["diffusion"].pop("num_levels")
+    old["diffusion"]["schedule"] = old["settings"]["schedule"] = "linear"
+    save_checkpoint("out/checkpoints/last.pth", old)
+    succeed("train.py", "--resume", "--epochs", 2, "--out-dir", "out")
+    assert checkpoint_of("out")["settings"]["schedule"] == checkpoint_of("out")["diffusion"]["schedule"] == "fitted"
+    assert checkpoint_of("out")["step"] == 8
+
+
+def test_resume_does_not_write_into_another_run(my_run):
+    """A checkpoint from elsewhere may go on in an empty folder, not in one that holds a run."""
+    shutil.copytree(my_run, "other")
+    line = fail("train.py", "--resume", "other/checkpoints/last.pth", "--epochs", 6, "--out-dir", my_run)
+    assert "holds another run" in line
+
+
+def test_resume_from_elsewhere_and_through_a_link(my_run, cheap):
+    """Into an empty folder; and into its own, called by another name."""
+    succeed("train.py", "--resume", my_run / "checkpoints" / "last.pth", "--epochs", 5, "--out-dir", "new")
+    assert checkpoint_of("new")["step"] == 20 and [row["epoch"] for row in read_metrics("new")] == list("12345")
+    Path("link").symlink_to(my_run)
+    succeed("train.py", "--resume", "link/checkpoints/last.pth", "--epochs", 5, "--out-dir", my_run)
+
+
+def test_resume_of_weights_that_do_not_fit(my_run):
+    path = my_run / "checkpoints" / "last.pth"
+    checkpoint = read_checkpoint(path)
+    checkpoint["weights"] = {"nonsense": torch.zeros(1)}
+    save_checkpoint(path, checkpoint)
+    assert "does not fit" in fail("train.py", "--resume", path, "--epochs", 6, "--out-dir", my_run)
+
+
+@pytest.mark.parametrize("key", ["weights", "optimizer", "settings", "step", "loss_sum", "history", "data"])
+def test_resume_needs_a_whole_run(key, my_run):
+    """A checkpoint without the optimizer's state, say, can be drawn from, not resumed."""
+    path = my_run / "checkpoints" / "last.pth"
+    checkpoint = read_checkpoint(path)
+    del checkpoint[key]
+    save_checkpoint(path, checkpoint)
+    assert "weights only" in fail("train.py", "--resume", path, "--epochs", 6, "--out-dir", my_run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder has an owner
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.csv"])
+def test_used_directory_is_refused(name, my_run):
+    """A fresh run does not mix with an old one; checkpoints or metrics alone are enough to tell."""
+    for path in my_run.iterdir():
+        if path.name not in (name, ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    line = fail("train.py", *TRAIN, "--epochs", 1, "--out-dir", my_run)
+    for word in (str(my_run), "--resume", "--out-dir", "--overwrite"):
+        assert word in line
+
+
+def test_overwrite_deletes_what_a_run_writes_and_nothing_else(my_run, cheap):
+    """A stranger's files stay wherever they are; linked folders stay links."""
+    strange = {f"{name}notes.txt" for name in ("", "samples/", "checkpoints/")} | {
+        "checkpoints/best.pth",
+        "samples/a.png",
+    }
+    for folder in ("samples", "checkpoints"):
+        shutil.move(my_run / folder, f"elsewhere_{folder}")
+        (my_run / folder).symlink_to(Path(f"elsewhere_{folder}").resolve())
+    for name in strange:
+        (my_run / name).write_text("keep me")
+    for name in ("evaluation.json", "nearest.png", "bound_terms.png"):
+        (my_run / name).write_text("of the old run")
+    succeed("train.py", *TRAIN, "--epochs", 1, "--out-dir", my_run, "--overwrite")
+    assert (my_run / "samples").is_symlink() and (my_run / "checkpoints").is_symlink()
+    written = {"last.pth", "constant.pth", "weights.pth", "model_epoch_1.pth"}
+    assert files(my_run) | files(Path("elsewhere_checkpoints")) | files(Path("elsewhere_samples")) >= written
+    assert {path.name for path in Path("elsewhere_checkpoints").iterdir()} == written | {"notes.txt", "best.pth"}
+    assert {path.name for path in Path("elsewhere_samples").iterdir()} == {"sample_epoch_1.png", "notes.txt", "a.png"}
+    names = {path.name for path in my_run.iterdir() if path.is_file()}
+    assert names == {"metrics.csv", "loss_curve.png", "notes.txt", ".lock"}
+    assert all((my_run / name).read_text() == "keep me" for name in strange)
+    assert [row["epoch"] for row in read_metrics(my_run)] == ["1"]
+
+
+def test_overwrite_where_there_is_no_run(cheap):
+    Path("samples").mkdir()
+    Path("samples/notes.txt").write_text("keep me")
+    succeed("train.py", *TRAIN, "--steps", 1, "--out-dir", ".", "--overwrite")
+    assert Path("samples/notes.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("mistake", ["--limit 8", "--channels 7 7 7", "--data-root nowhere --data mnist"])
+def test_overwrite_with_a_mistake_keeps_the_old_run(mistake, my_run, monkeypatch):
+    monkeypatch.setattr(dataset, "ensure_mnist", raise_data_error)
+    fail("train.py", *TRAIN, "--epochs", 1, "--out-dir", my_run, "--overwrite", *mistake.split())
+
+
+def raise_data_error(*_):
+    raise dataset.DataError("no MNIST")
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
+def test_two_runs_at_once_in_one_folder(flags, my_run):
+    """The second is refused in one line, whatever it wants, and has touched nothing."""
+    with filelock.FileLock(my_run / ".lock"):
+        line = fail("train.py", *TRAIN, "--epochs", 6, "--out-dir", my_run, *flags)
+        assert "another run is alive" in line and "--out-dir" in line
+
+
+def test_a_real_run_owns_its_folder_from_its_first_second(tmp_path):
+    """Before there is a checkpoint; and a killed run owns nothing."""
+    process = start("train.py", *TRAIN, "--epochs", 100000, "--out-dir", "out", cwd=tmp_path)
+    assert "digits for training" in process.stdout.readline()
+    assert "another run is alive in out" in call("train.py", *STEP)[2]
+    assert "another run is alive in out" in call("train.py", *STEP, "--overwrite")[2]
+    process.kill()
+    process.communicate(timeout=60)
+    succeed("train.py", *STEP, "--overwrite")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks(number, monkeypatch, cheap):
+    """A warning, and training goes on."""
+
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    code, _, err = call("train.py", *STEP)
+    assert code == 0 and "warning: out can't be locked" in err
+    assert checkpoint_of("out")["step"] == 1
+
+
+def test_an_error_leaves_no_lock_and_no_folder():
+    fail("train.py", *TRAIN, "--out-dir", "out", "--limit", 3)
+    assert not Path("out").exists()
+    Path("out").mkdir()
+    fail("train.py", *TRAIN, "--out-dir", "out", "--limit", 3)
+    assert not list(Path("out").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saves, reports, and what may fail
+
+
+@pytest.mark.parametrize("at", [1, 6])
+def test_loss_that_is_not_finite(at, monkeypatch, cheap):
+    """Training ends within CHECK_STEPS with one line and saves none of it; the last checkpoint stays."""
+    monkeypatch.setattr(train, "CHECK_STEPS", 2)
+    calls, loss = [], DiscreteDiffusion.loss
+
+    def diverging(self, *args):
+        calls.append(1)
+        return loss(self, *args) * (math.nan if len(calls) == at else 1)
+
+    monkeypatch.setattr(DiscreteDiffusion, "loss", diverging)
+    code, _, err = call("train.py", *TRAIN, "--epochs", 3, "--out-dir", "out")
+    assert code == 1 and len(calls) == at + at % 2
+    (line,) = err.splitlines()
+    assert line.startswith(f"train.py: error: the loss is not finite before step {at + at % 2}: try a smaller --lr")
+    assert not Path("out/checkpoints").exists() if at == 1 else checkpoint_of("out")["step"] == 4
+
+
+def test_loss_is_looked_at_before_a_stop_is_saved(monkeypatch, cheap):
+    signal_at_step(monkeypatch, 1, signal.SIGTERM)
+    monkeypatch.setattr(DiscreteDiffusion, "loss", lambda *args, loss=DiscreteDiffusion.loss: loss(*args) * math.nan)
+    assert call("train.py", *TRAIN, "--epochs", 3, "--out-dir", "out")[0] == 1
+    assert not Path("out/checkpoints").exists()
+
+
+def test_losses_are_looked_at_often():
+    assert train.CHECK_STEPS == 20  # a network of NaN wastes so many steps
+
+
+def raise_no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_ends_training_with_one_line(monkeypatch, my_run, cheap):
+    """A failing save is an error message, and the last good checkpoint is still there to resume."""
+    before = snapshot(my_run)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", raise_no_space)
+        code, _, err = call("train.py", "--resume", "--epochs", 5, "--out-dir", my_run)
+    assert code == 1 and "Traceback" not in err
+    assert "No space left" in err.splitlines()[-1] and "train.py: error" in err.splitlines()[-1]
+    assert snapshot(my_run) == before
+
+
+def test_reports_that_cannot_be_written_are_a_warning(cheap):
+    """Metrics, curve and sheet: training goes on, and all checkpoints are there."""
+    for name in ("metrics.csv", "loss_curve.png", "samples/sample_epoch_2.png"):
+        (Path("out") / name).mkdir(parents=True)
+    code, out, err = call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out", "--overwrite")
+    assert code == 0 and "Done" in out
+    warnings = err.splitlines()
+    assert len(warnings) == 4  # metrics after each epoch
+    for name in ("metrics.csv", "loss_curve.png", "samples/sample_epoch_2.png"):
+        assert any(line.startswith(f"warning: {name} could not be written: ") for line in warnings)
+    assert files(Path("out/checkpoints")) == {"last.pth", "constant.pth", "weights.pth", "model_epoch_2.pth"}
+
+
+def test_save_comes_before_the_report(monkeypatch, cheap):
+    """Whoever reads an epoch's line finds its checkpoint, and the sheet's failure costs no epoch."""
+    seen = []
+
+    class Out(io.StringIO):
+        def write(self, text):
+            if text.startswith("epoch "):
+                seen.append(checkpoint_of("out")["step"])
+                assert Path("out/checkpoints/weights.pth").exists() == (len(seen) == 2)
+            return super().write(text)
+
+    monkeypatch.setattr("scripts.io.StringIO", Out)
+    succeed("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out")
+    assert seen == [4, 8]
+
+
+def test_a_reader_that_goes_away_stops_nothing(tmp_path, run):
+    """`python train.py | head -1`: no message, exit code 0, every save."""
+    process = start("train.py", *TRAIN, "--epochs", 4, "--out-dir", "out", cwd=tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=300) == 0 and err == ""
+    assert same_weights("out/checkpoints/last.pth", run / "checkpoints" / "last.pth")
+    assert files(Path("out")) == files(run)
+
+
+def test_stdout_that_cannot_encode_a_letter(cheap):
+    """A folder with an é in its name on an ASCII terminal: a question mark, and training goes on."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    code, _, err = call("train.py", *TRAIN, "--epochs", 1, "--out-dir", "é", out=out)
+    assert code == 0, err
+    out.seek(0)
+    assert "python sample.py ?" in out.read() and checkpoint_of("é")["step"] == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_two_processes_train_what_one_does(tmp_path, cheap):
+    """Same losses, same weights up to rounding, said once; and one process can go on with what two began."""
+    flags = *TRAIN, "--conditional", "--epochs", 1
+    command = [*TORCHRUN, REPOSITORY / "train.py", *flags, "--out-dir", "two"]
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.count("epoch   1/1") == 1 and "on cpu, 2 processes" in done.stdout
+    succeed("train.py", *flags, "--out-dir", "one")
+    one, two = (checkpoint_of(name) for name in ("one", "two"))
+    assert two["history"][0]["train_loss"] == pytest.approx(one["history"][0]["train_loss"], rel=1e-5)
+    for name, weight in one["weights"].items():
+        assert torch.allclose(two["weights"][name], weight, atol=1e-3), name
+    assert files(Path("one")) == files(Path("two"))
+    succeed("train.py", "--resume", "two/checkpoints/last.pth", "--epochs", 2, "--out-dir", "two")
+    assert checkpoint_of("two")["step"] == 8
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes through /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_end_of_one_of_two_processes(number, tmp_path):
+    """A killed worker ends the run with a clear message; Ctrl-C on torchrun saves first. The checkpoint is whole."""
+    command = [*TORCHRUN, str(REPOSITORY / "train.py"), *TRAIN, "--epochs", "100000", "--out-dir", "two"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "epoch " not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]) if number == signal.SIGKILL else process.pid, number)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode != 0
+    if number == signal.SIGKILL:
+        assert "train.py: error: process 0:" in err or "Stopped by SIGTERM" in err
+    else:
+        assert err.count("Stopped by SIGINT") == 1
+    assert checkpoint_of("two")["step"] > 0
+
+
+def test_environment_of_processes_that_is_wrong(monkeypatch):
+    """A batch that can't be shared, and variables that torchrun did not set, in one line."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    assert "process 0: the batch of 16 can't be shared equally by 3" in fail("train.py", *TRAIN)
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert "torchrun sets all three" in fail("train.py", *TRAIN)
+
+
+def like_processes(mean, rank=0) -> SimpleNamespace:
+    """As if there were others, who are asked by `mean`."""
+    return SimpleNamespace(rank=rank, local_rank=0, size=1, start=lambda x: x, share=lambda n: slice(0, n), mean=mean)
+
+
+def test_only_the_first_process_speaks_and_writes(monkeypatch, cheap):
+    """The others neither print nor lock nor write; all train."""
+    alone = like_processes(lambda *values: list(values), rank=1)
+    monkeypatch.setattr(train.Processes, "from_environment", lambda: alone)
+    steps = spy(monkeypatch, Trainer, "step")
+    assert succeed("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out") == ""
+    assert len(steps) == 8 and not Path("out").exists()
+
+
+def test_all_processes_stop_if_one_is_told_to(monkeypatch, cheap):
+    """The mean over processes says so, whichever it was; and the losses of the history are means over all."""
+    told = like_processes(lambda *values: [0.5 if value is False else value for value in values])
+    monkeypatch.setattr(train.Processes, "from_environment", lambda: told)
+    monkeypatch.setattr(train, "load_data", lambda *_: (take(load_digits("train", "offline"), 64), torch.zeros(1)))
+    code, _, err = call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out")
+    assert code == 128 + signal.SIGTERM and "Stopped by SIGTERM after step 1 of 8" in err
+
+
+def test_machines_with_different_digits(monkeypatch):
+    mixed = like_processes(lambda *values: [0.5 for value in values])
+    monkeypatch.setattr(train.Processes, "from_environment", lambda: mixed)
+    assert "some machines have MNIST and some only the offline digits" in fail("train.py", *TRAIN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: a non-zero exit, one line that says "error", no traceback, no file
+
+
+@pytest.mark.parametrize("name", ["nowhere", "folder", "cut.pth", "noise.pth", "empty.pth", "other.pth", "tensor.pth"])
+@pytest.mark.parametrize("flag", ["--resume", "--init"])
+def test_bad_checkpoint(flag, name, bad_files):
+    """The message names the file."""
+    assert name in fail("train.py", *TRAIN, "--epochs", 5, "--out-dir", "out", flag, name)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--epochs 0", "at least 1"),
+    ("--epochs -1", "at least 1"),
+    ("--epochs two", "invalid integer"),
+    ("--steps 0", "at least 1"),
+    ("--steps 5 --epochs 2", "exclude each other"),
+    ("--batch-size 0", "at least 1"),
+    ("--batch-size 65", "between 1 and 64"),
+    ("--timesteps 0", "at least 1"),
+    ("--timesteps 100000000000000000000", "at most 2147483647"),
+    ("--timesteps 1000000000", "fit into memory"),
+    ("--limit 0", "at least 1"),
+    ("--limit 5000", "between 1 and 4500"),
+    ("--lr -1", "above 0"),
+    ("--lr 0", "above 0"),
+    ("--lr nan", "above 0"),
+    ("--lr inf", "above 0"),
+    ("--seed -1", "at least 0"),
+    ("--seed 5000000000", "at most 4294967295"),
+    ("--device nonsense", "can't be used"),
+    ("--channels 7 7 7", "multiples of 8"),
+    ("--channels 8 8 12", "multiples of 8"),
+    ("--channels 8 8", "3 arguments"),
+    ("--blocks 0", "at least 1"),
+    ("--blocks 17", "at most 16"),
+    ("--label-dropout 0.5", "goes with --conditional"),
+    ("--conditional --label-dropout 1.5", "at most 1"),
+    ("--optimizer sgd", "invalid choice"),
+    ("--decay linear", "invalid choice"),
+    ("--network plain", "unrecognized"),
+    ("--schedule sine", "invalid choice"),
+    ("--transition nonsense", "invalid choice"),
+    ("--transition gaussian", "use those"),
+    ("--transition gaussian --levels 4 --timesteps 2", "take more"),
+    ("--transition gaussian --levels 4 --schedule cosine", "fitted"),
+    ("--transition absorbing --schedule linear", "mutual_info or cosine"),
+    ("--loss nonsense", "invalid choice"),
+    ("--loss hybrid --hybrid-weight -1", "at least 0"),
+    ("--levels 1", "at least 2"),
+    ("--levels 257", "at most 256"),
+    ("--levels 4 --binarize dynamic", "makes 2 levels"),
+    ("--binarize nonsense", "invalid choice"),
+    ("--data fashion", "invalid choice"),
+    ("--resume", "no checkpoint"),
+    ("--resume good.pth --overwrite", "--overwrite exclude"),
+    ("--resume good.pth --init good.pth", "--init exclude"),
+    ("--out-dir good.pth", "can't write"),
+    ("--out-dir good.pth/out", "can't write"),
+    ("--nonsense", "unrecognized"),
+    ("nonsense", "unrecognized"),
+])  # fmt: skip
+def test_bad_input(arguments, words, bad_files):
+    first = [] if "--steps" in arguments else ["--epochs", 1]
+    assert words in fail("train.py", *TRAIN, *first, "--out-dir", "out", *arguments.split())
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--init", "--out-dir", "--data-root"])
+def test_empty_path(flag):
+    """An empty shell variable starts nothing."""
+    assert "is empty" in fail("train.py", *TRAIN, flag, "")
+
+
+@pytest.mark.parametrize("arguments", [
+    "--levels 4 --binarize dynamic", "--transition gaussian", "--channels 7 7 7", "--resume", "--device nonsense",
+])  # fmt: skip
+def test_bad_flags_are_found_before_the_digits_are_fetched(arguments, monkeypatch):
+    monkeypatch.setattr(train, "load_digits", lambda *_: pytest.fail("fetched for nothing"))
+    fail("train.py", *TRAIN, "--out-dir", "out", *arguments.split())
+
+
+def test_home_folder(monkeypatch, tmp_path, cheap):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    succeed("train.py", *TRAIN, "--steps", 1, "--out-dir=~/out")
+    assert checkpoint_of("home/out")["step"] == 1

@@ -1,0 +1,426 @@
+"""The training step against the same step written out by hand; and each of its parts."""
+
+import math
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import trainer as trainer_module
+from dataset import stream_seed
+from diffusion import DiscreteDiffusion
+from model import UNet
+from trainer import Autocast, Muon, Processes, Trainer, decay_start, learning_rate, move_average, orthogonalized
+
+
+def small_diffusion(num_labels=10, **kwargs) -> DiscreteDiffusion:
+    torch.manual_seed(0)
+    return DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=num_labels), timesteps=10, **kwargs)
+
+
+def batch(i: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(i)
+    x_0 = torch.randint(0, 2, (size, 1, 16, 16), generator=generator, dtype=torch.uint8)
+    return x_0, torch.randint(0, 10, (size,), generator=generator)
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def steps(trainer: Trainer, n: int) -> list[float]:
+    return [trainer.step(*batch(i)).item() for i in range(trainer.steps, trainer.steps + n)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
+
+
+@pytest.mark.parametrize("decay", ["late", "cosine"])
+def test_steps_are_those_written_out_by_hand(decay):
+    """Noise by (seed, step), hidden labels, clipping, the rate's course, AdamW, the average: all of a run of 24 steps.
+
+    The norm that gradients are clipped to is such that some are and some aren't.
+    """
+    peak, total, seed, max_norm = 0.01, 24, 7, 0.3
+    d = small_diffusion()
+    network, average = (UNet(channels=(8, 8, 8), num_labels=10) for _ in range(2))
+    network.load_state_dict(d.model.state_dict())
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    trainer = Trainer(d, total, 8, peak, decay=decay, label_dropout=0.3, seed=seed, max_grad_norm=max_norm)
+    clipped = []
+    for i in range(total):
+        x_0, y = batch(i)
+        loss = trainer.step(x_0, y)
+        assert loss.ndim == 0 and not loss.requires_grad
+
+        generator = torch.Generator().manual_seed(stream_seed(seed, 0, i))
+        t = d.draw_t(8, generator)
+        u = torch.rand(8, 1, 16, 16, generator=generator)
+        y = torch.where(torch.rand(8, generator=generator) < 0.3, -1, y)
+        x_t = (u >= d.q_x_t(x_0, t)[:, :1]).long()
+        expected = F.cross_entropy(network(x_t, t, y), x_0[:, 0].long())
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+        network.zero_grad()
+        expected.backward()
+        norm = torch.stack([p.grad.norm() for p in network.parameters()]).norm()
+        clipped.append((norm > max_norm).item())
+        for p in network.parameters():
+            p.grad *= (max_norm / (norm + 1e-6)).clamp(max=1)
+        warm = min(1, (i + 1) / 2)  # a tenth of 24
+        down = min(1.0, (24 - i) / (0.3 * 24)) if decay == "late" else 0.5 + 0.5 * math.cos(math.pi * i / total)
+        optimizer.param_groups[0]["lr"] = peak * warm * down
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(peak * warm * down)
+        optimizer.step()
+        keep = 0 if i == 0 else min(0.999, (1 + i) / (10 + i))
+        with torch.no_grad():
+            for a, p in zip(average.parameters(), network.parameters(), strict=True):
+                a.copy_(keep * a + (1 - keep) * p)
+    assert 2 < sum(clipped) < total - 2
+    for name, p in network.named_parameters():
+        assert torch.allclose(trainer.network.get_parameter(name), p, atol=1e-6), name
+    for name, p in average.named_parameters():
+        assert torch.allclose(trainer.averaged.model.get_parameter(name), p, atol=1e-6), name
+    assert trainer.steps == total
+
+
+def test_gradients_are_clipped_to_norm_1(monkeypatch):
+    d = small_diffusion(0)
+    monkeypatch.setattr(
+        DiscreteDiffusion, "loss", lambda self, *args, loss=DiscreteDiffusion.loss: 1000 * loss(self, *args)
+    )
+    trainer = Trainer(d, 10, 8)
+    trainer.step(*batch(0))
+    norm = torch.stack([p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]).norm()
+    assert norm == pytest.approx(1, rel=1e-3)
+
+
+def test_noise_is_a_function_of_seed_and_step(monkeypatch):
+    """The same in a run that goes on, and another in every step and for every seed. Without labels, none are told."""
+    seen = []
+
+    def spy(self, x_0, t, u, y, loss=DiscreteDiffusion.loss):
+        seen.append((t, u, y))
+        return loss(self, x_0, t, u, y)
+
+    monkeypatch.setattr(DiscreteDiffusion, "loss", spy)
+    for seed, first in ((0, 0), (0, 1), (1, 0)):
+        trainer = Trainer(small_diffusion(0), 10, 8, seed=seed)
+        trainer.steps = first
+        steps(trainer, 2)
+    u = [u for _, u, _ in seen]
+    assert torch.equal(u[1], u[2])  # both are step 1 of seed 0
+    for a, b in ((0, 1), (0, 4), (1, 5)):
+        assert not torch.equal(u[a], u[b])
+    assert all(y is None for *_, y in seen)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_share_of_hidden_labels(share, monkeypatch):
+    seen = []
+
+    def spy(self, x_0, t, u, y, loss=DiscreteDiffusion.loss):
+        seen.append(y)
+        return loss(self, x_0, t, u, y)
+
+    monkeypatch.setattr(DiscreteDiffusion, "loss", spy)
+    trainer = Trainer(small_diffusion(), 10, 8, label_dropout=share)
+    x_0, y = batch(0)
+    trainer.step(x_0, y)
+    assert torch.equal(seen[0], y if share == 0 else torch.full_like(y, -1))
+    trainer.step(x_0)  # a network that takes labels learns without, too
+    assert seen[1] is None
+
+
+def test_parts_have_the_names_that_the_benchmark_reads(monkeypatch):
+    """In their order, one inside nothing else."""
+    parts = []
+
+    @contextmanager
+    def spy(name):
+        parts.append(f"<{name}")
+        yield
+        parts.append(f"{name}>")
+
+    monkeypatch.setattr(trainer_module, "record_function", spy)
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda self, *_, f=torch.Tensor.backward: (parts.append("!"), f(self))
+    )
+    Trainer(small_diffusion(), 10, 8).step(*batch(0))
+    names = ("noise", "forward", "backward", "optimizer", "average")
+    expected = [mark for name in names for mark in (f"<{name}", f"{name}>")]
+    expected.insert(expected.index("<backward") + 1, "!")
+    assert parts == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation, and what is carried on
+
+
+def test_validation_is_the_bound_of_the_average():
+    """Of the averaged network, not the current one; one t a digit; the same noise each time; nothing is trained."""
+    trainer = Trainer(small_diffusion().eval(), 20, 8, lr=0.05)
+    steps(trainer, 6)
+    before = trainer.state_dict()["weights"]["fold.weight"].clone()
+    x_0 = batch(100, 60)[0]
+    measured = trainer.validate(x_0)
+    assert isinstance(measured, float) and measured == trainer.validate(x_0)
+    network = UNet(channels=(8, 8, 8), num_labels=10).eval()
+    for weights, same in (("averaged_weights", True), ("weights", False)):
+        network.load_state_dict(trainer.state_dict()[weights])
+        d = DiscreteDiffusion(network, timesteps=10)
+        bound = d.variational_bound(x_0, 1, torch.Generator().manual_seed(0)).mean().item()
+        assert (measured == pytest.approx(bound, rel=1e-6)) == same
+    assert trainer.network.training and not trainer.averaged.model.training
+    assert torch.equal(trainer.network.fold.weight, before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_going_on_is_exact(optimizer):
+    """Saved in the middle and loaded into a new trainer of other weights: as if nothing had happened."""
+    options = {"lr": 0.01, "optimizer": optimizer, "seed": 3}
+    straight = Trainer(small_diffusion(), 12, 8, **options)
+    losses = steps(straight, 5)
+    halfway = {key: copy(value) for key, value in straight.state_dict().items()}
+    losses += steps(straight, 7)
+    torch.manual_seed(1)
+    other = Trainer(DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=10), timesteps=10), 12, 8, **options)
+    other.load_state_dict(halfway)
+    assert other.steps == 5
+    assert steps(other, 7) == losses[5:]
+    for key in ("weights", "averaged_weights"):
+        assert equal(other.state_dict()[key], straight.state_dict()[key])
+    assert not equal(straight.state_dict()["weights"], straight.state_dict()["averaged_weights"])
+
+
+def copy(value):
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copy(item) for key, item in value.items()}
+    return [copy(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("damage", [
+    lambda state: state.update(weights={"nonsense": torch.zeros(1)}),
+    lambda state: state.update(weights=None),
+    lambda state: state.update(averaged_weights={}),
+    lambda state: state["optimizer"].pop("param_groups"),
+    lambda state: state["optimizer"]["param_groups"][0]["params"].pop(),
+])  # fmt: skip
+def test_state_that_does_not_fit(damage):
+    trainer = Trainer(small_diffusion(), 12, 8)
+    state = copy(trainer.state_dict())
+    damage(state)
+    with pytest.raises(ValueError, match="does not fit this version") as error:
+        trainer.load_state_dict(state)
+    assert "\n" not in str(error.value)
+
+
+def test_learning_rate_by_hand():
+    late = [learning_rate(2.0, step, 1000) for step in (0, 49, 99, 100, 700, 701, 850, 999)]
+    assert late == pytest.approx([0.02, 1, 2, 2, 2, 2 * 299 / 300, 1, 2 / 300])
+    cosine = [learning_rate(2.0, step, 1000, "cosine") for step in (0, 100, 500, 999)]
+    assert cosine == pytest.approx([0.02, 1 + math.cos(math.pi / 10), 1, 1 + math.cos(math.pi * 0.999)])
+    short = [learning_rate(2.0, step, 30) for step in range(4)]
+    assert short == pytest.approx([2 / 3, 4 / 3, 2, 2])  # a tenth of the steps
+    assert learning_rate(2.0, 0, 1) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("total", [1, 3, 10, 16, 1000, 1001])
+def test_the_decay_starts_where_the_rate_leaves_its_peak(total):
+    """Before decay_start the rate is the peak, so that what is saved there can go on in a longer run; then it falls."""
+    start = decay_start(total)
+    warm = max(1, min(100, total // 10))
+    assert all(learning_rate(1.0, step, total) == 1 for step in range(warm - 1, start))
+    rates = [learning_rate(1.0, step, total) for step in range(start, total)]
+    assert all(0 < b < a for a, b in pairwise([1.001, *rates]))
+    assert start == {1: 1, 3: 3, 10: 7, 16: 12, 1000: 700, 1001: 701}[total]
+
+
+def test_moving_average_by_hand():
+    """A ninth of the steps early on, a thousand late; whole numbers, of batch norm say, are copied."""
+    for n, keep in ((0, 0.1), (8, 0.5), (100, 101 / 110), (10**6, 0.999)):
+        averaged, current = [torch.tensor([1.0]), torch.tensor([3])], [torch.tensor([2.0]), torch.tensor([5])]
+        move_average(averaged, current, torch.tensor(n))
+        assert averaged[0].item() == pytest.approx(keep * 1 + (1 - keep) * 2)
+        assert averaged[1].item() == 5
+
+
+def test_buffers_are_averaged_too():
+    class WithNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.out = nn.BatchNorm2d(1), nn.Conv2d(1, 2, 1)
+
+        def forward(self, x, t):
+            return self.out(self.norm(x.float()))
+
+    trainer = Trainer(DiscreteDiffusion(WithNorm(), timesteps=5), 10, 8)
+    steps(trainer, 3)
+    averaged, current = trainer.averaged.model.norm, trainer.network.norm
+    assert averaged.num_batches_tracked == current.num_batches_tracked == 3
+    assert 0 < (averaged.running_mean - current.running_mean).abs() < current.running_mean.abs()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+def test_orthogonalized():
+    """Close to U V^T of the singular value decomposition, whatever the shape and scale."""
+    torch.manual_seed(0)
+    for shape, scale in (((8, 40), 1), ((40, 8), 1), ((8, 8), 1e-4), ((8, 40), 1e4)):
+        matrix = scale * torch.randn(shape)
+        U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        for dtype in (torch.float32, torch.bfloat16):
+            update = orthogonalized(matrix, dtype)
+            assert update.dtype == torch.float32 and update.shape == shape
+            turned = U.T @ update @ Vh.T
+            assert (turned - torch.eye(8)).abs().max() < 0.4
+            assert (turned.diagonal() > 0.6).all()
+            assert torch.equal(update, update.bfloat16().float()) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_by_hand(dtype):
+    """Matrices along their orthogonalised Nesterov momentum, at AdamW's size; the rest is AdamW's alone."""
+    torch.manual_seed(0)
+    network = UNet(channels=(8, 8, 8))
+    matrices = {id(p) for p in network.hidden_matrices()}
+    twin = UNet(channels=(8, 8, 8))
+    twin.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        for p, q in zip(network.parameters(), twin.parameters(), strict=True):
+            p += 0.1 * torch.randn_like(p)
+            q.copy_(p)
+    muon, adamw = (
+        Muon(network, 0.05, dtype),
+        torch.optim.AdamW(twin.parameters(), 0.05, betas=(0.9, 0.99), weight_decay=0.01),
+    )
+    by_hand = {i: p.detach().clone() for i, p in enumerate(network.parameters()) if id(p) in matrices}
+    momenta = {i: torch.zeros_like(p) for i, p in by_hand.items()}
+    assert len(by_hand) > 20
+    for k in range(3):
+        rate = 0.05 / (k + 1)  # the rate of each step comes from the group
+        for optimizer in (muon, adamw):
+            optimizer.param_groups[0]["lr"] = rate
+        for i, (p, q) in enumerate(zip(network.parameters(), twin.parameters(), strict=True)):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+            if i in by_hand:
+                momenta[i] = momenta[i].lerp(p.grad, 0.05)
+                ahead = p.grad.lerp(momenta[i], 0.95)
+                update = orthogonalized(ahead.flatten(1), dtype).view_as(p)
+                size = 0.2 * max(len(p), p[0].numel()) ** 0.5
+                by_hand[i] = (1 - rate * 0.01) * by_hand[i] - rate * size * update
+        muon.step()
+        adamw.step()
+    for i, (p, q) in enumerate(zip(network.parameters(), twin.parameters(), strict=True)):
+        if i in by_hand:
+            assert torch.allclose(p, by_hand[i], atol=1e-5 if dtype == torch.float32 else 1e-3)
+            assert not torch.allclose(p, q, atol=1e-5)
+        else:
+            assert torch.equal(p, q)
+
+
+def test_optimizers_of_the_trainer():
+    """Muon computes in bfloat16 where the network does; it needs a network that says which matrices are its own."""
+    assert type(Trainer(small_diffusion(), 10).optimizer) is torch.optim.AdamW
+    for amp, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        optimizer = Trainer(small_diffusion(), 10, optimizer="muon", amp=amp).optimizer
+        assert isinstance(optimizer, Muon) and optimizer.dtype == dtype
+    with pytest.raises(ValueError, match=r"hidden_matrices\(\), which Linear has not"):
+        Trainer(DiscreteDiffusion(nn.Linear(1, 1)), 10, optimizer="muon")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bfloat16, compilation, several processes
+
+
+def test_autocast():
+    """The network computes in bfloat16 with plain attention, its logits come out in float32; weights keep float32."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x, t, y=None):
+            self.seen = torch.is_autocast_enabled("cpu"), torch.backends.cuda.flash_sdp_enabled(), y
+            out = self.layer(x)
+            self.dtype = out.dtype
+            return out
+
+    network = Network()
+    out = Autocast(network)(torch.ones(4, 3), None, "label")
+    assert out.dtype == torch.float32 and network.dtype == torch.bfloat16
+    assert network.seen == (True, False, "label") and torch.backends.cuda.flash_sdp_enabled()
+    assert torch.equal(out, out.bfloat16().float())
+
+
+def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
+    """Not what is averaged and saved, whose names stay those of the network."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or nn.Sequential(model))
+    d = small_diffusion(0)
+    trainer = Trainer(d, 10, 8, amp=True, compiled=True)
+    assert isinstance(compiled[0], Autocast) and compiled[0].network is d.model
+    assert isinstance(trainer.diffusion.model, nn.Sequential) and trainer.diffusion.model[0] is compiled[0]
+    assert trainer.state_dict()["weights"].keys() == trainer.state_dict()["averaged_weights"].keys()
+    assert trainer.state_dict()["weights"].keys() == small_diffusion(0).model.state_dict().keys()
+    plain = Trainer(small_diffusion(0), 10, 8)
+    assert plain.diffusion.model is plain.network and len(compiled) == 1
+
+
+def test_amp_stays_close():
+    """bfloat16 moves the loss by its rounding, not more."""
+    plain, amp = (steps(Trainer(small_diffusion(), 20, 8, lr=0.01, amp=amp), 10) for amp in (False, True))
+    assert plain != amp and plain == pytest.approx(amp, rel=0.02)
+
+
+def test_processes_share_a_batch():
+    whole = list(range(12))
+    shares = [whole[Processes(rank, rank, 3).share(12)] for rank in range(3)]
+    assert shares == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    with pytest.raises(ValueError, match="batch of 13 can't be shared equally by 3"):
+        Processes(0, 0, 3).share(13)
+    with pytest.raises(ValueError, match="can't be shared"):
+        Trainer(small_diffusion(), 10, 13, processes=Processes(0, 0, 3))
+
+
+@pytest.mark.parametrize("rank, local, size, result", [
+    (None, None, None, Processes()),
+    ("", "", "", Processes()),
+    ("2", "0", "4", Processes(2, 0, 4)),
+    ("1", "1", "2", Processes(1, 1, 2)),
+    ("1", None, None, None),
+    (None, None, "2", None),
+    ("0", "0", "", None),
+    ("0", "zero", "2", None),
+    ("2", "0", "2", None),
+    ("-1", "-1", "2", None),
+    ("0", "1", "2", None),
+])  # fmt: skip
+def test_variables_of_torchrun(rank, local, size, result, monkeypatch):
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local), ("WORLD_SIZE", size)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    if result:
+        assert Processes.from_environment() == result
+    else:
+        with pytest.raises(ValueError, match="torchrun sets all three"):
+            Processes.from_environment()
+
+
+def test_one_process_waits_for_nobody():
+    alone = Processes()
+    assert alone.mean(1, 2.5) == [1, 2.5]
+    assert alone.start(torch.device("cpu")) == torch.device("cpu")
+    assert alone.share(5) == slice(0, 5)

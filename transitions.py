@@ -1,0 +1,208 @@
+"""The transition matrices of D3PM and their noise schedules (Austin et al. 2021, section 3.1 and appendix A.2).
+
+    beta_1 .. beta_T   float64 [T], how much noise each step adds
+    Q_1 .. Q_T         float64 [T, S, S], Q_t[i, j] = q(x_t = j | x_{t-1} = i); S states, K of them grey levels
+
+A new family is a function that returns Q_1 .. Q_T and one entry in `FAMILIES`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise schedules: (T, K) -> beta_1 .. beta_T, float64 [T]
+
+
+def cosine_betas(T: int, K: int) -> Tensor:
+    """alpha_bar_t = cos((t/T + s) / (1 + s) * pi/2), s = 0.008, and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
+
+    The paper's schedule for uniform transitions (after Hoogeboom et al. 2021): the cosine, not its square. It is
+    not clipped, so beta_T = 1: x_T is exactly stationary and L_T = 0.
+    """
+    t = torch.arange(T + 1, dtype=torch.float64)
+    alpha_bar = torch.cos((t / T + 0.008) / 1.008 * torch.pi / 2)
+    alpha_bar[T] = 0.0  # cos(pi/2), which floating point puts at 6e-17
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+
+def linear_betas(T: int, K: int) -> Tensor:
+    """1e-4 .. 0.02, evenly spaced: the DDPM schedule that is widely copied.
+
+    With T = 200 it stops halfway: bar_Q_T = [[0.57, 0.43], [0.43, 0.57]] for two uniform levels, so the sampler starts
+    from noise that the network never saw and L_T alone costs 9.0 nats per 32x32 image. Kept for comparison.
+    """
+    return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+
+
+def mutual_info_betas(T: int, K: int) -> Tensor:
+    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T: the same share of the pixels is lost at every step.
+
+    For absorbing transitions the mutual information between x_t and x_0 then falls linearly (appendix A.7); for others
+    the name is only a name.
+    """
+    return 1 / (T - torch.arange(T, dtype=torch.float64))
+
+
+def fitted_betas(T: int, K: int, spacing: Callable = torch.linspace) -> Tensor:
+    """Evenly spaced squared widths for Gaussian transitions, with end points that fit K and T.
+
+    beta_1 lets a middle level go in the first step with probability 0.001; beta_T is found by bisection so that every
+    row of bar_Q_T is within 1e-4 (total variation) of uniform. The paper's 1e-4 .. 0.02 are made for K = 256 and
+    T = 1000: with few levels the kernel is then so narrow that next to nothing ever moves.
+
+    Raises:
+        ValueError: if no width reaches uniform in T steps.
+    """
+    beta_1 = 4 / ((K - 1) ** 2 * math.log(2 / 0.001))
+
+    def betas(beta_T: float) -> Tensor:
+        return spacing(beta_1, beta_T, T, dtype=torch.float64)
+
+    def distance(beta_T: float) -> float:
+        kernel = gaussian_kernel(K, betas(beta_T)).numpy()
+        mirrored = np.concatenate([kernel, 0 * kernel[:, :1], kernel[:, :0:-1]], axis=1)
+        spectrum = np.fft.rfft(mirrored)  # but for its diagonal, Q_t convolves: 2K places keep the ends apart
+        leaves = kernel.cumsum(1) + kernel.cumsum(1)[:, ::-1] - kernel[:, :1]
+        row = np.eye(K)[0]  # an edge is the last to forget where it started
+        for t in range(T):
+            row = np.fft.irfft(spectrum[t] * np.fft.rfft(row, 2 * K), 2 * K)[:K] + (1 - leaves[t]) * row
+        return 0.5 * np.abs(row - 1 / K).sum()
+
+    low, high = math.log(beta_1), math.log(1e4)
+    if distance(math.exp(high)) > 1e-4:
+        raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if distance(math.exp(middle)) > 1e-4 else (low, middle)
+    return betas(math.exp(high))
+
+
+def geometric_betas(T: int, K: int) -> Tensor:
+    """`fitted_betas` whose squared widths grow by a factor, the same at every step.
+
+    What x_t says about x_0 falls with the logarithm of the width that has added up. Evenly spaced widths blur half of
+    it away in the first tenth of the steps for K = 8, in the first fiftieth for K = 256, and leave nothing for the
+    last half; these spread the loss out.
+    """
+
+    def spacing(first: float, last: float, T: int, dtype: torch.dtype) -> Tensor:
+        return first * (last / first) ** torch.linspace(0, 1, T, dtype=dtype)
+
+    return fitted_betas(T, K, spacing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transition families: (K, betas) -> Q_1 .. Q_T, float64 [T, S, S]
+
+
+def uniform_transitions(K: int, betas: Tensor) -> Tensor:
+    """Q_t = (1 - beta_t) I + beta_t / K 11^T: with probability beta_t, draw the level anew (appendix A.2.1). S = K."""
+    beta = betas[:, None, None]
+    return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K
+
+
+def absorbing_transitions(K: int, betas: Tensor) -> Tensor:
+    """Q_t = (1 - beta_t) I + beta_t 1 e_m^T: with probability beta_t, become the mask m (appendix A.2.2). S = K + 1.
+
+    The mask is a state of its own, the last one, and a pixel that shows a level has always shown it. (The authors'
+    image code absorbs into the middle grey level instead.)
+
+    Raises:
+        ValueError: if a pixel can survive to T, where the prior is all mask: L_T would be infinite.
+    """
+    if betas.max() < 1:
+        raise ValueError("absorbing transitions need a schedule that ends with every pixel masked (some beta_t = 1)")
+    beta = betas[:, None, None]
+    mask = F.one_hot(torch.tensor(K), K + 1).double()
+    return (1 - beta) * torch.eye(K + 1, dtype=torch.float64) + beta * mask
+
+
+def gaussian_kernel(K: int, betas: Tensor) -> Tensor:
+    """What Q_t[i, j] is for i != j in `gaussian_transitions`, by the distance |i - j| = 0..K-1: float64 [T, K]."""
+    n = torch.arange(K, dtype=torch.float64)
+    kernel = torch.exp(-4 * n**2 / ((K - 1) ** 2 * betas[:, None]))
+    return kernel / (2 * kernel.sum(-1, keepdim=True) - kernel[:, :1])
+
+
+def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
+    """Discretized Gaussian kernel for ordinal levels, doubly stochastic (appendix A.2.3). S = K.
+
+    Q_t[i, j] = exp(-4 |i - j|^2 / ((K - 1)^2 beta_t)) / sum over n = -(K-1)..K-1 of exp(-4 n^2 / ((K - 1)^2 beta_t))
+    for i != j, and the diagonal takes the rest.
+
+    Raises:
+        ValueError: for K = 2, where a symmetric kernel is the uniform one.
+    """
+    if K == 2:
+        raise ValueError("gaussian transitions between 2 levels are uniform transitions in disguise: use those")
+    n = torch.arange(K)
+    Q = gaussian_kernel(K, betas)[:, (n[:, None] - n).abs()]
+    Q.diagonal(dim1=-2, dim2=-1).zero_()
+    Q.diagonal(dim1=-2, dim2=-1).copy_(1 - Q.sum(-1))
+    return Q
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of legal combinations
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family makes Q_t, the schedules that go with it, the default first, and its states beyond the levels."""
+
+    matrices: Callable[[int, Tensor], Tensor]
+    schedules: dict[str, Callable[[int, int], Tensor]]
+    extra_states: int = 0
+
+
+FAMILIES = {
+    "uniform": Family(
+        uniform_transitions, {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas}
+    ),
+    "absorbing": Family(
+        absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}, extra_states=1
+    ),
+    "gaussian": Family(gaussian_transitions, {"fitted": fitted_betas, "geometric": geometric_betas}),
+}
+SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.schedules))
+
+
+def family_and_schedule(transition: str, schedule: str | None) -> tuple[Family, str]:
+    """The family of that name and its schedule's name, by default its first. Raises ValueError in one line."""
+    if transition not in FAMILIES:
+        raise ValueError(f"unknown transition {transition!r}: choose from {', '.join(FAMILIES)}")
+    family = FAMILIES[transition]
+    schedule = next(iter(family.schedules)) if schedule is None else schedule
+    if schedule not in family.schedules:
+        raise ValueError(
+            f"{transition} transitions go with the schedule {' or '.join(family.schedules)}, not {schedule}"
+        )
+    return family, schedule
+
+
+def transition_matrices(transition: str, schedule: str | None, K: int, T: int) -> Tensor:
+    """Q as float64 [T+1, S, S] with Q[0] the identity. Raises ValueError for what does not go together."""
+    family, schedule = family_and_schedule(transition, schedule)
+    steps = family.matrices(K, family.schedules[schedule](T, K))
+    return torch.cat([torch.eye(steps.shape[-1], dtype=torch.float64)[None], steps])
+
+
+def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
+    """Q as float64 on the CPU, or a ValueError that says why it is not a chain of T transition matrices."""
+    try:
+        Q = torch.as_tensor(Q, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, RuntimeError):
+        raise ValueError("Q must be a tensor") from None
+    if Q.ndim != 3 or Q.shape[0] != T + 1 or Q.shape[1] != Q.shape[2] or Q.shape[1] < K:
+        raise ValueError(f"Q must be [timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}, got {list(Q.shape)}")
+    if (Q < 0).any() or not torch.allclose(Q.sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-6):
+        raise ValueError("Q must hold probabilities, each row summing to one")
+    if not torch.equal(Q[0], torch.eye(Q.shape[1], dtype=torch.float64)):
+        raise ValueError("Q[0] must be the identity (t = 0 is clean data)")
+    return Q
