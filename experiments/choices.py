@@ -12,6 +12,9 @@ ROWS = {
     "uniform, cosine, cross-entropy": "",
     "uniform, cosine, variational": "--loss variational",
     "uniform, cosine, hybrid": "--loss hybrid",
+    "uniform, cosine, cross-entropy, joint form": "--reverse joint",
+    "uniform, cosine, variational, joint form": "--loss variational --reverse joint",
+    "uniform, cosine, hybrid, joint form": "--loss hybrid --reverse joint",
     "uniform, linear, cross-entropy": "--schedule linear",
     "absorbing, mutual_info, cross-entropy": "--transition absorbing",
     "absorbing, mutual_info, variational": "--transition absorbing --loss variational",
@@ -19,6 +22,7 @@ ROWS = {
     "8 levels, uniform, cosine, cross-entropy": "--levels 8",
     "8 levels, absorbing, mutual_info, cross-entropy": "--levels 8 --transition absorbing",
     "8 levels, gaussian, fitted, cross-entropy": "--levels 8 --transition gaussian",
+    "8 levels, gaussian, geometric, cross-entropy": "--levels 8 --transition gaussian --schedule geometric",
 }
 
 

@@ -9,16 +9,16 @@ the table of it, into --out-dir. Digits are drawn without classes, in the defaul
 
 import argparse
 import sys
-from pathlib import Path
 
-from cli import SEED, add_device, integer, parser, path, pick_device, run
+from cli import REPOSITORY, SEED, add_device, integer, parser, path, pick_device, run
 
 import torch
 from torch import Tensor
 
 from checkpoint import PARTICLES, RELEASED, TIMESTEPS, atomic_writes, json_bytes, load_checkpoint
-from dataset import Digits, load_digits, to_levels
+from dataset import Digits, load_digits, sha256, to_levels
 from diffusion import DiscreteDiffusion
+from experiments.common import OUT
 from metrics import frechet_distance, judge, load_classifier, rows_of_classes
 from pictures import image_grid, new_figure, save_figure
 
@@ -58,7 +58,7 @@ def measure(diffusion: DiscreteDiffusion, digits: Digits, args: argparse.Namespa
             images[f"N = {N}"] = diffusion.sample(len(x), args.seed, progress=True, known=known, particles=N)
         images["real digits"] = x
         parts[part] = {name: scores(judge(classifier, y, K), labels, reference) for name, y in images.items()}
-    return {"checkpoint": str(args.checkpoint), "timesteps": diffusion.timesteps, "digits": len(x), "parts": parts}
+    return {"sha256": sha256(args.checkpoint), "timesteps": diffusion.timesteps, "digits": len(x), "parts": parts}
 
 
 def table(result: dict) -> str:
@@ -100,8 +100,9 @@ def main() -> None:
     add("--digits", type=integer(20, 5000), default=500, help="how many, as many of each class (default 500)")
     add("--particles", type=integer(1), nargs="+", default=[1, 4, 16, 64], metavar="N", help="(default 1 4 16 64)")
     add("--seed", type=SEED, default=0, help="(default 0)")
-    add("--data-root", type=path(), default=Path("data"), help="where MNIST is or goes (default data)")
-    add("--out-dir", type=path(), default=Path("results_d3pm") / "fill", help="(default results_d3pm/fill)")
+    add("--data-root", type=path(), default=REPOSITORY / "data", help="where MNIST is or goes (default: data in the "
+        "repository)")  # fmt: skip
+    add("--out-dir", type=path(), default=OUT / "fill", help="(default results_d3pm/experiments/fill)")
     add_device(add)
     args = p.parse_args()
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)

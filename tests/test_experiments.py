@@ -26,6 +26,7 @@ from experiments import (
     choices,
     common,
     evaluation,
+    fill,
     guidance,
     levels,
     noise,
@@ -37,7 +38,7 @@ from model import Attention, UNet
 from trainer import Muon, Trainer
 
 SMALL = {
-    "train.py": "--limit 64 --batch-size 16 --channels 8 8 8 --timesteps 15 --device cpu",
+    "train.py": "--limit 64 --batch-size 16 --channels 8 8 8 --timesteps 30 --device cpu",
     "evaluate.py": "--num-samples 20 --images 20 --repeats 1 --device cpu",
 }
 TRIAL = ("--data", "offline", "--jobs", 1)
@@ -72,7 +73,7 @@ def commands(fresh_directory, tmp_path, monkeypatch):
         if code:
             raise RuntimeError(err.strip().splitlines()[-1])
 
-    for module in ("common", "forward", "benchmark", "levels", "noise"):
+    for module in ("common", "forward", "benchmark", "fill", "levels", "noise"):
         monkeypatch.setattr(f"experiments.{module}.OUT", tmp_path / "out")
     monkeypatch.setattr(common, "command", command)
     monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
@@ -526,6 +527,21 @@ def test_noise(commands, tmp_path):
     out = succeed("experiments.noise", "--levels", 3, "--timesteps", 15)
     assert out.strip() == noise.table(result_of("noise", tmp_path)) and "absorbing, mutual_info" in out
     assert Image.open(tmp_path / "out" / "noise" / "noise.png").size[0] > 100
+
+
+def test_fill(commands, conditional, tmp_path, monkeypatch):
+    """A row for each part and N, the part alone and the real digits beside them; drawn where nothing was given."""
+    digits = dataset.load_digits("validation", "offline")
+    monkeypatch.setattr(fill, "load_digits", lambda *_: digits)
+    flags = "--timesteps", 2, "--digits", 20, "--particles", 1, 2, "--device", "cpu"
+    out = succeed("experiments.fill", conditional, *flags)
+    result = result_of("fill", tmp_path)
+    assert out.splitlines()[:-1] == fill.table(result).splitlines() and result["digits"] == 20
+    for rows in result["parts"].values():
+        assert list(rows) == ["part alone", "N = 1", "N = 2", "real digits"]
+        assert rows["real digits"]["read_as_true_class"] > 0.9 > rows["part alone"]["read_as_true_class"]
+        assert rows["real digits"]["frechet_distance"] < min(rows[f"N = {N}"]["frechet_distance"] for N in (1, 2))
+    assert Image.open(tmp_path / "out" / "fill" / "fill.png").size[0] > 100
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "experiments").glob("*.py")))
