@@ -11,4 +11,13 @@ def table(report: dict) -> str:
     rows = {"samples": {key: value for key, value in samples.items() if key != "bound"}}
     if "bound" in report:
         rows = {"bound": {"row": f"{report['timesteps']} timesteps, no labels", "bound": report["bound"]}} | rows
-    return common.table({"title": report["digits"], "rows": rows})
+    lines = [common.table({"title": f"{report['digits']}, {report['binarization']} binarization", "rows": rows})]
+    for key, given in (("bound", "no labels"), ("bound_with_labels", "the true label, ln 10 for it included")):
+        for row in report.get(key, {}).get("importance_weighted", {}).get("by_trajectories", [])[-1:]:
+            lines.append(
+                f"\nImportance-weighted, K = {row['trajectories']}, {report['timesteps']} timesteps, {given}: "
+                f"**{row['nats_per_image']:.2f} ± {row['standard_error']:.2f} nats per image** (plain: "
+                f"{report[key]['nats_per_image']:.2f}; gain {row['gain']:.2f} ± {row['gain_standard_error']:.2f}, from "
+                f"{report[key]['importance_weighted']['images']} digits)"
+            )
+    return "\n".join(lines)

@@ -231,7 +231,12 @@ def test_table_by_hand():
     ]
 
 
-EVALUATION = report("", 60.04) | {"digits": "MNIST test split", "timesteps": 200, "sha256": "0123456789abcdef"}
+EVALUATION = report("", 60.04) | {
+    "digits": "MNIST test split",
+    "binarization": "dynamic",
+    "timesteps": 200,
+    "sha256": "0123456789abcdef",
+}
 EVALUATION["samples"] = QUALITY | {"images": 500, "timesteps": 50, "labels": True, "guidance": 0.25}
 
 
@@ -240,6 +245,23 @@ def test_evaluation_keeps_the_bound_and_the_samples_of_another_chain_apart():
     assert lines[2] == "| 200 timesteps, no labels | 60.0 ± 0.2 |  |  |  |  |  |"
     assert lines[3].startswith("| 500 samples in 50 timesteps, labels, guidance 0.25 |  | 0.500 | 0.25 |")
     assert len(lines) == 5
+
+
+def test_evaluation_tells_the_importance_weighted_bound_of_the_most_trajectories():
+    rows = [
+        {
+            "trajectories": k,
+            "gain": k / 2,
+            "gain_standard_error": 0.125,
+            "nats_per_image": 60.25 - k,
+            "standard_error": 0.5,
+        }
+        for k in (1, 2)
+    ]
+    weighted = EVALUATION["bound"] | {"importance_weighted": {"images": 40, "by_trajectories": rows}}
+    last = evaluation.table(EVALUATION | {"bound": weighted}).splitlines()[-1]
+    assert "K = 2, 200 timesteps, no labels: **58.25 ± 0.50 nats per image**" in last
+    assert last.endswith("(plain: 60.04; gain 1.00 ± 0.12, from 40 digits)")
 
 
 @pytest.fixture
