@@ -165,6 +165,7 @@ def test_what_a_run_says():
 
 def test_what_is_kept(monkeypatch, cheap):
     """Every so many epochs and at the end a checkpoint and a sheet; weights only at the end."""
+    assert train.EVERY == 5
     monkeypatch.setattr(train, "EVERY", 2)
     succeed("train.py", *TRAIN, "--epochs", 5, "--out-dir", "out")
     assert files(Path("out/checkpoints")) == {
@@ -268,7 +269,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     flags = """--steps 2 --batch-size 8 --timesteps 12 --transition absorbing --schedule cosine --loss hybrid
         --hybrid-weight 0.5 --levels 4 --conditional --label-dropout 0.3 --optimizer muon --lr 0.003 --decay cosine
         --channels 8 16 24 --blocks 2 --data offline --data-root nowhere --limit 40 --seed 5 --device cpu --compile
-        --amp --reverse joint --out-dir here"""
+        --amp --reverse joint --output logistic --out-dir here"""
     succeed("train.py", *flags.split())
     ((diffusion, total), options) = made[0]
     assert total == 2
@@ -283,7 +284,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     }  # fmt: skip
     assert diffusion.model.config == {
         "name": "unet", "num_levels": 4, "num_states": 5, "channels": [8, 16, 24], "blocks": 2, "num_labels": 10,
-        "output": "softmax",
+        "output": "logistic",
     }  # fmt: skip
     assert [args for args, _ in loaded] == [
         ("train", "offline", Path("nowhere")),
@@ -298,7 +299,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     assert settings.pop("epochs") == 50
     assert settings == {
         "steps": 2, "batch_size": 8, "timesteps": 12, "transition": "absorbing", "schedule": "cosine", "loss": "hybrid",
-        "hybrid_weight": 0.5, "reverse": "joint", "output": "softmax", "levels": 4, "binarize": "threshold",
+        "hybrid_weight": 0.5, "reverse": "joint", "output": "logistic", "levels": 4, "binarize": "threshold",
         "conditional": True, "label_dropout": 0.3,
         "optimizer": "muon", "lr": 0.003, "decay": "cosine", "channels": [8, 16, 24], "blocks": 2, "data": "offline",
         "data_root": "nowhere", "limit": 40, "seed": 5, "device": "cpu", "compile": True, "amp": True,
@@ -336,10 +337,12 @@ def fake_mnist(split, data="auto", data_root="data") -> Digits:
 
 
 def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
+    """And validation digits come from where the training digits were found."""
     monkeypatch.setattr(train, "load_digits", fake_mnist)
-    made = spy(monkeypatch, train, "Trainer")
+    made, loaded = spy(monkeypatch, train, "Trainer"), spy(monkeypatch, train, "load_digits")
     succeed("train.py", *STEP, "--limit", 16, "--data", "auto")
     assert made[0][1]["lr"] == 1e-4 and checkpoint_of("out")["data"] == "mnist"
+    assert [args for args, _ in loaded] == [("train", "auto", Path("data")), ("validation", "mnist", Path("data"))]
 
 
 def test_a_run_stays_with_its_digits(monkeypatch, my_run):
@@ -348,14 +351,14 @@ def test_a_run_stays_with_its_digits(monkeypatch, my_run):
     assert "trained on offline digits, but these are mnist digits" in line
 
 
-@pytest.mark.parametrize("protocol", ["threshold", "dynamic"])
-def test_validation_is_on_validation_digits(protocol, monkeypatch, cheap):
+@pytest.mark.parametrize("protocol, levels", [("threshold", 2), ("dynamic", 2), ("threshold", 4)])
+def test_validation_is_on_validation_digits(protocol, levels, monkeypatch, cheap):
     """As levels, drawn once where they are drawn at random; and training batches are drawn by the same protocol."""
     monkeypatch.setattr(Trainer, "validate", lambda self, x_0: seen.append(x_0) or 1.0)
     served, seen = spy(monkeypatch, train, "batches"), []
-    succeed("train.py", *TRAIN, "--epochs", 2, "--binarize", protocol, "--out-dir", "out")
+    succeed("train.py", *TRAIN, "--epochs", 2, "--binarize", protocol, "--levels", levels, "--out-dir", "out")
     grey = load_digits("validation", "offline").images
-    expected = to_levels(grey, 2, protocol, torch.Generator().manual_seed(0))
+    expected = to_levels(grey, levels, protocol, torch.Generator().manual_seed(0))
     assert len(seen) == 2 and all(torch.equal(x_0, expected) for x_0 in seen)
     assert served[-1][0][-1] == protocol
     assert checkpoint_of("out")["binarize"] == protocol
@@ -368,10 +371,13 @@ def test_validation_is_on_validation_digits(protocol, monkeypatch, cheap):
     ("--loss variational --binarize dynamic --blocks 2", 2, 2),
 ])  # fmt: skip
 def test_design_choices_end_to_end(arguments, states, levels):
-    """One short epoch, then digits and an animation from nothing but the checkpoint."""
+    """One short epoch and its sheet, then digits and an animation from nothing but the checkpoint."""
     succeed("train.py", *TRAIN, *arguments.split(), "--epochs", 1, "--out-dir", "out")
     d = load_checkpoint("out/checkpoints/weights.pth")
     assert (d.num_states, d.num_levels) == (states, levels)
+    with Image.open("out/samples/sample_epoch_1.png") as picture:
+        samples = load_checkpoint("out/checkpoints/last.pth").sample(64)
+        assert np.array_equal(picture, image_grid(samples, levels, columns=8))
     succeed("sample.py", "out/checkpoints/weights.pth", "--n", 2, "--out", "a.png", "--save-tensor", "a.pt")
     assert torch.load("a.pt").max() < levels
     with Image.open("a.png") as picture:
@@ -381,7 +387,7 @@ def test_design_choices_end_to_end(arguments, states, levels):
 
 
 def test_conditional_run(monkeypatch):
-    """The network is told the labels, except one in ten; the sheet has a digit of each class in turn."""
+    """The network is told the labels, except one in ten; the sheet has each class in turn, in 50 timesteps."""
     told, loss = [], DiscreteDiffusion.loss
 
     def watched(self, x_0, t, u, y):
@@ -389,14 +395,23 @@ def test_conditional_run(monkeypatch):
         return loss(self, x_0, t, u, y)
 
     monkeypatch.setattr(DiscreteDiffusion, "loss", watched)
-    succeed("train.py", *TRAIN, "--limit", 320, "--conditional", "--epochs", 1, "--out-dir", "out")
+    succeed("train.py", *TRAIN, "--limit", 320, "--timesteps", 60, "--conditional", "--epochs", 1, "--out-dir", "out")
     told = torch.cat(told)
     assert len(told) == 320 and set(told.tolist()) == set(range(-1, 10))
     assert 0.04 < (told == -1).double().mean() < 0.17
-    d = load_checkpoint("out/checkpoints/last.pth")
+    d = load_checkpoint("out/checkpoints/last.pth", timesteps=50)
     with Image.open("out/samples/sample_epoch_1.png") as picture:
         row = np.asarray(image_grid(d.sample(8, y=d.labels(8)), columns=8))[:-4]  # less the border below
         assert np.array_equal(np.asarray(picture)[: len(row)], row)
+
+
+def test_seed_of_the_weights(monkeypatch, cheap):
+    made = spy(monkeypatch, train, "Trainer")
+    monkeypatch.setattr(train.Run, "train", lambda self, stop: False)
+    for seed in (0, 1, 0):
+        succeed("train.py", *STEP, "--seed", seed)
+    a, b, c = (args[0].model.fold.weight for args, _ in made)
+    assert torch.equal(a, c) and not torch.equal(a, b)
 
 
 def test_seed_of_the_sheet(monkeypatch, cheap):
@@ -563,7 +578,8 @@ def test_finished_run_goes_on_from_where_the_rate_was_constant(my_run, cheap, mo
 
 def test_which_checkpoint_a_longer_run_goes_on_from(monkeypatch, my_run, cheap):
     """constant.pth only where the newest is past it and there is to be more than was planned."""
-    monkeypatch.setattr(train.Run, "train", lambda self, stop: False)
+    rows = []
+    monkeypatch.setattr(train.Run, "train", lambda self, stop: rows.append([r["step"] for r in self.history]) or False)
 
     def resumed(*flags):
         (line,) = [x for x in succeed("train.py", "--resume", *flags).splitlines() if x.startswith("Resuming")]
@@ -571,6 +587,7 @@ def test_which_checkpoint_a_longer_run_goes_on_from(monkeypatch, my_run, cheap):
 
     folder = my_run / "checkpoints"
     assert resumed("--steps", 17, "--out-dir", my_run) == ("constant.pth", 12)
+    assert rows == [[4, 8, 12]]  # what came after is no longer so
     assert resumed(folder / "last.pth", "--epochs", 6, "--out-dir", my_run)[0] == "last.pth"  # as it was asked for
     shutil.move(folder / "constant.pth", "constant.pth")
     assert resumed("--epochs", 6, "--out-dir", my_run) == ("last.pth", 16)  # a run from before there was one
@@ -579,6 +596,9 @@ def test_which_checkpoint_a_longer_run_goes_on_from(monkeypatch, my_run, cheap):
     assert resumed("--epochs", 6, "--out-dir", my_run) == ("last.pth", 12)  # the same, and it may hold more
     assert resumed("--epochs", 4, "--out-dir", my_run) == ("last.pth", 12)
     assert resumed("--out-dir", my_run) == ("last.pth", 12)
+    save_checkpoint(folder / "last.pth", checkpoint_of(my_run) | {"step": 14})
+    assert resumed("--epochs", 4, "--out-dir", my_run) == ("last.pth", 14)  # the decay goes on as it was planned
+    assert resumed("--epochs", 5, "--out-dir", my_run) == ("constant.pth", 12)
 
 
 def test_branch_within_an_epoch_that_decays(monkeypatch, cheap):
@@ -598,6 +618,7 @@ def test_steps_in_place_of_epochs(cheap):
     succeed("train.py", *TRAIN, "--steps", 6, "--decay", "cosine", "--out-dir", "out")
     assert checkpoint_of("out", "model_epoch_2")["step"] == 6 and Path("out/samples/sample_epoch_2.png").exists()
     assert [(row["epoch"], row["step"]) for row in read_metrics("out")] == [("1", "4"), ("2", "6")]
+    assert checkpoint_of("out")["history"][1]["train_loss"] == pytest.approx(checkpoint_of("out")["loss_sum"] / 2)
     assert "all its 6 steps" in fail("train.py", "--resume", "--steps", 6, "--out-dir", "out")
     assert "all its 6 steps" in fail("train.py", "--resume", "--out-dir", "out")
     succeed("train.py", "--resume", "--epochs", 2, "--out-dir", "out")
@@ -630,14 +651,14 @@ def test_resume_with_disagreeing_settings_is_an_error(flag, given, saved, my_run
 
 
 def test_what_may_differ_on_resume(my_run, cheap, monkeypatch):
-    """Place, machine and length; the settings of the checkpoint are then the new ones."""
+    """Place, machine and length; the settings of the checkpoint are then the new ones, the default place among them."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    shutil.move(my_run, "moved")
-    flags = "--epochs 5 --data auto --data-root elsewhere --device cpu --compile --amp --out-dir moved"
+    shutil.move(my_run, "results_d3pm")
+    flags = "--epochs 5 --data auto --data-root elsewhere --device cpu --compile --amp"
     monkeypatch.setattr(train, "load_digits", lambda split, *_: load_digits(split, "offline"))
     succeed("train.py", "--resume", *flags.split())
-    settings = checkpoint_of("moved")["settings"]
-    assert (settings["data"], settings["data_root"], settings["out_dir"]) == ("auto", "elsewhere", "moved")
+    settings = checkpoint_of("results_d3pm")["settings"]
+    assert (settings["data"], settings["data_root"], settings["out_dir"]) == ("auto", "elsewhere", "results_d3pm")
     assert settings["compile"] is True and settings["amp"] is True and settings["batch_size"] == 16
 
 
@@ -981,9 +1002,13 @@ def test_only_the_first_process_speaks_and_writes(monkeypatch, cheap):
     """The others neither print nor lock nor write; all train."""
     alone = like_processes(lambda *values: list(values), rank=1)
     monkeypatch.setattr(train.Processes, "from_environment", lambda: alone)
-    steps = spy(monkeypatch, Trainer, "step")
+    steps, bars = spy(monkeypatch, Trainer, "step"), spy(monkeypatch, train, "tqdm")
     assert succeed("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out") == ""
     assert len(steps) == 8 and not Path("out").exists()
+    assert all(options["disable"] is True for _, options in bars)
+    signal_at_step(monkeypatch, 1, signal.SIGTERM)
+    assert call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out") == (128 + signal.SIGTERM, "", "")
+    assert not Path("out").exists()
 
 
 def test_all_processes_stop_if_one_is_told_to(monkeypatch, cheap):
