@@ -173,7 +173,7 @@ def build_diffusion(checkpoint: dict, path: str | Path, device="cpu", timesteps=
     """`load_checkpoint` of what `read_checkpoint` gave; `path` is for messages."""
     weights = checkpoint["averaged_weights"]
     try:
-        claimed = [n for v in checkpoint["network"].values() for n in (v if isinstance(v, list) else [v])]
+        claimed = [n for v in checkpoint["network"].values() for n in (v if isinstance(v, list | tuple) else [v])]
         held = max([len(weights), *(n for p in weights.values() for n in p.shape)])
         if any(isinstance(n, int) and n > held for n in claimed):  # before memory is asked for
             raise ValueError("it describes a larger network than its weights are of")

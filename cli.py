@@ -35,11 +35,8 @@ class Unbreakable:
         return len(text)
 
     def flush(self) -> None:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # Python calls this once more at its end
             self.stream.flush()
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):  # or Python would try once more at its end, and complain
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -57,8 +54,6 @@ def run(main: Callable[[], int | None], who: str = "") -> None:
         print(f"{Path(sys.argv[0]).name}: error: {who}{line}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
     sys.exit(code)
 
 

@@ -23,7 +23,8 @@ from model import build_network
 REPOSITORY = cli.REPOSITORY
 # 4 steps an epoch
 TRAIN = [*"--data offline --limit 64 --batch-size 16 --channels 8 8 8 --timesteps 10 --device cpu".split()]  # noqa: SIM905
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # which hides much
+ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -172,6 +172,11 @@ def test_levels_of_grey():
     test, other, train = (digits_of("mnist", split) for split in ("test", "validation", "train"))
     expected = expected_samples(d.sample(20), None, test, other, digits_of("offline", "train"), "threshold", K=4)
     assert report["levels"] == 4 and close(report["real_digits"], expected["real_digits"])
+    rows, _ = nearest_digits(d.sample(8), to_levels(digits_of("offline", "train").images, 4))
+    with Image.open("nearest.png") as picture:
+        assert np.array_equal(picture, image_grid(rows, 4, columns=8))
+    note = {"timesteps": 10, "guidance": 0.0, "labels": False}
+    assert close(report["samples"], note | expected["samples"])
     assert close(report["nearest_training_digit"], expected["nearest_training_digit"]) and len(train.images) == 100
     assert "4 levels" in succeed("evaluate.py", "x.pth", *FLAGS)
 
@@ -271,6 +276,19 @@ def test_flags_of_the_bound():
     succeed("evaluate.py", "x.pth", "--num-samples", 20)
     report = json.loads(Path("evaluation.json").read_text())
     assert close(report["bound"], expected_bound(d, grey, "threshold", 4))
+
+
+def test_weights_of_100_digits_by_default(monkeypatch):
+    """While the bound is of all; and the picture of the gain starts from that bound."""
+    untrained("x.pth", timesteps=2)
+    monkeypatch.setattr(evaluate, "load_digits", load_digits)
+    plotted, plot = [], evaluate.plot_gains
+    monkeypatch.setattr(evaluate, "plot_gains", lambda gains: plotted.append(gains) or plot(gains))
+    succeed("evaluate.py", "x.pth", "--data", "offline", "--trajectories", 1, "--repeats", 1, "--num-samples", 20)
+    bound = json.loads(Path("evaluation.json").read_text())["bound"]
+    weighted = bound["importance_weighted"]
+    assert bound["images"] == 500 and weighted["images"] == 100
+    assert plotted == [{"no labels": (bound["nats_per_image"], weighted["by_trajectories"])}]
 
 
 def test_500_samples_by_default():

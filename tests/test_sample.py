@@ -92,6 +92,7 @@ def test_classes_guidance_and_timesteps(conditional):
     assert torch.equal(draw(*five, "--guidance", 2), few.sample(4, y=y, guidance=2))
     assert torch.equal(draw(*five, "--digit", 3, "--guidance", 0), few.sample(4, y=threes))
     assert torch.equal(draw(*five, "--digit", "none"), few.sample(4))
+    assert torch.equal(draw(path, "--n", 2, "--timesteps", 60), d.sample(2, y=y[:2], guidance=0.25))
     assert not torch.equal(few.sample(4), few.sample(4, y=threes))
     assert not torch.equal(few.sample(4, y=threes), few.sample(4, y=threes, guidance=2))
 
@@ -106,6 +107,25 @@ def test_a_row_of_each_class(conditional):
         assert picture.size == (2 * (3 * 34 + 2), 2 * (10 * 34 + 2))
         assert np.array_equal(picture, image_grid(images, columns=3))
     assert len(draw(path, *flags)) == 100  # ten of each by default
+
+
+def test_levels_of_grey():
+    """What is drawn and what is given of a digit (--fill) has the levels of the checkpoint, in both scripts."""
+    d = untrained("x.pth", timesteps=3, config={"num_levels": 4, "num_states": 4})
+    images = draw("x.pth", "--n", 4)
+    with Image.open("x.png") as picture:
+        assert np.array_equal(picture, image_grid(images, 4)) and len(np.unique(picture)) == 5
+    grey = np.arange(32 * 32).reshape(32, 32) * 255 // 1023
+    alpha = np.where(np.arange(32) < 16, 255, 0) + np.zeros_like(grey)
+    Image.fromarray(np.stack([grey, alpha], 2).astype(np.uint8), "LA").save("part.png")
+    known = torch.where(torch.from_numpy(alpha) > 0, torch.from_numpy(grey * 4 // 256), -1)[None, None]
+    filled = d.sample(3, known=known, particles=2)
+    flags = "--fill", "part.png", "--particles", 2, "--n", 3
+    assert torch.equal(draw("x.pth", *flags), filled)
+    with Image.open("x.png") as picture:
+        assert np.array_equal(picture, image_grid(torch.cat([known, filled.long()]), 4))
+    succeed("visualize_denoising.py", "x.pth", *flags)
+    assert np.array_equal(frames()[0][-1][24:], image_grid(filled, 4))
 
 
 def test_outputs_are_checked_before_the_work(run, monkeypatch):

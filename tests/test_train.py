@@ -135,6 +135,7 @@ def test_what_a_checkpoint_holds(run):
     }  # fmt: skip
     assert (last["epoch"], last["step"], last["steps_per_epoch"], last["total_steps"]) == (4, 16, 4, 16)
     assert last["data"] == "offline" and last["binarize"] == "threshold"
+    assert last["diffusion"] == DiscreteDiffusion(build_network(last["network"]), timesteps=10).config
     assert last["loss_sum"] == pytest.approx(4 * last["history"][-1]["train_loss"])
     assert constant["step"] == 12  # 0.7 * 16 = 11.2
     assert weights.keys() == {"network", "diffusion", "averaged_weights", "data", "binarize", "step"}
@@ -516,7 +517,9 @@ def test_stop_where_the_decay_starts_within_an_epoch(monkeypatch, cheap):
         signal_at_step(patch, 6, signal.SIGTERM)
         assert call("train.py", *TRAIN, "--steps", 10, "--out-dir", "cut")[0] == 143
     assert checkpoint_of("cut")["step"] == checkpoint_of("cut", "constant")["step"] == 7
+    steps = spy(monkeypatch, Trainer, "step")
     succeed("train.py", "--resume", "--out-dir", "cut")
+    assert len(steps) == 3  # none is done again
     assert same_weights("cut/checkpoints/last.pth", "straight/checkpoints/last.pth")
     assert same_history("cut", "straight")
 
@@ -1012,12 +1015,21 @@ def test_only_the_first_process_speaks_and_writes(monkeypatch, cheap):
 
 
 def test_all_processes_stop_if_one_is_told_to(monkeypatch, cheap):
-    """The mean over processes says so, whichever it was; and the losses of the history are means over all."""
+    """The mean over processes says so, whichever it was."""
     told = like_processes(lambda *values: [0.5 if value is False else value for value in values])
     monkeypatch.setattr(train.Processes, "from_environment", lambda: told)
     monkeypatch.setattr(train, "load_data", lambda *_: (take(load_digits("train", "offline"), 64), torch.zeros(1)))
     code, _, err = call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out")
     assert code == 128 + signal.SIGTERM and "Stopped by SIGTERM after step 1 of 8" in err
+
+
+def test_losses_are_means_over_processes(monkeypatch, cheap):
+    others = like_processes(lambda *values: [value + 1 if type(value) is float else value for value in values])
+    succeed("train.py", *TRAIN, "--epochs", 1, "--out-dir", "alone")
+    monkeypatch.setattr(train.Processes, "from_environment", lambda: others)
+    succeed("train.py", *TRAIN, "--epochs", 1, "--out-dir", "out")
+    mine, all_of_us = (checkpoint_of(name)["history"][0]["train_loss"] for name in ("alone", "out"))
+    assert all_of_us == pytest.approx(mine + 1)
 
 
 def test_machines_with_different_digits(monkeypatch):
