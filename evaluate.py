@@ -230,7 +230,7 @@ def show_samples(report: dict) -> None:
     columns = {column: heading for column, heading in columns.items() if column in report}
     print(" " * 18 + "".join(f"{heading:>17}" for heading in columns.values()))
     for key in ("frechet_distance", "precision", "recall", "mean_confidence", "isolated_white", "isolated_black",
-                "ink_in_border", "ink", "read_as_asked"):  # fmt: skip
+                "ink_in_border", "ink", "label_accuracy"):  # fmt: skip
         shown = "".join(f"{report[column][key]:17.3f}" for column in columns if key in report[column])
         if shown:
             print(f"{key.replace('_', ' '):18}{shown}")

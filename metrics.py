@@ -214,7 +214,7 @@ def quality(x: Tensor, reference: Tensor, classifier: Classifier, num_levels: in
         "ink": x.double().mean().item() / (num_levels - 1),
     }
     if asked is not None:
-        result["read_as_asked"] = (read == asked).double().mean().item()
+        result["label_accuracy"] = (read == asked).double().mean().item()
     return result
 
 

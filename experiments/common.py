@@ -30,9 +30,10 @@ from pictures import new_figure
 OUT = REPOSITORY / "results_d3pm" / "experiments"
 LR = 2e-3
 # Of evaluation.json
-KEPT = ("levels", "timesteps", "bound", "samples", "real_digits", "real_digits_of_these_classes")
+KEPT = ("checkpoint", "sha256", "levels", "timesteps", "bound", "bound_with_labels", "samples", "real_digits",
+        "real_digits_of_these_classes")  # fmt: skip
 # What tables show of `metrics.quality`, with so many digits after the point
-QUALITY = {"frechet_distance": 3, "precision": 2, "recall": 2, "isolated_white": 3, "ink": 3, "read_as_asked": 3}
+QUALITY = {"frechet_distance": 3, "precision": 2, "recall": 2, "isolated_white": 3, "ink": 3, "label_accuracy": 3}
 
 
 def experiment_parser(description: str | None, jobs: bool = False) -> argparse.ArgumentParser:
@@ -89,17 +90,19 @@ def digits_of(args: argparse.Namespace) -> list:
     return ["--data", args.data, "--data-root", args.data_root.resolve()]
 
 
-def compare_trainings(name: str, description: str | None, rows: dict[str, str]) -> None:
+def compare_trainings(
+    name: str, description: str | None, rows: dict[str, str], steps: int = 650, seeds: int = 3, lr: float = LR
+) -> None:
     """The main of an experiment that trains with the flags of each of the rows, with several seeds."""
     p = experiment_parser(description, jobs=True)
-    p.add_argument("--steps", type=integer(1), default=650, help="optimizer steps of each run (default 650)")
-    p.add_argument("--seeds", type=integer(1), default=3, help="runs of each row (default 3)")
+    p.add_argument("--steps", type=integer(1), default=steps, help=f"optimizer steps of each run (default {steps})")
+    p.add_argument("--seeds", type=integer(1), default=seeds, help=f"runs of each row (default {seeds})")
     args = p.parse_args()
     digits, plan = digits_of(args), {}
     for row, flags in rows.items():
         for seed in range(args.seeds):
             folder = OUT / name / f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
-            train, evaluate = [*digits, *flags.split(), "--lr", LR, "--seed", seed], [*digits, "--split", "validation"]
+            train, evaluate = [*digits, *flags.split(), "--lr", lr, "--seed", seed], [*digits, "--split", "validation"]
             plan[f"{row}, seed {seed}"] = partial(trained_and_evaluated, row, folder, args.steps, train, evaluate)
     collect(name, {"title": f"{args.steps} steps", "data": args.data}, plan, table, args.jobs)
 

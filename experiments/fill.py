@@ -66,7 +66,7 @@ def table(result: dict) -> str:
     lines = [
         f"{result['digits']} test digits, {result['timesteps']} timesteps, no classes given",
         "",
-        "| given | completed by | read as the true class | mean confidence | Fréchet distance |",
+        "| given | completed by | classified as the true class | mean confidence | Fréchet distance |",
         "| --- | --- | --- | --- | --- |",
     ]
     for part, rows in result["parts"].items():

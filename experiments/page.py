@@ -2,9 +2,10 @@
 
     python -m experiments.page > page.md            # the page with its tables written anew
     python -m experiments.page --check              # fails, in one line, if a table is not what its JSON file gives
+    python -m experiments.page README.md --check    # the same for the front page
 
 A table stands between <!-- table: NAME --> and <!-- end -->, made of NAME.json by the `table` of experiments/NAME.py;
-evaluation-dynamic.json, say, is one more for experiments/evaluation.py.
+evaluation-dynamic.json, say, is one more for experiments/evaluation.py. NAME may start with a folder, from the page's.
 """
 
 import importlib
@@ -28,7 +29,8 @@ def source(result: dict) -> str:
 
 def filled(name: str, folder: Path) -> str:
     """The table called `name` and its source. Raises OSError or ValueError in one line."""
-    module, file = name.partition("-")[0], folder / f"{name}.json"
+    file = folder / f"{name}.json"
+    module = file.stem.partition("-")[0]
     try:
         table = importlib.import_module(f"experiments.{module}").table
     except (ImportError, AttributeError):

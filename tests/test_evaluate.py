@@ -156,7 +156,7 @@ def test_every_figure_of_an_unconditional_dynamic_report(monkeypatch):
     expected["bound"] = expected_bound(d, spread(validation.images, 12), "dynamic", 2, 3)
     for key in expected:
         assert close(report[key], expected[key]), key
-    assert "real_digits_of_these_classes" not in report and "read_as_asked" not in report["samples"]
+    assert "real_digits_of_these_classes" not in report and "label_accuracy" not in report["samples"]
     assert report["digits"] == "offline validation digits (not the MNIST test split)"
     assert (report["binarization"], report["digits_were_in_training"], report["timesteps"]) == ("dynamic", False, 20)
     ((network_t, t, values),) = terms
@@ -230,7 +230,7 @@ def test_what_is_printed():
     for line, key in zip(lines[4:12], keys, strict=True):
         label, figures = line[:18].strip(), line[18:].split()
         assert label.replace(" ", "_") == key and figures == [f"{column[key]:.3f}" for column in columns]
-    assert lines[12].split() == ["read", "as", "asked", f"{report['samples']['read_as_asked']:.3f}"]
+    assert lines[12].split() == ["read", "as", "asked", f"{report['samples']['label_accuracy']:.3f}"]
     for line, column in zip(lines[13:15], columns, strict=False):
         assert line.split(": ")[1].split() == [f"{share:.2f}" for share in column["class_histogram"]]
     assert lines[15:] == [f"Wrote evaluation.json, nearest.png, bound_terms.png in {Path().resolve()}"]

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
+from pathlib import Path
 from types import SimpleNamespace
 
 from cli import REPOSITORY
@@ -28,9 +29,11 @@ from experiments import (
     evaluation,
     fill,
     guidance,
+    headline,
     levels,
     noise,
     rate,
+    recipe,
     steps,
     time_to_quality,
 )
@@ -73,7 +76,7 @@ def commands(fresh_directory, tmp_path, monkeypatch):
         if code:
             raise RuntimeError(err.strip().splitlines()[-1])
 
-    for module in ("common", "forward", "benchmark", "fill", "levels", "noise"):
+    for module in ("common", "forward", "benchmark", "fill", "headline", "levels", "noise"):
         monkeypatch.setattr(f"experiments.{module}.OUT", tmp_path / "out")
     monkeypatch.setattr(common, "command", command)
     monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
@@ -127,6 +130,12 @@ def test_results_of_another_shape(content, commands, tmp_path):
     assert not commands
 
 
+def test_recipe(commands, cheap, tmp_path):
+    succeed("experiments.recipe", *TRIAL, "--steps", 2)
+    assert list(result_of("recipe", tmp_path)["rows"]) == [f"{row}, seed 0" for row in recipe.ROWS]
+    assert all("--lr 0.0001" in " ".join(line) for line in commands if line[0] == "train.py")
+
+
 def test_rate_goes_on_where_it_was_stopped(commands, cheap, tmp_path, monkeypatch):
     command = common.command
 
@@ -171,6 +180,30 @@ def test_guidance(commands, conditional, tmp_path, monkeypatch):
     assert [result["rows"][row]["samples"]["labels"] for row in guidance.ROWS] == [False] + [True] * 5
     assert all("--split validation" in " ".join(line) for line in commands)
     assert "--num-samples 30" in " ".join(commands[0])
+
+
+def test_headline(commands, conditional, tmp_path, monkeypatch):
+    """Bound and samples of the same chain in a row; the bound given the class beside samples that are given one."""
+    monkeypatch.setattr(headline, "RELEASED", conditional)
+    succeed("train.py", *TRAIN, "--binarize", "dynamic", "--steps", 2, "--out-dir", "dynamic")
+    monkeypatch.setattr(headline, "DYNAMIC", Path("dynamic/checkpoints/last.pth").resolve())
+    out = succeed("experiments.headline", *TRIAL, "--timesteps", 3, "--trajectories", 2)
+    result = result_of("headline", tmp_path)
+    rows = result["rows"]
+    assert out.strip() == headline.table(result) and list(rows) == list(headline.ROWS)
+    none, *_, dynamic = rows.values()
+    assert [one["samples"]["guidance"] for one in rows.values()] == [0, 0, 0.25, 0]
+    assert [one["samples"]["labels"] for one in rows.values()] == [False, True, True, False]
+    assert {one["timesteps"] for one in rows.values()} == {one["samples"]["timesteps"] for one in rows.values()} == {3}
+    assert dynamic["bound"]["binarizations"] == 2 and none["bound_with_labels"]["label_cost"] == math.log(10)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:6]]
+    bounds = none["bound"], none["bound_with_labels"], None, dynamic["bound"]
+    for line, one, bound in zip(lines, rows.values(), bounds, strict=True):
+        weighted = bound and bound["importance_weighted"]["by_trajectories"][1]
+        both = [f"{b['nats_per_image']:.1f} ± {b['standard_error']:.1f}" if b else "" for b in (bound, weighted)]
+        assert line[1:3] == both
+        real = one["real_digits_of_these_classes" if one["samples"]["labels"] else "real_digits"]
+        assert line[3] == f"{one['samples']['frechet_distance']:.3f} ({real['frechet_distance']:.3f})"
 
 
 def test_steps(commands, conditional, tmp_path):
@@ -283,6 +316,18 @@ def test_page(page, tmp_path):
     assert page.startswith("# Results\n") and page.count("<!-- end -->\nmore\n") == 2
     assert succeed("experiments.page", "page.md") == page  # filled again, it stays
     assert succeed("experiments.page", "page.md", "--check") == ""
+
+
+def test_page_whose_tables_are_of_another_folder(page, tmp_path):
+    (tmp_path / "above.md").write_text(f"<!-- table: {tmp_path.name}/choices -->\n<!-- end -->\n")
+    (tmp_path / "above.md").rename(tmp_path.parent / f"{tmp_path.name}.md")
+    assert "| a | 70.0 ± 0.2 |" in succeed("experiments.page", tmp_path.parent / f"{tmp_path.name}.md")
+
+
+@pytest.mark.parametrize("name", ["results_d3pm/released/README.md"])
+def test_our_own_pages(name):
+    assert "<!-- table: " in (REPOSITORY / name).read_text()
+    succeed("experiments.page", REPOSITORY / name, "--check")
 
 
 def test_page_check_notices_a_changed_number(page, tmp_path):

@@ -179,10 +179,10 @@ def test_quality_by_hand():
         "isolated_black": 2 / 8,
         "ink_in_border": 3 / 8,
         "ink": (2 + 2 * (3 * 1023 + 1) + 1 + 2 + 1 + 1 + 6) / (3 * 8 * 1024),
-        "read_as_asked": 5 / 8,
+        "label_accuracy": 5 / 8,
     }
     assert result == pytest.approx(expected)
-    assert "read_as_asked" not in quality(x, reference, Corners(), 4)
+    assert "label_accuracy" not in quality(x, reference, Corners(), 4)
 
 
 @pytest.mark.parametrize("i, j", [(0, 16), (1, 16), (30, 16), (31, 16), (16, 0), (16, 1), (16, 30), (16, 31)])

@@ -1,0 +1,73 @@
+"""The table of the front page: each way to draw from the models that ship, with bound and samples of the same chain.
+
+    python -m experiments.headline --data-root data         # about an hour on one core
+
+On test digits. With classes given, the bound is that given the true one, plus ln 10 for it. Guided samples have none.
+"""
+
+from functools import partial
+
+from cli import integer, run
+
+from checkpoint import GUIDANCE, RELEASED, TIMESTEPS
+from experiments.common import OUT, collect, digits_of, evaluated, experiment_parser, markdown
+
+DYNAMIC = RELEASED.with_name("d3pm_mnist_dynamic.pth")
+FEW = ["--images", 2, "--repeats", 1]  # for the bound, where only the samples are wanted
+# The bound of each row: the evaluation that has it, and its name there
+ROWS = {
+    "thresholded, no class given": ("thresholded, no class given", "bound"),
+    "thresholded, class given": ("thresholded, no class given", "bound_with_labels"),
+    f"thresholded, class given, guidance {GUIDANCE:g}": None,
+    "dynamic, no class given": ("dynamic, no class given", "bound"),
+}
+SAMPLES = {
+    "frechet_distance": "Fréchet distance",
+    "precision": "precision",
+    "recall": "recall",
+    "isolated_white": "isolated white pixels",
+    "ink_in_border": "ink in the border",
+    "label_accuracy": "classified as asked",
+}
+
+
+def table(result: dict) -> str:
+    """In brackets behind a number of the samples is that of as many real digits of the same classes."""
+    lines = []
+    for name, one in result["rows"].items():
+        bounds = ["", ""]
+        evaluation, key = ROWS[name] or (None, None)
+        if evaluation in result["rows"]:
+            bound = result["rows"][evaluation][key]
+            both = bound, bound["importance_weighted"]["by_trajectories"][-1]
+            bounds = [f"{b['nats_per_image']:.1f} ± {b['standard_error']:.1f}" for b in both]
+        real, cells = one.get("real_digits_of_these_classes", one["real_digits"]), []
+        for key in SAMPLES:
+            of_real = f" ({real[key]:.3f})" if key in real else ""
+            cells.append(f"{one['samples'][key]:.3f}{of_real}" if key in one["samples"] else "")
+        lines.append([name, *bounds, *cells])
+    heading = [result["title"], "bound, nats per image", f"importance-weighted, K = {result['trajectories']}"]
+    return markdown([*heading, *SAMPLES.values()], lines)
+
+
+def main() -> None:
+    p = experiment_parser(__doc__, jobs=True)
+    add = p.add_argument
+    add("--timesteps", type=integer(1), default=TIMESTEPS, help=f"from noise to digits (default {TIMESTEPS})")
+    add("--num-samples", type=integer(20), default=10_000, help="drawn for each row (default 10,000)")
+    add("--trajectories", type=integer(1), default=64, help="K of the importance-weighted bound (default 64)")
+    add("--images", type=integer(2), default=100, help="digits that the gain of these is of (default 100)")
+    args = p.parse_args()
+    weighed = ["--trajectories", args.trajectories, "--images", args.images]
+    flags = [["--no-labels", *weighed], ["--guidance", 0, *FEW], FEW, ["--binarizations", 2, *weighed]]
+    every, plan = [*digits_of(args), "--timesteps", args.timesteps, "--num-samples", args.num_samples], {}
+    for row, own in zip(ROWS, flags, strict=True):
+        folder = OUT / "headline" / row.replace(", ", "-").replace(" ", "_")
+        checkpoint = DYNAMIC if row.startswith("dynamic") else RELEASED
+        plan[row] = partial(evaluated, row, checkpoint, folder, [*every, *own])
+    what = {"title": f"{args.timesteps} timesteps, {args.num_samples:,} samples", "trajectories": args.trajectories}
+    collect("headline", what | {"images": args.images, "data": args.data}, plan, table, args.jobs)
+
+
+if __name__ == "__main__":
+    run(main)
