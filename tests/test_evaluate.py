@@ -230,7 +230,7 @@ def test_what_is_printed():
     for line, key in zip(lines[4:12], keys, strict=True):
         label, figures = line[:18].strip(), line[18:].split()
         assert label.replace(" ", "_") == key and figures == [f"{column[key]:.3f}" for column in columns]
-    assert lines[12].split() == ["read", "as", "asked", f"{report['samples']['label_accuracy']:.3f}"]
+    assert lines[12].split() == ["label", "accuracy", f"{report['samples']['label_accuracy']:.3f}"]
     for line, column in zip(lines[13:15], columns, strict=False):
         assert line.split(": ")[1].split() == [f"{share:.2f}" for share in column["class_histogram"]]
     assert lines[15:] == [f"Wrote evaluation.json, nearest.png, bound_terms.png in {Path().resolve()}"]
