@@ -153,7 +153,7 @@ class DiscreteDiffusion(nn.Module):
 
         Args:
             timesteps: how many, from 1 to T; or those to keep, in rising order up to T. A number is spread so that
-                about as many pixels lose their value in each step, whatever the schedule.
+                each step moves pixels about as far, whatever the schedule.
 
         Raises:
             ValueError: for more timesteps than there are, or ones that are not such a list.
@@ -176,12 +176,19 @@ class DiscreteDiffusion(nn.Module):
         return twin
 
     def _spread(self, n: int) -> list[int]:
-        """n different timesteps up to T, evenly spaced in the share of pixels that have lost their value, or nearly."""
+        """n different timesteps up to T, evenly spaced, or nearly, in how far from their level pixels are on average.
+
+        For uniform and absorbing transitions that is the share of pixels that are changed. For many levels and Gaussian
+        transitions next to all are changed after a few steps, by little.
+        """
         T, K = self.timesteps, self.num_levels
-        changed = 1 - self.bar_Q[:, :K, :K].diagonal(dim1=1, dim2=2).mean(1)  # [T+1], the mean over levels
+        level = torch.arange(self.num_states, dtype=torch.float64)
+        distance = (level[:K, None] - level).abs()
+        distance[:, K:] = K - 1  # a mask is far from every level
+        moved = (self.bar_Q[:, :K] * distance).sum(2).mean(1)  # [T+1], the mean over levels
         kept = [0]
         for k in range(1, n + 1):
-            nearest = int((changed - k / n * changed[T]).abs().argmin())
+            nearest = int((moved - k / n * moved[T]).abs().argmin())
             kept.append(min(max(nearest, kept[-1] + 1), T - (n - k)))  # distinct, and room for those to come
         return [*kept[1:-1], T]
 
@@ -431,16 +438,13 @@ class DiscreteDiffusion(nn.Module):
             q = self.q_posterior(x_t, torch.where(here, one_hot.to(logits), logits.softmax(1)), t)
             return q if self.reverse == "mixture" else torch.where(here, q, self.p_theta(x_t, t, logits))
 
-        def draw_from(q: Tensor, u: Tensor) -> Tensor:  # a float32 u may be 0, which draws what is next to impossible
-            return draw(q, torch.where(given.to(u.device) & (u == 0), 2**-25, u))
-
         def log_ratio(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
             return torch.where(given, p.gather(1, x).log() - q.gather(1, x).log(), 0.0).sum((1, 2, 3))
 
         p = self.prior[None, :, None, None].expand(B, -1, *known.shape[2:])
         q = torch.where(given, self.q_x_t(x_0, torch.full((B,), self.timesteps), torch.float64), p)
         u = uniforms()
-        x_t = draw_from(q.to(u.dtype).to(u.device), u)
+        x_t = draw(q.to(u.dtype).to(u.device), u)
         log_w = log_ratio(p, q, x_t.cpu())
         yield x_t, log_w
         for t in torch.arange(self.timesteps, 0, -1):
@@ -448,7 +452,7 @@ class DiscreteDiffusion(nn.Module):
             logits = self.x_0_logits(x_t.to(device), t.to(device), y, guidance)
             exact = logits.cpu().double()
             p, q = self.p_theta(x_t.cpu(), t, exact), q_step(x_t.cpu(), t, exact)
-            x_t = draw_from(q if u.dtype == torch.float64 else q_step(x_t, t, logits.to(u)), u)
+            x_t = draw(q if u.dtype == torch.float64 else q_step(x_t, t, logits.to(u)), u)
             log_w = log_w + log_ratio(p, q, x_t.cpu())
             yield x_t, log_w
 
@@ -669,9 +673,10 @@ def draw(probs: Tensor, u: Tensor | None = None) -> Tensor:
     """Sample from probs [B, S, H, W] by inverting the cumulative distribution at u [B, 1, H, W] -> int64 [B, 1, H, W].
 
     A state of probability exactly 0 is never drawn: u < 1 is scaled by the total, so rounding cannot push it past
-    the last possible state.
+    the last possible state. Nor is one of next to no probability because u is 0, which stands for 0 to its resolution.
     """
     u = torch.rand(len(probs), 1, *probs.shape[2:], device=probs.device) if u is None else u
+    u = u.clamp(min=torch.finfo(u.dtype).eps / 4)
     cumulative = probs.cumsum(1)
     return (u * cumulative[:, -1:] >= cumulative[:, :-1]).sum(1, keepdim=True)
 

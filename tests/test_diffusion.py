@@ -236,6 +236,14 @@ def test_draw_inverts_the_cumulative_distribution():
     assert draw(probs, torch.zeros(2000, 1, 1, 1)).min() > 0
 
 
+@pytest.mark.parametrize("dtype, least", [(torch.float32, 1e-7), (torch.float64, 1e-15)])
+def test_draw_takes_a_uniform_of_zero_for_a_small_one(dtype, least):
+    """torch.rand gives a float32 zero every 17 million times: not the time for a state of probability 1e-30."""
+    zero = torch.zeros(1, 1, 1, 1, dtype=dtype)
+    for p, state in [(least, 0), (least / 1e3, 1), (1e-30, 1)]:
+        assert draw(torch.tensor([p, 1 - p], dtype=dtype).view(1, 2, 1, 1), zero).item() == state
+
+
 # -- the posterior, by brute force ------------------------------------------------------------------------------------
 
 
@@ -460,6 +468,14 @@ def test_a_number_of_timesteps_is_spread_evenly_over_what_is_lost():
     alpha_bar = torch.cos((t / 200 + 0.008) / 1.008 * torch.pi / 2)
     lost = 1 - alpha_bar / alpha_bar[0]
     assert (lost - torch.arange(16) / 15).abs().max() < 0.005  # half of the largest step of 200
+
+
+def test_gaussian_timesteps_are_spread_evenly_over_how_far_pixels_move():
+    """Not over how many are changed: all but a few are after a third of the chain, each by next to nothing."""
+    d = make(32, 200, "geometric", transition="gaussian")
+    few, distance = d.respaced(10), abs(np.subtract.outer(np.arange(32), np.arange(32)))
+    moved = [(d.bar_Q[t].numpy() * distance).sum(1).mean() for t in few.network_t]
+    np.testing.assert_allclose(moved, np.linspace(0, 1, 11) * (32**2 - 1) / (3 * 32), atol=0.15)
 
 
 def test_respacing_again_and_by_nothing():
