@@ -217,7 +217,8 @@ def load_data(settings: dict, checkpoint: dict | None, processes: Processes) -> 
         raise ValueError("some machines have MNIST and some only the offline digits: choose with --data")
     if checkpoint and checkpoint["data"] != digits.source:
         raise ValueError(f"the run was trained on {checkpoint['data']} digits, but these are {digits.source} digits")
-    grey = load_digits("validation", digits.source, settings["data_root"]).images
+    most = 200 if settings["levels"] > 32 else None  # a digit of 256 levels takes a tenth of a second
+    grey = take(load_digits("validation", digits.source, settings["data_root"]), most).images
     validation = to_levels(grey, settings["levels"], settings["binarize"], torch.Generator().manual_seed(0))
     digits = take(digits, settings["limit"])
     next(batches(digits, settings["batch_size"]))  # raises now if the batch is too large
