@@ -9,11 +9,14 @@ A new family is a function that returns Q_1 .. Q_T and one entry in `FAMILIES`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+WIDEST = math.log(1e4)  # of a squared width that is as good as infinite: the kernel is flat
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise schedules: (T, K) -> beta_1 .. beta_T, float64 [T]
@@ -49,8 +52,8 @@ def mutual_info_betas(T: int, K: int) -> Tensor:
     return 1 / (T - torch.arange(T, dtype=torch.float64))
 
 
-def fitted_betas(T: int, K: int, spacing: Callable = torch.linspace) -> Tensor:
-    """Evenly spaced squared widths for Gaussian transitions, with end points that fit K and T.
+def fitted_betas(T: int, K: int) -> Tensor:
+    """Evenly spaced squared widths for Gaussian transitions, as in the paper, with end points that fit K and T.
 
     beta_1 lets a middle level go in the first step with probability 0.001; beta_T is found by bisection so that every
     row of bar_Q_T is within 1e-4 (total variation) of uniform. The paper's 1e-4 .. 0.02 are made for K = 256 and
@@ -61,40 +64,59 @@ def fitted_betas(T: int, K: int, spacing: Callable = torch.linspace) -> Tensor:
     """
     beta_1 = 4 / ((K - 1) ** 2 * math.log(2 / 0.001))
 
-    def betas(beta_T: float) -> Tensor:
-        return spacing(beta_1, beta_T, T, dtype=torch.float64)
+    def betas(log_beta_T: float) -> Tensor:
+        return torch.linspace(beta_1, math.exp(log_beta_T), T, dtype=torch.float64)
 
-    def distance(beta_T: float) -> float:
-        kernel = gaussian_kernel(K, betas(beta_T)).numpy()
-        mirrored = np.concatenate([kernel, 0 * kernel[:, :1], kernel[:, :0:-1]], axis=1)
-        spectrum = np.fft.rfft(mirrored)  # but for its diagonal, Q_t convolves: 2K places keep the ends apart
-        leaves = kernel.cumsum(1) + kernel.cumsum(1)[:, ::-1] - kernel[:, :1]
+    def distance(log_beta_T: float) -> float:
         row = np.eye(K)[0]  # an edge is the last to forget where it started
-        for t in range(T):
-            row = np.fft.irfft(spectrum[t] * np.fft.rfft(row, 2 * K), 2 * K)[:K] + (1 - leaves[t]) * row
+        for spectrum, stays in zip(*gaussian_blurs(K, betas(log_beta_T)), strict=True):
+            row = blurred(row, spectrum, stays)
         return 0.5 * np.abs(row - 1 / K).sum()
 
-    low, high = math.log(beta_1), math.log(1e4)
-    if distance(math.exp(high)) > 1e-4:
+    if distance(WIDEST) > 1e-4:
         raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if distance(math.exp(middle)) > 1e-4 else (low, middle)
-    return betas(math.exp(high))
+    return betas(bisect(distance, 1e-4, math.log(beta_1), WIDEST, 40))
 
 
-def geometric_betas(T: int, K: int) -> Tensor:
-    """`fitted_betas` whose squared widths grow by a factor, the same at every step.
+def information_betas(T: int, K: int) -> Tensor:
+    """Squared widths for Gaussian transitions such that what x_t says about x_0 falls as cos^2(pi/2 t/T), or nearly.
 
-    What x_t says about x_0 falls with the logarithm of the width that has added up. Evenly spaced widths blur half of
-    it away in the first tenth of the steps for K = 8, in the first fiftieth for K = 256, and leave nothing for the
-    last half; these spread the loss out.
+    That is the mutual information of x_t and x_0 for a pixel whose K levels are equally likely, as a share of log K
+    (appendix A.7 lets it fall in a line). Evenly spaced widths have lost half of it after a tenth of the steps for
+    K = 8, after a fiftieth for K = 256, and nothing is left to lose in the second half. The last 12 steps are as wide
+    as can be and lose the rest: a step goes at most half of the way to uniform.
+
+    Raises:
+        ValueError: if T is too small for that.
     """
+    if T <= 12:
+        raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
 
-    def spacing(first: float, last: float, T: int, dtype: torch.dtype) -> Tensor:
-        return first * (last / first) ** torch.linspace(0, 1, T, dtype=dtype)
+    def step(rows: np.ndarray, log_beta: float) -> np.ndarray:
+        spectra, stays = gaussian_blurs(K, torch.tensor([math.exp(log_beta)], dtype=torch.float64))
+        return blurred(rows, spectra[0], stays[0])
 
-    return fitted_betas(T, K, spacing)
+    def information_after(rows: np.ndarray, log_beta: float) -> float:
+        q = step(rows, log_beta).clip(1e-300)
+        return 1 + (q * np.log(q)).sum(1).mean() / math.log(K)
+
+    few = min(K, 8)
+    rows = np.eye(K)[((np.arange(few) + 0.5) * K / few).astype(int)]  # a few x_0 that stand for all
+    narrowest = math.log(4 / ((K - 1) ** 2 * math.log(2e9)))  # a pixel moves once in a thousand million times
+    log_betas = []
+    for t in range(1, T - 11):
+        target = math.cos(math.pi / 2 * t / (T - 12)) ** 2
+        log_betas.append(bisect(partial(information_after, rows), target, narrowest, WIDEST, 24))
+        rows = step(rows, log_betas[-1])
+    return torch.tensor([*log_betas, *[WIDEST] * 12], dtype=torch.float64).exp()
+
+
+def bisect(f: Callable[[float], float], target: float, low: float, high: float, steps: int) -> float:
+    """Where the falling f comes down to the target, or just beyond; `high` if it doesn't."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if f(middle) > target else (low, middle)
+    return high
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,6 +150,20 @@ def gaussian_kernel(K: int, betas: Tensor) -> Tensor:
     n = torch.arange(K, dtype=torch.float64)
     kernel = torch.exp(-4 * n**2 / ((K - 1) ** 2 * betas[:, None]))
     return kernel / (2 * kernel.sum(-1, keepdim=True) - kernel[:, :1])
+
+
+def gaussian_blurs(K: int, betas: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What `blurred` takes for each of `gaussian_transitions`: spectra [T, K+1], and what stays beyond, [T, K]."""
+    kernel = gaussian_kernel(K, betas).numpy()
+    mirrored = np.concatenate([kernel, 0 * kernel[:, :1], kernel[:, :0:-1]], axis=1)
+    cumulative = kernel.cumsum(1)
+    return np.fft.rfft(mirrored), 1 - (cumulative + cumulative[:, ::-1] - kernel[:, :1])
+
+
+def blurred(rows: np.ndarray, spectrum: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """rows @ Q_t, [..., K]: but for its diagonal, Q_t convolves; 2K places keep the ends apart."""
+    K = rows.shape[-1]
+    return np.fft.irfft(spectrum * np.fft.rfft(rows, 2 * K), 2 * K)[..., :K] + stays * rows
 
 
 def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
@@ -168,7 +204,7 @@ FAMILIES = {
     "absorbing": Family(
         absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}, extra_states=1
     ),
-    "gaussian": Family(gaussian_transitions, {"fitted": fitted_betas, "geometric": geometric_betas}),
+    "gaussian": Family(gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}),
 }
 SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.schedules))
 

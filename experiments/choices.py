@@ -21,8 +21,8 @@ ROWS = {
     "absorbing, mutual_info, hybrid": "--transition absorbing --loss hybrid",
     "8 levels, uniform, cosine, cross-entropy": "--levels 8",
     "8 levels, absorbing, mutual_info, cross-entropy": "--levels 8 --transition absorbing",
-    "8 levels, gaussian, fitted, cross-entropy": "--levels 8 --transition gaussian",
-    "8 levels, gaussian, geometric, cross-entropy": "--levels 8 --transition gaussian --schedule geometric",
+    "8 levels, gaussian, cosine, cross-entropy": "--levels 8 --transition gaussian",
+    "8 levels, gaussian, fitted, cross-entropy": "--levels 8 --transition gaussian --schedule fitted",
 }
 
 

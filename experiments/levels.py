@@ -16,9 +16,9 @@ ROWS = {
     "uniform": "--transition uniform",
     "absorbing": "--transition absorbing",
     "gaussian": "--transition gaussian",
-    "gaussian, geometric": "--transition gaussian --schedule geometric",
     "gaussian, logistic": "--transition gaussian --output logistic",
-    "gaussian, geometric, logistic": "--transition gaussian --schedule geometric --output logistic",
+    "gaussian, fitted": "--transition gaussian --schedule fitted",
+    "gaussian, fitted, logistic": "--transition gaussian --schedule fitted --output logistic",
 }
 TRAIN = ["--loss", "variational", "--optimizer", "muon", "--lr", LR]
 EVALUATE = ["--split", "validation", "--num-samples", 100]

@@ -14,7 +14,7 @@ LEGAL = [
     for transition, schedules, Ks in [
         ("uniform", ("cosine", "linear", "mutual_info"), (2, 3, 5)),
         ("absorbing", ("mutual_info", "cosine"), (2, 3, 5)),
-        ("gaussian", ("fitted", "geometric"), (3, 5)),
+        ("gaussian", ("cosine", "fitted"), (3, 5)),
     ]
     for schedule in schedules
     for K in Ks

@@ -472,7 +472,7 @@ def test_a_number_of_timesteps_is_spread_evenly_over_what_is_lost():
 
 def test_gaussian_timesteps_are_spread_evenly_over_how_far_pixels_move():
     """Not over how many are changed: all but a few are after a third of the chain, each by next to nothing."""
-    d = make(32, 200, "geometric", transition="gaussian")
+    d = make(32, 200, "cosine", transition="gaussian")
     few, distance = d.respaced(10), abs(np.subtract.outer(np.arange(32), np.arange(32)))
     moved = [(d.bar_Q[t].numpy() * distance).sum(1).mean() for t in few.network_t]
     np.testing.assert_allclose(moved, np.linspace(0, 1, 11) * (32**2 - 1) / (3 * 32), atol=0.15)

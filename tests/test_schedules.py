@@ -8,7 +8,7 @@ import torch
 
 from diffusion import DiscreteDiffusion
 from experiments.noise import changed, mutual_information
-from transitions import fitted_betas, gaussian_transitions, geometric_betas
+from transitions import fitted_betas, gaussian_transitions, information_betas
 
 
 def process(K, T, *names):
@@ -53,14 +53,12 @@ def test_fitted_widths(K, T):
     np.testing.assert_allclose(fitted_betas(T, K), bisected(T, K), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("K, T", [(3, 20), (8, 200), (64, 100)])
-def test_geometric_widths(K, T):
-    """From the same start to the same end as the fitted ones, in equal factors, so that x_t knows of x_0 for longer."""
-    fitted, geometric = process(K, T, "gaussian", "fitted"), process(K, T, "gaussian", "geometric")
-    betas = geometric_betas(T, K)
-    assert betas[0].item() == pytest.approx(fitted_betas(T, K)[0].item(), rel=1e-12)
-    np.testing.assert_allclose(betas[1:] / betas[:-1], (betas[-1] / betas[0]).item() ** (1 / (T - 1)), rtol=1e-9)
-    for d in (fitted, geometric):
-        assert (d.bar_Q[T, 0] - 1 / K).abs().sum().item() / 2 == pytest.approx(1e-4, rel=1e-3)
-    half = [int((mutual_information(d) > 0.5).sum()) for d in (fitted, geometric)]
-    assert half[1] > 1.5 * half[0]
+@pytest.mark.parametrize("K, T, tolerance", [(3, 60, 1e-3), (8, 200, 1e-4), (64, 100, 0.01)])
+def test_information_of_gaussian_transitions_falls_as_a_squared_cosine(K, T, tolerance):
+    """And is gone at T, while evenly spaced widths have lost half of it in the first quarter."""
+    d = process(K, T, "gaussian", "cosine")
+    expected = np.cos(np.pi / 2 * np.minimum(1, np.arange(T + 1) / (T - 12))) ** 2
+    np.testing.assert_allclose(mutual_information(d), expected, atol=tolerance)
+    assert (d.bar_Q[T] - 1 / K).abs().sum(1).max() / 2 < 1e-4
+    assert information_betas(T, K)[-12:].tolist() == pytest.approx([1e4] * 12)
+    assert mutual_information(process(K, T, "gaussian", "fitted"))[T // 4] < 0.5

@@ -704,7 +704,7 @@ def test_resume_of_an_older_run_knows_what_its_settings_meant(my_run, cheap):
 
 def test_resume_of_an_older_gaussian_run(cheap):
     """Its schedule was called linear then."""
-    flags = *TRAIN, "--transition", "gaussian", "--levels", 4, "--decay", "cosine", "--timesteps", 20
+    flags = *TRAIN, "--transition", "gaussian", "--schedule", "fitted", "--levels", 4, "--decay", "cosine", "--timesteps", 20
     succeed("train.py", *flags, "--epochs", 2, "--out-dir", "straight")
     succeed("train.py", *flags, "--steps", 6, "--out-dir", "out")
     old = checkpoint_of("out")
@@ -1082,9 +1082,9 @@ def test_bad_checkpoint(flag, name, bad_files):
     ("--network plain", "unrecognized"),
     ("--schedule sine", "invalid choice"),
     ("--transition nonsense", "invalid choice"),
-    ("--transition gaussian", "use those"),
+    ("--transition gaussian --timesteps 20", "use those"),
     ("--transition gaussian --levels 4 --timesteps 2", "take more"),
-    ("--transition gaussian --levels 4 --schedule cosine", "fitted"),
+    ("--transition gaussian --levels 4 --schedule mutual_info", "cosine or fitted"),
     ("--transition absorbing --schedule linear", "mutual_info or cosine"),
     ("--loss nonsense", "invalid choice"),
     ("--loss hybrid --hybrid-weight -1", "at least 0"),

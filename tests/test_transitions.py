@@ -55,7 +55,7 @@ def test_closed_forms(transition, schedule, K):
 def test_gaussian_transitions(K):
     """Appendix A.2.3, entry by entry; symmetric, so doubly stochastic; the widths evenly spaced from 0.001 escape."""
     T, betas = 50, fitted_betas(50, K)
-    Q = transition_matrices("gaussian", None, K, T)
+    Q = transition_matrices("gaussian", "fitted", K, T)
     np.testing.assert_allclose(np.diff(betas), (betas[-1] - betas[0]) / (T - 1), rtol=1e-9)
     for t in range(1, T + 1):
         scale = (K - 1) ** 2 * betas[t - 1].item()
@@ -95,7 +95,7 @@ def test_legal_combinations():
         assert family_and_schedule(name, schedules[-1]) == (FAMILIES[name], schedules[-1])
     illegal = {
         ("absorbing", "linear", 2): "mutual_info or cosine, not linear",
-        ("gaussian", "cosine", 4): "fitted or geometric, not cosine",
+        ("gaussian", "linear", 4): "cosine or fitted, not linear",
         ("gaussian", "fitted", 2): "uniform transitions in disguise",
         ("uniform", "nonsense", 2): "cosine or linear or mutual_info",
         ("nonsense", None, 2): "uniform, absorbing, gaussian",
