@@ -117,7 +117,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--amp", action="store_true", default=None, help="run the network in bfloat16: pays where the hardware has it "
         "(recent GPUs, and CPUs with AMX)")  # fmt: skip
     add("--out-dir", type=path(), help="where everything is written (default results_d3pm)")
-    add("--init", type=path(), metavar="CHECKPOINT", help="start from this checkpoint's averaged weights")
+    add("--init", type=path(), metavar="CHECKPOINT", help="start from this checkpoint's averaged weights; a "
+        "--conditional run may start from one without classes")  # fmt: skip
     add("--resume", nargs="?", type=path(), const=True, metavar="CHECKPOINT", help="go on from the newest "
         "checkpoint in --out-dir, or this one; with more --epochs, from where the rate was still constant")  # fmt: skip
     add("--overwrite", action="store_true", help="delete the run that is in --out-dir and start anew")
@@ -187,8 +188,9 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
     config |= {"blocks": settings["blocks"], "num_labels": 10 if settings["conditional"] else 0}
     config |= {"output": settings["output"]}
     torch.manual_seed(settings["seed"])
+    network = build_network(config)
     diffusion = DiscreteDiffusion(
-        build_network(config),
+        network,
         K,
         settings["timesteps"],
         settings["transition"],
@@ -199,10 +201,12 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
     )
     if init:
         source = build_diffusion(read_checkpoint(init), init).model
-        differing = [key for key, value in diffusion.model.config.items() if source.config[key] != value]
-        if differing:
+        differing = [key for key, value in network.config.items() if source.config[key] != value]
+        if differing == ["num_labels"] and not source.num_labels:
+            torch.nn.init.zeros_(network.embed_y.weight)  # which such a network does without: they say nothing at first
+        elif differing:
             raise ValueError(f"--init: {init} is another network, by its {', '.join(differing)}: {source.config}")
-        diffusion.model.load_state_dict(source.state_dict())
+        network.load_state_dict(source.state_dict(), strict=False)
     return diffusion
 
 

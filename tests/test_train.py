@@ -446,9 +446,21 @@ def test_init_starts_from_averaged_weights(name, run, monkeypatch, cheap):
         assert torch.equal(weights[key], weight.float())
 
 
+def test_conditional_run_starts_from_a_network_without_classes(run):
+    """Which it is at first, whatever the class; the other way round is an error."""
+    path = run / "checkpoints" / "weights.pth"
+    old, settings = load_checkpoint(path), train.DEFAULTS | {"timesteps": 10, "channels": [8, 8, 8]}
+    new = train.build(settings | {"conditional": True}, path).eval()
+    x_t, t, y = torch.randint(2, (4, 1, 32, 32)), torch.tensor([1, 4, 9, 10]), torch.tensor([-1, 0, 5, 9])
+    assert torch.equal(new.x_0_logits(x_t, t, y), old.x_0_logits(x_t, t)) and new.num_labels == 10
+    succeed("train.py", *STEP, "--conditional", "--init", path)
+    line = fail("train.py", *STEP, "--out-dir", "other", "--init", "out/checkpoints/last.pth")
+    assert "another network, by its num_labels" in line
+
+
 @pytest.mark.parametrize("flags, word", [
     ("--channels 8 8 16", "channels"),
-    ("--conditional", "num_labels"),
+    ("--conditional --blocks 2", "blocks, num_labels"),
     ("--levels 4", "num_levels, num_states"),
     ("--transition absorbing", "num_states"),
     ("--blocks 2", "blocks"),
@@ -704,7 +716,7 @@ def test_resume_of_an_older_run_knows_what_its_settings_meant(my_run, cheap):
 
 def test_resume_of_an_older_gaussian_run(cheap):
     """Its schedule was called linear then."""
-    flags = *TRAIN, "--transition", "gaussian", "--schedule", "fitted", "--levels", 4, "--decay", "cosine", "--timesteps", 20
+    flags = *TRAIN, *"--transition gaussian --schedule fitted --levels 4 --decay cosine --timesteps 20".split()  # noqa: SIM905
     succeed("train.py", *flags, "--epochs", 2, "--out-dir", "straight")
     succeed("train.py", *flags, "--steps", 6, "--out-dir", "out")
     old = checkpoint_of("out")
