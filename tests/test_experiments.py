@@ -36,6 +36,7 @@ from experiments import (
     recipe,
     steps,
     time_to_quality,
+    trajectories,
 )
 from model import Attention, UNet
 from trainer import Muon, Trainer
@@ -76,7 +77,7 @@ def commands(fresh_directory, tmp_path, monkeypatch):
         if code:
             raise RuntimeError(err.strip().splitlines()[-1])
 
-    for module in ("common", "forward", "benchmark", "fill", "headline", "levels", "noise"):
+    for module in ("common", "forward", "benchmark", "fill", "headline", "levels", "noise", "trajectories"):
         monkeypatch.setattr(f"experiments.{module}.OUT", tmp_path / "out")
     monkeypatch.setattr(common, "command", command)
     monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
@@ -204,6 +205,19 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
         assert line[1:3] == both
         real = one["real_digits_of_these_classes" if one["samples"]["labels"] else "real_digits"]
         assert line[3] == f"{one['samples']['frechet_distance']:.3f} ({real['frechet_distance']:.3f})"
+
+
+def test_trajectories(commands, conditional, tmp_path):
+    """Timesteps times K is the same in each row; what evaluate.py says of the largest K."""
+    out = succeed("experiments.trajectories", conditional, *TRIAL, "--passes", 200)
+    result = result_of("trajectories", tmp_path)
+    assert out.strip() == trajectories.table(result) and list(result["rows"]) == ["10 timesteps"]  # of 10
+    (one,) = result["rows"].values()
+    weighted = one["bound"]["importance_weighted"]["by_trajectories"][-1]
+    assert weighted["trajectories"] == 20 and "--split validation" in " ".join(commands[0])
+    cells = [cell.strip() for cell in out.splitlines()[2].split("|")[1:-1]]
+    assert cells[:2] == ["10", "20"] and cells[4] == f"{weighted['nats_per_image']:.2f}"
+    assert float(cells[2]) - float(cells[3].split()[0]) == pytest.approx(float(cells[4]), abs=0.02)
 
 
 def test_steps(commands, conditional, tmp_path):

@@ -1,0 +1,49 @@
+"""In how many timesteps the importance-weighted bound is best spent: the same network passes for each digit, split anew.
+
+    python -m experiments.trajectories [CHECKPOINT] --data-root data    # a quarter of an hour on one core
+
+On validation digits. Few timesteps leave passes for many trajectories; many make the plain bound of a trajectory better.
+"""
+
+from functools import partial
+
+from cli import integer, path, run
+
+from checkpoint import RELEASED, load_checkpoint
+from dataset import sha256
+from experiments.common import OUT, collect, digits_of, evaluated, experiment_parser, markdown
+
+TIMESTEPS = (10, 20, 50, 100, 200)
+
+
+def table(result: dict) -> str:
+    lines = []
+    for one in result["rows"].values():
+        bound, weighted = one["bound"], one["bound"]["importance_weighted"]["by_trajectories"][-1]
+        cells = [bound["nats_per_image"], weighted["gain"], weighted["gain_standard_error"], weighted["nats_per_image"]]
+        plain, gain, error, total = (f"{nats:.2f}" for nats in cells)
+        lines.append([f"{one['timesteps']}", f"{weighted['trajectories']:,}", plain, f"{gain} ± {error}", total])
+    return markdown([result["title"], "K", "plain bound", "gain", "importance-weighted"], lines)
+
+
+def main() -> None:
+    p = experiment_parser(__doc__, jobs=True)
+    add = p.add_argument
+    add("checkpoint", nargs="?", type=path(), default=RELEASED.with_name("d3pm_mnist_dynamic.pth"), help="default: the "
+        "released model of dynamically binarized MNIST")  # fmt: skip
+    add("--passes", type=integer(200), default=3200, help="of the network for each digit (default 3200)")
+    add("--images", type=integer(2), default=24, help="digits that the gain is of (default 24)")
+    args = p.parse_args()
+    T, plan = load_checkpoint(args.checkpoint).timesteps, {}
+    every = [*digits_of(args), "--split", "validation", "--images", args.images, "--num-samples", 20]
+    for n in (n for n in TIMESTEPS if n <= T):
+        row, K = f"{n} timesteps", args.passes // n
+        flags = [*every, "--timesteps", n, "--trajectories", K]
+        plan[row] = partial(evaluated, row, args.checkpoint, OUT / "trajectories" / f"{n}", flags)
+    what = {"title": f"timesteps, {args.passes:,} passes", "images": args.images}
+    what |= {"sha256": sha256(args.checkpoint), "data": args.data}
+    collect("trajectories", what, plan, table, args.jobs)
+
+
+if __name__ == "__main__":
+    run(main)
