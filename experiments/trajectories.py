@@ -1,8 +1,8 @@
-"""In how many timesteps the importance-weighted bound is best spent: the same network passes for each digit, split anew.
+"""In how many timesteps the importance-weighted bound is best spent: as many network passes for each digit, split anew.
 
     python -m experiments.trajectories [CHECKPOINT] --data-root data    # a quarter of an hour on one core
 
-On validation digits. Few timesteps leave passes for many trajectories; many make the plain bound of a trajectory better.
+On validation digits. Few timesteps leave passes for many trajectories; with many, the plain bound is better.
 """
 
 from functools import partial
