@@ -196,7 +196,7 @@ def measure_samples(
     report = {"samples": {"timesteps": diffusion.timesteps, "guidance": guidance, "labels": asked is not None}}
     report["samples"] |= quality(samples, reference, classifier, K, asked)
     report["real_digits"] = quality(spread(other, n), reference, classifier, K)
-    if asked is not None:  # MNIST has not as many of each class; what that is worth to real digits
+    if asked is not None:  # MNIST has not as many of each class: real digits with the samples' classes
         rows = rows_of_classes(digits.other.labels, asked.bincount(minlength=10))
         report["real_digits_of_these_classes"] = quality(other[rows], reference, classifier, K)
     return report, samples

@@ -1,4 +1,4 @@
-"""What each design choice is worth: rows trained for as many steps, with several seeds, judged on validation digits.
+"""The design choices compared: rows trained for as many steps, with several seeds, judged on validation digits.
 
 python -m experiments.choices --data-root data      # about ten minutes on one core for each row and seed
 """

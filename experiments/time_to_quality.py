@@ -2,8 +2,8 @@
 
     python -m experiments.time_to_quality --data-root data
 
-The plain network as it is usually trained, and with this repository's whole recipe: what the recipe is worth, and what
-the network is. They train one after the other on all cores of the CPU, with a clock that stands still while they are
+The plain network as it is usually trained, and with this repository's whole recipe: what the recipe brings, and what
+the network does. They train one after the other on all cores of the CPU, with a clock that stands still while they are
 judged on validation digits. Also draws time_to_quality.png.
 """
 
