@@ -98,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
         "images: the model then draws with and without a class")  # fmt: skip
     add("--label-dropout", type=number(0, 1), metavar="P", help="share of images whose class --conditional hides "
         "(default 0.1)")  # fmt: skip
-    add("--optimizer", choices=OPTIMIZERS, help="adamw (default), or muon: about twice as fast per step")
+    add("--optimizer", choices=OPTIMIZERS, help="adamw (default), or muon, which needs about half the steps")
     add("--lr", type=number(0, above=True), help="peak learning rate (default 1e-4 on MNIST, 2e-3 on the offline "
         f"digits), after {WARMUP_STEPS} steps of warm-up (a tenth of shorter runs)")  # fmt: skip
     add("--decay", choices=DECAYS, help="late (default): the rate stays at its peak until the last 30 %% of the steps, "
