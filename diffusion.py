@@ -185,7 +185,7 @@ class DiscreteDiffusion(nn.Module):
         level = torch.arange(self.num_states, dtype=torch.float64)
         distance = (level[:K, None] - level).abs()
         distance[:, K:] = K - 1  # a mask is far from every level
-        moved = (self.bar_Q[:, :K] * distance).sum(2).mean(1)  # [T+1], the mean over levels
+        moved = torch.einsum("tij,ij->t", self.bar_Q[:, :K], distance) / K  # [T+1], the mean over levels
         kept = [0]
         for k in range(1, n + 1):
             nearest = int((moved - k / n * moved[T]).abs().argmin())

@@ -172,11 +172,8 @@ def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
     Q_t[i, j] = exp(-4 |i - j|^2 / ((K - 1)^2 beta_t)) / sum over n = -(K-1)..K-1 of exp(-4 n^2 / ((K - 1)^2 beta_t))
     for i != j, and the diagonal takes the rest.
 
-    Raises:
-        ValueError: for K = 2, where a symmetric kernel is the uniform one.
+    It takes K of at least 3: for K = 2 a symmetric kernel is the uniform one.
     """
-    if K == 2:
-        raise ValueError("gaussian transitions between 2 levels are uniform transitions in disguise: use those")
     n = torch.arange(K)
     Q = gaussian_kernel(K, betas)[:, (n[:, None] - n).abs()]
     Q.diagonal(dim1=-2, dim2=-1).zero_()
@@ -190,11 +187,15 @@ def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family makes Q_t, the schedules that go with it, the default first, and its states beyond the levels."""
+    """How a family makes Q_t, the schedules that go with it, the default first, and its states beyond the levels.
+
+    With fewer than `least_levels` it would be uniform transitions.
+    """
 
     matrices: Callable[[int, Tensor], Tensor]
     schedules: dict[str, Callable[[int, int], Tensor]]
     extra_states: int = 0
+    least_levels: int = 2
 
 
 FAMILIES = {
@@ -204,7 +205,7 @@ FAMILIES = {
     "absorbing": Family(
         absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}, extra_states=1
     ),
-    "gaussian": Family(gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}),
+    "gaussian": Family(gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}, least_levels=3),
 }
 SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.schedules))
 
@@ -225,6 +226,8 @@ def family_and_schedule(transition: str, schedule: str | None) -> tuple[Family, 
 def transition_matrices(transition: str, schedule: str | None, K: int, T: int) -> Tensor:
     """Q as float64 [T+1, S, S] with Q[0] the identity. Raises ValueError for what does not go together."""
     family, schedule = family_and_schedule(transition, schedule)
+    if family.least_levels > K:
+        raise ValueError(f"{transition} transitions between {K} levels are uniform transitions in disguise: use those")
     steps = family.matrices(K, family.schedules[schedule](T, K))
     return torch.cat([torch.eye(steps.shape[-1], dtype=torch.float64)[None], steps])
 

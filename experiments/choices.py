@@ -1,6 +1,6 @@
 """The design choices compared: rows trained for as many steps, with several seeds, judged on validation digits.
 
-python -m experiments.choices --data-root data      # about ten minutes on one core for each row and seed
+python -m experiments.choices --data-root data      # about five minutes on one core for each row and seed
 """
 
 from cli import run

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from itertools import chain, count
@@ -23,15 +23,16 @@ from cli import REPOSITORY, integer, parser, path
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import read_checkpoint, write_json
+from checkpoint import RELEASED, read_checkpoint, write_json
 from dataset import Digits, batches, load_digits, sha256
 from pictures import new_figure
 
 OUT = REPOSITORY / "results_d3pm" / "experiments"
+DYNAMIC = RELEASED.with_name("d3pm_mnist_dynamic.pth")
 LR = 2e-3
 # Of evaluation.json
-KEPT = ("checkpoint", "sha256", "levels", "timesteps", "bound", "bound_with_labels", "samples", "real_digits",
-        "real_digits_of_these_classes")  # fmt: skip
+BOUNDS = ("bound", "bound_with_labels")
+KEPT = ("sha256", "levels", "timesteps", *BOUNDS, "samples", "real_digits", "real_digits_of_these_classes")
 # What tables show of `metrics.quality`, with so many digits after the point
 QUALITY = {"frechet_distance": 3, "precision": 2, "recall": 2, "isolated_white": 3, "ink": 3, "label_accuracy": 3}
 
@@ -68,11 +69,11 @@ def command(script: str, arguments: list, log: Path) -> None:
         raise RuntimeError(f"{last} ({script} ended with code {code}, see {log})")
 
 
-def evaluated(row: str, checkpoint: Path, folder: Path, arguments: list, without: str = "") -> dict:
-    """What evaluate.py says of the checkpoint with these arguments, for a row of a table; less the entry `without`."""
+def evaluated(row: str, checkpoint: Path, folder: Path, arguments: list, bounded: bool = True) -> dict:
+    """What evaluate.py says of the checkpoint with these arguments, for a row of a table; its bounds if `bounded`."""
     command("evaluate.py", [checkpoint, *arguments, "--out-dir", folder], folder / "log.txt")
     report = json.loads((folder / "evaluation.json").read_text())
-    return {"row": row} | {key: report[key] for key in KEPT if key in report and key != without}
+    return {"row": row} | {key: report[key] for key in KEPT if key in report and (bounded or key not in BOUNDS)}
 
 
 def trained_and_evaluated(row: str, folder: Path, steps: int, train: list, evaluate: list) -> dict:
@@ -90,6 +91,19 @@ def digits_of(args: argparse.Namespace) -> list:
     return ["--data", args.data, "--data-root", args.data_root.resolve()]
 
 
+def trainings(
+    name: str, rows: dict[str, str], seeds: Iterable[int], steps: int, train: list, evaluate: list
+) -> dict[str, Callable[[], dict]]:
+    """For `collect`: a run with the flags of each of the rows, beside those of `train`, and each of the seeds."""
+    plan = {}
+    for row, flags in rows.items():
+        for seed in seeds:
+            folder = OUT / name / f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
+            arguments = [*train, *flags.split(), "--seed", seed]
+            plan[f"{row}, seed {seed}"] = partial(trained_and_evaluated, row, folder, steps, arguments, evaluate)
+    return plan
+
+
 def compare_trainings(
     name: str, description: str | None, rows: dict[str, str], steps: int = 650, seeds: int = 3, lr: float = LR
 ) -> None:
@@ -98,21 +112,20 @@ def compare_trainings(
     p.add_argument("--steps", type=integer(1), default=steps, help=f"optimizer steps of each run (default {steps})")
     p.add_argument("--seeds", type=integer(1), default=seeds, help=f"runs of each row (default {seeds})")
     args = p.parse_args()
-    digits, plan = digits_of(args), {}
-    for row, flags in rows.items():
-        for seed in range(args.seeds):
-            folder = OUT / name / f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
-            train, evaluate = [*digits, *flags.split(), "--lr", lr, "--seed", seed], [*digits, "--split", "validation"]
-            plan[f"{row}, seed {seed}"] = partial(trained_and_evaluated, row, folder, args.steps, train, evaluate)
+    digits = digits_of(args)
+    evaluate = [*digits, "--split", "validation"]
+    plan = trainings(name, rows, range(args.seeds), args.steps, [*digits, "--lr", lr], evaluate)
     collect(name, {"title": f"{args.steps} steps", "data": args.data}, plan, table, args.jobs)
 
 
-def compare_evaluations(name: str, rows: dict, args: argparse.Namespace, num_samples: int, without: str = "") -> Path:
+def compare_evaluations(
+    name: str, rows: dict, args: argparse.Namespace, num_samples: int, bounded: bool = True
+) -> Path:
     """Evaluate args.checkpoint with the flags of each of the rows, {name: flags}; the file of the result."""
     digits, plan = [*digits_of(args), "--num-samples", num_samples], {}
     for row, flags in rows.items():
         folder = OUT / name / row.replace(" ", "_")
-        plan[row] = partial(evaluated, row, args.checkpoint, folder, [*digits, *flags.split()], without)
+        plan[row] = partial(evaluated, row, args.checkpoint, folder, [*digits, *flags.split()], bounded)
     what = {"title": f"{num_samples:,} samples", "sha256": sha256(args.checkpoint), "data": args.data}
     return collect(name, what, plan, table, args.jobs)
 

@@ -17,7 +17,7 @@ def main() -> None:
     p.add_argument("checkpoint", nargs="?", type=path(), default=RELEASED, help="default: the released model")
     # The bound, of two digits to save time, is that of the network without labels in every row.
     rows = {row: f"--split validation --images 2 --repeats 1 {row}" for row in ROWS}
-    compare_evaluations("guidance", rows, p.parse_args(), NUM_SAMPLES, without="bound")
+    compare_evaluations("guidance", rows, p.parse_args(), NUM_SAMPLES, bounded=False)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from functools import partial
 from cli import integer, run
 
 from checkpoint import GUIDANCE, RELEASED, TIMESTEPS
-from experiments.common import OUT, collect, digits_of, evaluated, experiment_parser, markdown
+from experiments.common import DYNAMIC, OUT, collect, digits_of, evaluated, experiment_parser, markdown
 
-DYNAMIC = RELEASED.with_name("d3pm_mnist_dynamic.pth")
-FEW = ["--images", 2, "--repeats", 1]  # for the bound, where only the samples are wanted
+FEW = ["--images", 2, "--repeats", 1]  # where only the samples are wanted
 # The bound of each row: the evaluation that has it, and its name there
 ROWS = {
     "thresholded, no class given": ("thresholded, no class given", "bound"),
@@ -64,7 +63,7 @@ def main() -> None:
     for row, own in zip(ROWS, flags, strict=True):
         folder = OUT / "headline" / row.replace(", ", "-").replace(" ", "_")
         checkpoint = DYNAMIC if row.startswith("dynamic") else RELEASED
-        plan[row] = partial(evaluated, row, checkpoint, folder, [*every, *own])
+        plan[row] = partial(evaluated, row, checkpoint, folder, [*every, *own], "--trajectories" in own)
     what = {"title": f"{args.timesteps} timesteps, {args.num_samples:,} samples", "trajectories": args.trajectories}
     collect("headline", what | {"images": args.images, "data": args.data}, plan, table, args.jobs)
 

@@ -7,11 +7,9 @@ The loss is the bound, which is what the tables show: in bits per dimension, of 
 the network's output what q(x_t | x_0) knows: that x_0 is near x_t. By the mixture, the default, it has to learn that.
 """
 
-from functools import partial
-
 from cli import integer, run
 
-from experiments.common import LR, OUT, cell, collect, digits_of, experiment_parser, markdown, trained_and_evaluated
+from experiments.common import LR, cell, collect, digits_of, experiment_parser, markdown, trainings
 
 ROWS = {
     "uniform": "--transition uniform",
@@ -54,16 +52,13 @@ def main() -> None:
     args = p.parse_args()
     digits = digits_of(args)
     for K in args.levels:
-        plan, (batch_size, images) = {}, (64, 1000) if K <= 32 else (16, 200)
-        for seed in range(args.seeds):
-            for row, flags in ROWS.items():
-                folder = OUT / f"levels-{K}" / f"{row.replace(', ', '-')}-{seed}"
-                train = [*digits, *TRAIN, "--levels", K, *flags.split(), "--batch-size", batch_size, "--seed", seed]
-                evaluate = [*digits, *EVALUATE, "--images", images]
-                train += ["--timesteps", args.timesteps]
-                plan[f"{row}, seed {seed}"] = partial(trained_and_evaluated, row, folder, args.steps, train, evaluate)
+        name, plan, (batch_size, images) = f"levels-{K}", {}, (64, 1000) if K <= 32 else (16, 200)
+        train = [*digits, *TRAIN, "--levels", K, "--batch-size", batch_size, "--timesteps", args.timesteps]
+        evaluate = [*digits, *EVALUATE, "--images", images]
+        for seed in range(args.seeds):  # every row once, before any twice
+            plan |= trainings(name, ROWS, [seed], args.steps, train, evaluate)
         what = {"title": f"{K} levels, {args.steps} steps of {batch_size}", "timesteps": args.timesteps}
-        collect(f"levels-{K}", what | {"data": args.data}, plan, table, args.jobs)
+        collect(name, what | {"data": args.data}, plan, table, args.jobs)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from functools import partial
 
 from cli import integer, path, run
 
-from checkpoint import RELEASED, load_checkpoint
+from checkpoint import load_checkpoint
 from dataset import sha256
-from experiments.common import OUT, collect, digits_of, evaluated, experiment_parser, markdown
+from experiments.common import DYNAMIC, OUT, collect, digits_of, evaluated, experiment_parser, markdown
 
 TIMESTEPS = (10, 20, 50, 100, 200)
 
@@ -29,8 +29,8 @@ def table(result: dict) -> str:
 def main() -> None:
     p = experiment_parser(__doc__, jobs=True)
     add = p.add_argument
-    add("checkpoint", nargs="?", type=path(), default=RELEASED.with_name("d3pm_mnist_dynamic.pth"), help="default: the "
-        "released model of dynamically binarized MNIST")  # fmt: skip
+    add("checkpoint", nargs="?", type=path(), default=DYNAMIC, help="default: the released model of dynamically "
+        "binarized MNIST")  # fmt: skip
     add("--passes", type=integer(200), default=3200, help="of the network for each digit (default 3200)")
     add("--images", type=integer(2), default=24, help="digits that the gain is of (default 24)")
     args = p.parse_args()

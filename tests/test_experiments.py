@@ -77,7 +77,7 @@ def commands(fresh_directory, tmp_path, monkeypatch):
         if code:
             raise RuntimeError(err.strip().splitlines()[-1])
 
-    for module in ("common", "forward", "benchmark", "fill", "headline", "levels", "noise", "trajectories"):
+    for module in ("common", "forward", "benchmark", "fill", "headline", "noise", "trajectories"):
         monkeypatch.setattr(f"experiments.{module}.OUT", tmp_path / "out")
     monkeypatch.setattr(common, "command", command)
     monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
@@ -176,6 +176,7 @@ def test_guidance(commands, conditional, tmp_path, monkeypatch):
     result = result_of("guidance", tmp_path)
     assert out.strip() == guidance.table(result)
     assert "bound" not in out and all("bound" not in one for one in result["rows"].values())
+    assert all("bound_with_labels" not in one for one in result["rows"].values())
     assert list(result["rows"]) == list(guidance.ROWS)
     assert [result["rows"][row]["samples"]["guidance"] for row in guidance.ROWS] == [0, 0, 0.1, 0.25, 0.5, 1]
     assert [result["rows"][row]["samples"]["labels"] for row in guidance.ROWS] == [False] + [True] * 5
@@ -196,6 +197,7 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
     assert [one["samples"]["guidance"] for one in rows.values()] == [0, 0, 0.25, 0]
     assert [one["samples"]["labels"] for one in rows.values()] == [False, True, True, False]
     assert {one["timesteps"] for one in rows.values()} == {one["samples"]["timesteps"] for one in rows.values()} == {3}
+    assert [one["row"] for one in rows.values() if "bound" in one] == [none["row"], dynamic["row"]]
     assert dynamic["bound"]["binarizations"] == 2 and none["bound_with_labels"]["label_cost"] == math.log(10)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:6]]
     bounds = none["bound"], none["bound_with_labels"], None, dynamic["bound"]

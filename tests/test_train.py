@@ -1094,7 +1094,7 @@ def test_bad_checkpoint(flag, name, bad_files):
     ("--network plain", "unrecognized"),
     ("--schedule sine", "invalid choice"),
     ("--transition nonsense", "invalid choice"),
-    ("--transition gaussian --timesteps 20", "use those"),
+    ("--transition gaussian", "use those"),
     ("--transition gaussian --levels 4 --timesteps 2", "take more"),
     ("--transition gaussian --levels 4 --schedule mutual_info", "cosine or fitted"),
     ("--transition absorbing --schedule linear", "mutual_info or cosine"),
