@@ -207,6 +207,8 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
         assert line[1:3] == both
         real = one["real_digits_of_these_classes" if one["samples"]["labels"] else "real_digits"]
         assert line[3] == f"{one['samples']['frechet_distance']:.3f} ({real['frechet_distance']:.3f})"
+    rows["thresholded, class given"]["real_digits_of_these_classes"]["precision"] = 7  # here as good as any others
+    assert headline.table(result).count("(7.000)") == 1
 
 
 def test_trajectories(commands, conditional, tmp_path):
