@@ -601,10 +601,11 @@ def test_peak_memory(tmp_path):
 
 
 def test_levels(commands, cheap, tmp_path):
-    out = succeed("experiments.levels", *TRIAL, "--levels", 3, "--steps", 2, "--timesteps", 15, "--seeds", 1)
+    out = succeed("experiments.levels", *TRIAL, "--levels", 3, "--steps", 2, "--timesteps", 15, "--seeds", 2)
     result = result_of("levels-3", tmp_path)
     assert out.strip() == levels.table(result)
-    assert list(result["rows"]) == [f"{row}, seed 0" for row in levels.ROWS]
+    again = [f"{row}, seed 1" for row in levels.ROWS]
+    assert list(result["rows"]) == [*(f"{row}, seed 0" for row in levels.ROWS | levels.ONCE), *again]
 
 
 def test_noise(commands, tmp_path):
