@@ -26,6 +26,7 @@ from experiments import (
     benchmark,
     choices,
     common,
+    curve,
     evaluation,
     fill,
     guidance,
@@ -77,7 +78,7 @@ def commands(fresh_directory, tmp_path, monkeypatch):
         if code:
             raise RuntimeError(err.strip().splitlines()[-1])
 
-    for module in ("common", "forward", "benchmark", "fill", "headline", "noise", "trajectories"):
+    for module in ("common", "curve", "forward", "benchmark", "fill", "headline", "noise", "trajectories"):
         monkeypatch.setattr(f"experiments.{module}.OUT", tmp_path / "out")
     monkeypatch.setattr(common, "command", command)
     monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
@@ -612,6 +613,56 @@ def test_noise(commands, tmp_path):
     out = succeed("experiments.noise", "--levels", 3, "--timesteps", 15)
     assert out.strip() == noise.table(result_of("noise", tmp_path)) and "absorbing, mutual_info" in out
     assert Image.open(tmp_path / "out" / "noise" / "noise.png").size[0] > 100
+
+
+def metrics(folder, bounds, rates):
+    """A run's metrics.csv, an epoch of 100 steps in an hour."""
+    folder.mkdir()
+    lines = [
+        f"{n},{100 * n},0.1,{bound},{rate},50,3600"
+        for n, (bound, rate) in enumerate(zip(bounds, rates, strict=True), 1)
+    ]
+    (folder / "metrics.csv").write_text(
+        "\n".join(["epoch,step,train_loss,validation_bound,lr,images_per_second,seconds", *lines])
+    )
+    return folder
+
+
+def test_curve(commands, tmp_path):
+    """A power law is found and prolonged; the branch is drawn from its last epoch at the peak rate."""
+    bounds = [90, 90, *(79 + 30 / (100 * n) ** 0.25 for n in range(3, 21))]
+    run, branch = (
+        metrics(tmp_path / "run", bounds, [1] * 20),
+        metrics(tmp_path / "branch", [*bounds[:9], 80], [1] * 9 + [0]),
+    )
+    out = succeed("experiments.curve", run, branch)
+    result = result_of("curve", tmp_path)
+    assert result["fit"] == pytest.approx([79, 30, 0.25])
+    assert out.splitlines() == [
+        "| 79.0 + 30 / step^0.25 | steps | hours | validation bound, nats per image |",
+        "| --- | ---: | ---: | ---: |",
+        f"| run | 2,000 | 20.0 | {bounds[-1]:.2f} |",
+        "| branch | 1,000 | 10.0 | 80.00 |",
+        f"| *the first, prolonged* | 4,000 |  | {79 + 30 / 4000**0.25:.2f} |",
+        f"| *the first, prolonged* | 8,000 |  | {79 + 30 / 8000**0.25:.2f} |",
+    ]
+    first, second, fit = curve.figure(result).axes[0].lines
+    assert (
+        len(first.get_xdata()) == 20
+        and list(second.get_xdata()) == [900, 1000]
+        and fit.get_xdata()[-1] == pytest.approx(8000)
+    )
+    assert Image.open(tmp_path / "out" / "curve" / "curve.png").size[0] > 100
+
+
+def test_curve_refuses_what_is_no_run(commands, tmp_path):
+    run = metrics(tmp_path / "run", range(20), [1] * 20)
+    assert "metrics.csv" in fail("experiments.curve", tmp_path)
+    assert "8 epochs" in fail("experiments.curve", metrics(tmp_path / "short", range(8), [1] * 8))
+    assert "of one name" in fail("experiments.curve", run, run)
+    assert "only the first" in fail("experiments.curve", run, metrics(tmp_path / "other", range(20), [1] * 20))
+    (tmp_path / "short" / "metrics.csv").write_text("a,b\n1,2\n")
+    assert "no metrics.csv" in fail("experiments.curve", tmp_path / "short")
 
 
 def test_fill(commands, conditional, tmp_path, monkeypatch):

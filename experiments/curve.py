@@ -1,0 +1,97 @@
+"""The learning curve of a run and of the runs that branched from it to bring the rate to 0, and where it tends.
+
+    python -m experiments.curve results_d3pm/dynamic results_d3pm/decay
+
+Of the `metrics.csv` of these folders. a + b / step^c is fitted to the first run's validation bounds, but for the first
+epochs, and prolonged.
+"""
+
+import csv
+from pathlib import Path
+
+from cli import parser, path, run
+
+import torch
+
+from checkpoint import atomic_write, write_json
+from experiments.common import OUT, markdown, render
+from pictures import new_figure, save_figure
+
+FROM_EPOCH = 6  # before, the curve is of another shape
+
+
+def read_metrics(folder: Path) -> dict[str, list[float]]:
+    """The columns of a run's metrics.csv. Raises OSError or ValueError in one line."""
+    file = folder / "metrics.csv"
+    with open(file, newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    try:
+        columns = {key: [float(row[key]) for row in rows] for key in ("step", "validation_bound", "lr", "seconds")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no metrics.csv of train.py ({error!r})") from None
+    if len(rows) < FROM_EPOCH + 3:
+        raise ValueError(f"{file} has {len(rows)} epochs; {FROM_EPOCH + 3} are needed")
+    return columns
+
+
+def power_law(steps: list[float], bounds: list[float]) -> tuple[float, float, float]:
+    """(a, b, c) of the a + b / step^c nearest to the bounds: least squares for each c of a grid, the best of them."""
+    x, y, best = torch.tensor(steps, dtype=torch.float64), torch.tensor(bounds, dtype=torch.float64), []
+    for c in torch.arange(1, 301).tolist():
+        columns = torch.stack([torch.ones_like(x), (x / x[0]) ** (-c / 100)], 1)
+        a, b = torch.linalg.lstsq(columns, y).solution.tolist()
+        residual = (columns @ torch.tensor([a, b], dtype=torch.float64) - y).square().sum().item()
+        best.append((residual, (a, b * x[0].item() ** (c / 100), c / 100)))
+    return min(best)[1]
+
+
+def table(result: dict) -> str:
+    a, b, c = result["fit"]
+    lines, last = [], next(iter(result["rows"].values()))["step"][-1]
+    for name, one in result["rows"].items():
+        hours = sum(one["seconds"]) / 3600
+        lines.append([name, f"{one['step'][-1]:,.0f}", f"{hours:.1f}", f"{one['validation_bound'][-1]:.2f}"])
+    for steps in (2 * last, 4 * last):
+        lines.append(["*the first, prolonged*", f"{steps:,.0f}", "", f"{a + b / steps**c:.2f}"])
+    return markdown([f"{a:.1f} + {b:.0f} / step^{c:g}", "steps", "hours", "validation bound, nats per image"], lines)
+
+
+def figure(result: dict):
+    """The first run and what was fitted to it; the others from where their rate falls."""
+    plot = new_figure(8, 4.5)
+    axis = plot.subplots()
+    for i, (name, one) in enumerate(result["rows"].items()):
+        start = i and max(0, next(n for n, rate in enumerate(one["lr"]) if rate < max(one["lr"])) - 1)
+        axis.plot(one["step"][start:], one["validation_bound"][start:], label=name)
+    a, b, c = result["fit"]
+    first = next(iter(result["rows"].values()))["step"]
+    steps = torch.linspace(first[FROM_EPOCH], 4 * first[-1], 200).tolist()
+    fit = [a + b / step**c for step in steps]
+    axis.plot(steps, fit, color="gray", linestyle="--", label=f"{a:.1f} + {b:.0f} / step$^{{{c:g}}}$")
+    axis.set(xscale="log", xlabel="optimizer steps", ylabel="validation bound, nats per image")
+    axis.set_ylim(top=max(fit) + 2)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    return plot
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("runs", nargs="+", type=path(), metavar="RUN", help="folders; the first of a constant rate")
+    args = p.parse_args()
+    rows = {folder.name: read_metrics(folder) for folder in args.runs}
+    if len(rows) < len(args.runs):
+        raise ValueError("two folders of one name")
+    first = next(iter(rows.values()))
+    if any(min(one["lr"]) == max(one["lr"]) for one in list(rows.values())[1:]):
+        raise ValueError("only the first run may be at a constant rate")
+    file = OUT / "curve" / "curve.json"
+    fit = power_law(first["step"][FROM_EPOCH:], first["validation_bound"][FROM_EPOCH:])
+    write_json(file, {"fit": fit, "rows": rows})
+    with atomic_write(file.with_suffix(".png")) as picture:
+        save_figure(render(figure, file), picture)
+    print(render(table, file))
+
+
+if __name__ == "__main__":
+    run(main)
