@@ -19,10 +19,6 @@ ROWS = {
     "absorbing, mutual_info, cross-entropy": "--transition absorbing",
     "absorbing, mutual_info, variational": "--transition absorbing --loss variational",
     "absorbing, mutual_info, hybrid": "--transition absorbing --loss hybrid",
-    "8 levels, uniform, cosine, cross-entropy": "--levels 8",
-    "8 levels, absorbing, mutual_info, cross-entropy": "--levels 8 --transition absorbing",
-    "8 levels, gaussian, cosine, cross-entropy": "--levels 8 --transition gaussian",
-    "8 levels, gaussian, fitted, cross-entropy": "--levels 8 --transition gaussian --schedule fitted",
 }
 
 

@@ -33,6 +33,7 @@ from experiments import (
     headline,
     levels,
     noise,
+    pilot,
     rate,
     recipe,
     steps,
@@ -136,6 +137,16 @@ def test_recipe(commands, cheap, tmp_path):
     succeed("experiments.recipe", *TRIAL, "--steps", 2)
     assert list(result_of("recipe", tmp_path)["rows"]) == [f"{row}, seed 0" for row in recipe.ROWS]
     assert all("--lr 0.0001" in " ".join(line) for line in commands if line[0] == "train.py")
+
+
+def test_pilot(commands, cheap, tmp_path, monkeypatch):
+    rows = {row: (1 + i % 2, flags) for i, (row, (_, flags)) in enumerate(pilot.ROWS.items())}
+    monkeypatch.setattr(pilot, "ROWS", rows)
+    succeed("experiments.pilot", *TRIAL, "--minutes", 2)
+    assert list(result_of("pilot", tmp_path)["rows"]) == [f"{row}, seed 0" for row in rows]
+    trained = [" ".join(line) for line in commands if line[0] == "train.py"]
+    for line, (count, flags) in zip(trained, rows.values(), strict=True):
+        assert flags in line and f"--steps {2 * count} " in line and "--binarize dynamic" in line
 
 
 def test_rate_goes_on_where_it_was_stopped(commands, cheap, tmp_path, monkeypatch):
