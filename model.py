@@ -31,6 +31,12 @@ def one_hot(x: Tensor, num_states: int) -> Tensor:
     return (x == torch.arange(num_states, device=x.device).view(1, -1, 1, 1)).float()
 
 
+def as_numbers(x: Tensor, num_levels: int) -> Tensor:
+    """Levels as float numbers from -1 to 1, a mask as 0."""
+    x = x.float()  # first: bytes can't be compared with 256
+    return torch.where(x < num_levels, 2 * x / (num_levels - 1) - 1, 0.0)
+
+
 def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
     """Logits of a truncated discretized logistic (appendix A.8): mean and log-scale [B, 1, H, W] -> [B, K, H, W].
 
@@ -119,7 +125,10 @@ class UNet(nn.Module):
         blocks: residual blocks at each resolution, on the way down and again on the way up.
         num_labels: how many classes may be given as y; 0 for a network without labels.
         output: "softmax", or "logistic" for levels in an order: a pixel's logits are those of a discretized logistic,
-            whose mean is a correction to the noisy level (`logistic_logits`), in place of the table.
+            whose mean is a correction to the noisy level (`logistic_logits`), in place of the table. The authors take
+            the hyperbolic tangent of that mean; without it, no correction at all says that x_0 is x_t.
+        ordinal: beside its one-hot form, show x_t as a number from -1 to 1 (a mask as 0), as the authors do: what a
+            level has in common with its neighbours need not be learned for each of 256.
 
     Raises:
         ValueError: for other widths; by `forward` for images whose sides are not multiples of 8, or with colours.
@@ -133,6 +142,7 @@ class UNet(nn.Module):
         blocks: int = 1,
         num_labels: int = 0,
         output: str = "softmax",
+        ordinal: bool = False,
     ):
         super().__init__()
         if output not in OUTPUTS:
@@ -150,8 +160,9 @@ class UNet(nn.Module):
             "blocks": blocks,
             "num_labels": num_labels,
             "output": output,
+            "ordinal": ordinal,
         }
-        self.num_labels, self.output = num_labels, output
+        self.num_labels, self.output, self.ordinal = num_labels, output, ordinal
         self.num_levels, self.num_states, self.time_dim = num_levels, num_states, channels[0]
         high, middle, low = channels
         emb_dim = 4 * high
@@ -159,6 +170,8 @@ class UNet(nn.Module):
         if num_labels:
             self.embed_y = nn.Embedding(num_labels + 1, emb_dim)  # the last row stands for "no label"
         self.fold = nn.Conv2d(4 * num_states, high, 3, padding=1)
+        if ordinal:
+            self.fold_level = nn.Conv2d(4, high, 3, padding=1)
         self.down1 = Stage(high, blocks, emb_dim, attention=False)
         self.shrink1 = nn.Conv2d(high, middle, 2, stride=2)
         self.down2 = Stage(middle, blocks, emb_dim, attention=True)
@@ -180,7 +193,7 @@ class UNet(nn.Module):
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between embeddings and output: what Muon orthogonalises."""
-        edges = ("embed_t", "embed_y", "fold", "unfold", "own_state")
+        edges = ("embed_t", "embed_y", "fold", "fold_level", "unfold", "own_state")
         return [p for name, p in self.named_parameters() if p.ndim > 1 and name.split(".")[0] not in edges]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -193,7 +206,10 @@ class UNet(nn.Module):
         elif y is not None:
             raise ValueError("this network was built without labels")
         x = one_hot(x_t, self.num_states).to(emb)  # [B, S, H, W]
-        h1 = self.down1(self.fold(F.pixel_unshuffle(x, 2)), emb)  # [B, high, H/2, W/2]
+        h = self.fold(F.pixel_unshuffle(x, 2))
+        if self.ordinal:
+            h = h + self.fold_level(F.pixel_unshuffle(as_numbers(x_t, self.num_levels).to(self.fold.weight), 2))
+        h1 = self.down1(h, emb)  # [B, high, H/2, W/2]
         h2 = self.down2(self.shrink1(h1), emb)  # [B, middle, H/4, W/4]
         h = self.bottom(self.shrink2(h2), emb)  # [B, low, H/8, W/8]
         h = self.up2(self.grow2(h) + h2, emb)
@@ -201,9 +217,7 @@ class UNet(nn.Module):
         if self.output == "logistic":
             with torch.autocast(h.device.type, enabled=False):  # half precision is too coarse for 256 levels
                 shift, log_scale = F.pixel_shuffle(self.unfold(h.float()), 2).chunk(2, dim=1)
-            level = x_t.float()  # first: bytes can't be compared with 256
-            level = torch.where(level < self.num_levels, 2 * level / (self.num_levels - 1) - 1, 0.0)
-            return logistic_logits(torch.tanh(level + shift), log_scale, self.num_levels)
+            return logistic_logits(as_numbers(x_t, self.num_levels) + shift, log_scale, self.num_levels)
         table = self.own_state(emb).view(-1, self.num_levels, self.num_states)
         return F.pixel_shuffle(self.unfold(h), 2) + torch.einsum("bks,bshw->bkhw", table, x)
 

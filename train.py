@@ -186,7 +186,7 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
     config = {"name": "unet", "num_levels": K, "num_states": K + FAMILIES[settings["transition"]].extra_states}
     config |= {"channels": settings["channels"]} if settings["channels"] else {}
     config |= {"blocks": settings["blocks"], "num_labels": 10 if settings["conditional"] else 0}
-    config |= {"output": settings["output"]}
+    config |= {"output": settings["output"], "ordinal": K > 2}
     torch.manual_seed(settings["seed"])
     network = build_network(config)
     diffusion = DiscreteDiffusion(

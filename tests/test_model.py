@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint import RELEASED, load_checkpoint
 from dataset import load_digits, take, to_levels
 from diffusion import DiscreteDiffusion
-from model import UNet, build_network, one_hot, time_features
+from model import UNet, as_numbers, build_network, one_hot, time_features
 
 
 def mflop(network):
@@ -94,12 +94,29 @@ def test_what_the_network_refuses():
 
 def test_hidden_matrices_are_what_lies_between_embeddings_and_output():
     """Muon's part: every matrix but those that read t, y or pixels and those that write logits; no vector."""
-    network = UNet(3, 4, channels=(8, 16, 24), blocks=2, num_labels=10)
+    network = UNet(3, 4, channels=(8, 16, 24), blocks=2, num_labels=10, ordinal=True)
     hidden = {id(p) for p in network.hidden_matrices()}
     rest = {name for name, p in network.named_parameters() if id(p) not in hidden and p.ndim > 1}
-    edges = ["embed_t.0", "embed_t.2", "embed_y", "fold", "unfold.2", "own_state"]
+    edges = ["embed_t.0", "embed_t.2", "embed_y", "fold", "fold_level", "unfold.2", "own_state"]
     assert rest == {f"{name}.weight" for name in edges}
     assert all(p.ndim > 1 for p in network.hidden_matrices()) and len(hidden) == len(network.hidden_matrices()) > 40
+
+
+def test_ordinal_levels():
+    """Shown as a number, too, a level is more than its one-hot form; a mask is like the middle."""
+    assert as_numbers(torch.tensor([0, 1, 2, 3]), 3).tolist() == [-1, 0, 1, 0]
+    assert as_numbers(torch.tensor([0, 255], dtype=torch.uint8), 256).tolist() == [-1, 1]
+    torch.manual_seed(0)
+    network, t = UNet(3, 4, channels=(8, 8, 8), ordinal=True).double(), torch.ones(4)
+    torch.nn.init.normal_(network.unfold[-1].weight)
+    torch.nn.init.zeros_(network.fold.weight)
+    black, grey, white, mask = network(torch.arange(4).view(4, 1, 1, 1).expand(4, 1, 8, 8), t)
+    torch.testing.assert_close(grey, mask)
+    assert (black - grey).abs().mean() > 0.01 and (white - grey).abs().mean() > 0.01
+    old = {
+        key: value for key, value in UNet(3).config.items() if key != "ordinal"
+    }  # of a checkpoint without the choice
+    assert build_network(old).load_state_dict(UNet(3).state_dict()) and not build_network(old).config["ordinal"]
 
 
 def test_one_hot_and_time_features():

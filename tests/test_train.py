@@ -285,7 +285,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     }  # fmt: skip
     assert diffusion.model.config == {
         "name": "unet", "num_levels": 4, "num_states": 5, "channels": [8, 16, 24], "blocks": 2, "num_labels": 10,
-        "output": "logistic",
+        "output": "logistic", "ordinal": True,
     }  # fmt: skip
     assert [args for args, _ in loaded] == [
         ("train", "offline", Path("nowhere")),
@@ -327,7 +327,7 @@ def test_defaults(monkeypatch, cheap):
     }  # fmt: skip
     assert diffusion.model.config == {
         "name": "unet", "num_levels": 2, "num_states": 2, "channels": [24, 64, 96], "blocks": 1, "num_labels": 0,
-        "output": "softmax",
+        "output": "softmax", "ordinal": False,
     }  # fmt: skip
 
 
