@@ -114,8 +114,8 @@ class UNet(nn.Module):
     """The default network, made for CPUs: `UNet()` is for two grey levels.
 
     2x2 pixels are folded into channels at the input and unfolded at the output, so that all work happens at 1/2, 1/4
-    and 1/8 of the resolution, with attention at the two lower ones. The way up adds what the way down saw. The logits
-    also get a learned table that depends on t and on the pixel's own noisy state: how far to trust what is seen at t
+    and 1/8 of the resolution, with attention at the two lower ones. The way up adds what the way down saw. The output
+    also gets a learned table that depends on t and on the pixel's own noisy state: how far to trust what is seen at t
     is the first thing to know about x_0.
 
     Args:
@@ -125,7 +125,7 @@ class UNet(nn.Module):
         blocks: residual blocks at each resolution, on the way down and again on the way up.
         num_labels: how many classes may be given as y; 0 for a network without labels.
         output: "softmax", or "logistic" for levels in an order: a pixel's logits are those of a discretized logistic,
-            whose mean is a correction to the noisy level (`logistic_logits`), in place of the table. The authors take
+            whose log-scale and mean, as a correction to the noisy level, are what the network gives. The authors take
             the hyperbolic tangent of that mean; without it, no correction at all says that x_0 is x_t.
         ordinal: beside its one-hot form, show x_t as a number from -1 to 1 (a mask as 0), as the authors do: what a
             level has in common with its neighbours need not be learned for each of 256.
@@ -183,11 +183,11 @@ class UNet(nn.Module):
         self.up1 = Stage(high, blocks, emb_dim, attention=False)
         out = num_levels if output == "softmax" else 2
         self.unfold = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * out, 3, padding=1))
-        last = [self.unfold[-1]]
-        if output == "softmax":
-            self.own_state = nn.Linear(emb_dim, num_levels * num_states)
-            last.append(self.own_state)
-        for layer in last:  # start from uniform probabilities, or a wide logistic around the noisy level
+        self.own_state = nn.Linear(emb_dim, out * num_states)
+        for layer in (
+            self.unfold[-1],
+            self.own_state,
+        ):  # start from uniform probabilities, or a wide logistic around the noisy level
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -214,12 +214,16 @@ class UNet(nn.Module):
         h = self.bottom(self.shrink2(h2), emb)  # [B, low, H/8, W/8]
         h = self.up2(self.grow2(h) + h2, emb)
         h = self.up1(self.grow1(h) + h1, emb)
-        if self.output == "logistic":
-            with torch.autocast(h.device.type, enabled=False):  # half precision is too coarse for 256 levels
-                shift, log_scale = F.pixel_shuffle(self.unfold(h.float()), 2).chunk(2, dim=1)
-            return logistic_logits(as_numbers(x_t, self.num_levels) + shift, log_scale, self.num_levels)
-        table = self.own_state(emb).view(-1, self.num_levels, self.num_states)
-        return F.pixel_shuffle(self.unfold(h), 2) + torch.einsum("bks,bshw->bkhw", table, x)
+        if self.output == "softmax":
+            return self.head(h, emb, x)
+        with torch.autocast(h.device.type, enabled=False):  # half precision is too coarse for 256 levels
+            shift, log_scale = self.head(h.float(), emb.float(), x.float()).chunk(2, dim=1)
+        return logistic_logits(as_numbers(x_t, self.num_levels) + shift, log_scale, self.num_levels)
+
+    def head(self, h: Tensor, emb: Tensor, x: Tensor) -> Tensor:
+        h = F.pixel_shuffle(self.unfold(h), 2)
+        table = self.own_state(emb).view(len(h), -1, self.num_states)
+        return h + torch.einsum("bks,bshw->bkhw", table, x)
 
 
 def build_network(config: dict) -> UNet:

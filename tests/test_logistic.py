@@ -85,6 +85,11 @@ def test_the_mean_is_a_correction_to_the_noisy_level():
         net.unfold[-1].bias[:4], net.unfold[-1].bias[4:] = 0.25, -1.5
     wanted = logistic_logits(level + 0.25, torch.full_like(level, -1.5), 256)
     torch.testing.assert_close(net(x_t, torch.ones(8)), wanted, rtol=0, atol=1e-4)
+    shift, log_scale = torch.rand(2, 257, generator=torch.Generator().manual_seed(0))  # by the noisy level
+    with torch.no_grad():
+        net.own_state.bias.copy_(torch.cat([shift, log_scale]))
+    wanted = logistic_logits(level + 0.25 + shift[x_t], log_scale[x_t] - 1.5, 256)
+    torch.testing.assert_close(net(x_t, torch.ones(8)), wanted, rtol=0, atol=1e-4)
 
 
 def test_half_precision_ends_before_the_head():
@@ -108,7 +113,7 @@ def test_choice_of_output():
     net = UNet(8, channels=(8, 8, 8), output="logistic")
     again = build_network(net.config)
     assert again.config == net.config and net.config["output"] == "logistic"
-    assert not any("own_state" in name for name in net.state_dict())
+    assert net.own_state.out_features == 2 * 8  # shift and log-scale by t and noisy level
     assert again.load_state_dict(net.state_dict())
     old = {key: value for key, value in UNet(channels=(8, 8, 8)).config.items() if key != "output"}
     assert build_network(old).config["output"] == "softmax"
