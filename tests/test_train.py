@@ -23,7 +23,7 @@ from scripts import ENVIRONMENT, REPOSITORY, TRAIN, call, fail, files, same_weig
 import dataset
 import train
 import trainer
-from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from checkpoint import RELEASED, load_checkpoint, read_checkpoint, save_checkpoint
 from dataset import Digits, batches, load_digits, take, to_levels
 from diffusion import DiscreteDiffusion
 from model import build_network
@@ -335,6 +335,29 @@ def fake_mnist(split, data="auto", data_root="data") -> Digits:
     """Splits that can be told apart: all pixels of a split have one grey level."""
     grey = {"train": 10, "validation": 130, "test": 140}[split]
     return Digits(torch.full((32, 1, 32, 32), grey, dtype=torch.uint8), torch.arange(32) % 10, "mnist")
+
+
+def test_a_recipe_is_several_flags(monkeypatch, cheap, my_run):
+    """Those beside it win; a run that goes on with one was begun with it."""
+    made = spy(monkeypatch, train, "Trainer")
+    monkeypatch.setattr(train.Run, "train", lambda self, stop: False)
+    succeed("train.py", "--data", "offline", "--recipe", "released", "--channels", 8, 8, 8)
+    ((diffusion, _), options) = made[0]
+    assert (options["lr"], options["optimizer"], options["batch_size"]) == (1e-3, "muon", 128)
+    assert (diffusion.loss_type, diffusion.timesteps, diffusion.model.config["channels"]) == (
+        "variational",
+        1000,
+        [8] * 3,
+    )
+    assert "disagrees with the run to resume" in fail(
+        "train.py", "--resume", "--recipe", "released", "--out-dir", my_run
+    )
+
+
+def test_the_recipe_is_that_of_what_is_released():
+    dynamic = load_checkpoint(RELEASED.with_name("d3pm_mnist_dynamic.pth"))
+    recipe = train.RECIPES["released"]
+    assert (dynamic.timesteps, dynamic.model.config["channels"]) == (recipe["timesteps"], recipe["channels"])
 
 
 def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
