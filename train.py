@@ -90,8 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     # Flags default to None so that --resume can tell what was asked for from what was not.
     add = p.add_argument
     add("--recipe", choices=RECIPES, help="several of these at once; others beside it win. released: those of the "
-        "released model of dynamically binarized MNIST, --loss variational --optimizer muon --lr 1e-3 --timesteps 1000 --channels 64 128 "
-        "192")  # fmt: skip
+        "released model of dynamically binarized MNIST, --loss variational --optimizer muon --lr 1e-3 --timesteps 1000 "
+        "--channels 64 128 192")  # fmt: skip
     add("--epochs", type=integer(1), help="passes over the training digits (default 50)")
     add("--steps", type=integer(1), metavar="N", help="optimizer steps in all, in place of --epochs")
     add("--batch-size", type=integer(1), help="images per step (default 128)")
