@@ -187,7 +187,7 @@ def markdown(heading: list[str], rows: list[list[str]]) -> str:
 
 def cell(values: list, digits: int) -> str:
     """The mean and, of several values, the range. Infinite ones are strings in JSON."""
-    values = [float(value) for value in values]
+    values = [round(float(value), 9) + 0.0 for value in values]  # no -0.0
     text = f"{mean(values):.{digits}f}" if values else ""
     return f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else text
 

@@ -612,6 +612,11 @@ def test_peak_memory(tmp_path):
         benchmark.peak_memory_mb([sys.executable, "-c", "raise SystemExit(3)"])
 
 
+def test_cells():
+    assert common.cell([-1e-15], 3) == "0.000" and common.cell(["inf"], 1) == "inf" and common.cell([], 1) == ""
+    assert common.cell([1, 2, 6], 1) == "3.0 (1.0 to 6.0)"
+
+
 def test_levels(commands, cheap, tmp_path):
     out = succeed("experiments.levels", *TRIAL, "--levels", 3, "--steps", 2, "--timesteps", 15, "--seeds", 2)
     result = result_of("levels-3", tmp_path)
