@@ -37,7 +37,7 @@ def read_metrics(folder: Path) -> dict[str, list[float]]:
 def power_law(steps: list[float], bounds: list[float]) -> tuple[float, float, float]:
     """(a, b, c) of the a + b / step^c nearest to the bounds: least squares for each c of a grid, the best of them."""
     x, y, best = torch.tensor(steps, dtype=torch.float64), torch.tensor(bounds, dtype=torch.float64), []
-    for c in torch.arange(1, 301).tolist():
+    for c in range(1, 301):
         columns = torch.stack([torch.ones_like(x), (x / x[0]) ** (-c / 100)], 1)
         a, b = torch.linalg.lstsq(columns, y).solution.tolist()
         residual = (columns @ torch.tensor([a, b], dtype=torch.float64) - y).square().sum().item()
