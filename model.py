@@ -184,10 +184,8 @@ class UNet(nn.Module):
         out = num_levels if output == "softmax" else 2
         self.unfold = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * out, 3, padding=1))
         self.own_state = nn.Linear(emb_dim, out * num_states)
-        for layer in (
-            self.unfold[-1],
-            self.own_state,
-        ):  # start from uniform probabilities, or a wide logistic around the noisy level
+        # Start from uniform probabilities, or a wide logistic around the noisy level
+        for layer in (self.unfold[-1], self.own_state):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -221,6 +219,7 @@ class UNet(nn.Module):
         return logistic_logits(as_numbers(x_t, self.num_levels) + shift, log_scale, self.num_levels)
 
     def head(self, h: Tensor, emb: Tensor, x: Tensor) -> Tensor:
+        """The output, [B, K or 2, H, W], from h [B, high, H/2, W/2] and the table by t and noisy state."""
         h = F.pixel_shuffle(self.unfold(h), 2)
         table = self.own_state(emb).view(len(h), -1, self.num_states)
         return h + torch.einsum("bks,bshw->bkhw", table, x)

@@ -187,16 +187,25 @@ def markdown(heading: list[str], rows: list[list[str]]) -> str:
 
 def cell(values: list, digits: int) -> str:
     """The mean and, of several values, the range. Infinite ones are strings in JSON."""
-    values = [round(float(value), 9) + 0.0 for value in values]  # no -0.0
-    text = f"{mean(values):.{digits}f}" if values else ""
-    return f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else text
+    values = [float(value) for value in values]
+    if not values:
+        return ""
+    middle, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in (mean(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle  # + 0.0: no -0.0
+
+
+def by_row(result: dict) -> dict[str, list[dict]]:
+    """The runs of each row, with one seed or several."""
+    groups: dict[str, list[dict]] = {}
+    for one in result["rows"].values():
+        groups.setdefault(one["row"], []).append(one)
+    return groups
 
 
 def table(result: dict) -> str:
     """What evaluate.py said, row by row; runs of one row, with other seeds, become one. Real digits come last."""
-    groups: dict[str, list[dict]] = {}
+    groups = by_row(result)
     for one in result["rows"].values():
-        groups.setdefault(one["row"], []).append(one)
         for key, name in (
             ("real_digits", "real digits"),
             ("real_digits_of_these_classes", "real digits of the same classes"),

@@ -9,7 +9,7 @@ the network's output what q(x_t | x_0) knows: that x_0 is near x_t. By the mixtu
 
 from cli import integer, run
 
-from experiments.common import LR, cell, collect, digits_of, experiment_parser, markdown, trainings
+from experiments.common import LR, by_row, cell, collect, digits_of, experiment_parser, markdown, trainings
 
 ROWS = {
     "uniform": "--transition uniform",
@@ -30,11 +30,8 @@ PARTS = {"L_T": "of it L_T", "sum_L_t_minus_1": "sum of L_(t-1)", "L_0": "L_0"}
 
 def table(result: dict) -> str:
     """Bits per dimension and their parts: means over seeds, and ranges."""
-    groups: dict[str, list[dict]] = {}
-    for one in result["rows"].values():
-        groups.setdefault(one["row"], []).append(one)
     rows = []
-    for name, runs in groups.items():
+    for name, runs in by_row(result).items():
         cells = [cell([one["bound"]["bits_per_dimension"] for one in runs], 3)]
         for key in PARTS:  # which evaluate.py gives in nats per image
             bits = [one["bound"]["bits_per_dimension"] / one["bound"]["nats_per_image"] for one in runs]
@@ -50,7 +47,7 @@ def main() -> None:
                    "of grey levels (default 8 32 256)")  # fmt: skip
     p.add_argument("--steps", type=integer(1), default=800, help="optimizer steps of each run (default 800)")
     p.add_argument("--timesteps", type=integer(1), default=200, help="T (default 200)")
-    p.add_argument("--seeds", type=integer(1), default=3, help="runs of the rows that are close (default 3)")
+    p.add_argument("--seeds", type=integer(1), default=3, help="runs of the first four rows (default 3)")
     args = p.parse_args()
     digits = digits_of(args)
     for K in args.levels:
