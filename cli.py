@@ -117,6 +117,13 @@ def add_device(add: Callable) -> None:
     add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
 
 
+def add_speed(add: Callable, default: bool | None = False) -> None:
+    add("--compile", action="store_true", default=default, help="compile the network first: takes a minute or more, so "
+        "it pays in long runs")  # fmt: skip
+    add("--amp", action="store_true", default=default, help="run the network in bfloat16: pays where the hardware has "
+        "it (recent GPUs, and CPUs with AMX)")  # fmt: skip
+
+
 def add_data(add: Callable, defaults: tuple[str | None, Path | None] = ("auto", Path("data"))) -> None:
     add("--data", choices=["auto", "mnist", "offline"], default=defaults[0], help="auto (default): MNIST from "
         "--data-root or a download, else 5,000 offline digits; mnist: no fallback; offline: those 5,000")  # fmt: skip

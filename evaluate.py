@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import SEED, add_data, add_device, integer, number, parser, path, pick_device, run
+from cli import SEED, add_data, add_device, add_speed, integer, number, parser, path, pick_device, run
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ from metrics import (
     summarize_gain,
     train_classifier,
 )
+from model import accelerated
 from pictures import image_grid, plot_gains, plot_terms, save_figure
 
 WEIGHED = 100  # digits whose trajectories are weighed: the gain hardly varies between digits
@@ -74,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--out-dir", type=path(), help="where to write (default: the folder of the run; results_d3pm/evaluation for "
         "the released models)")  # fmt: skip
     add_device(add)
+    add_speed(add)
     add("--train-classifier", action="store_true", help="make the classifier that judges samples, classifier.pth in "
         "--out-dir (default results_d3pm); needs MNIST")  # fmt: skip
     args = p.parse_args()
@@ -252,6 +254,7 @@ def main() -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     device = pick_device(args.device)
     diffusion = build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
+    diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
     classifier = load_classifier(device)
     K, protocol, trained_on = diffusion.num_levels, checkpoint.get("binarize", "threshold"), checkpoint.get("data")
     if trained_on not in ("mnist", "offline"):

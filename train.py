@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from cli import SEED, add_data, add_device, integer, number, parser, path, pick_device, run
+from cli import SEED, add_data, add_device, add_speed, integer, number, parser, path, pick_device, run
 
 import torch
 from tqdm import tqdm
@@ -126,10 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=SEED, help="of weights, batches and noise (default 0)")
     add_device(add)
     p.set_defaults(device=None)
-    add("--compile", action="store_true", default=None, help="compile the network first: takes a minute or more, so it "
-        "pays in long runs")  # fmt: skip
-    add("--amp", action="store_true", default=None, help="run the network in bfloat16: pays where the hardware has it "
-        "(recent GPUs, and CPUs with AMX)")  # fmt: skip
+    add_speed(add, None)
     add("--out-dir", type=path(), help="where everything is written (default results_d3pm)")
     add("--init", type=path(), metavar="CHECKPOINT", help="start from this checkpoint's averaged weights; a "
         "--conditional run may start from one without classes")  # fmt: skip

@@ -2,19 +2,18 @@
 
 import math
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
 from dataset import stream_seed
 from diffusion import DiscreteDiffusion
+from model import accelerated
 
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("late", "cosine")
@@ -115,8 +114,7 @@ class Trainer:
         self.total_steps, self.batch_size, self.lr, self.decay = total_steps, batch_size, lr, decay
         self.label_dropout, self.seed, self.max_grad_norm = label_dropout, seed, max_grad_norm
         self.shard = processes.share(batch_size)
-        model = Autocast(self.network) if amp else self.network
-        model = torch.compile(model) if compiled else model
+        model = accelerated(self.network, amp, compiled)
         model = DistributedDataParallel(model) if processes.size > 1 else model
         self.diffusion = diffusion.around(model)
         self.average = AveragedModel(self.network, multi_avg_fn=move_average, use_buffers=True)
@@ -201,21 +199,6 @@ def move_average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> No
     decay = min(0.999, (1 + int(n)) / (10 + int(n)))
     for a, c in zip(averaged, current, strict=True):
         a.lerp_(c, 1 - decay) if a.is_floating_point() else a.copy_(c)
-
-
-class Autocast(nn.Module):
-    """A network that computes in bfloat16 where that is safe. Its logits come out in float32: the probabilities that
-    are made of them need all the digits."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x_t: Tensor, *args) -> Tensor:
-        # On CPUs the fused attention is several times slower than two products for images as small as these.
-        plain_attention = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext()
-        with torch.autocast(x_t.device.type, torch.bfloat16), plain_attention:
-            return self.network(x_t, *args).float()
 
 
 class Muon(torch.optim.AdamW):

@@ -17,7 +17,9 @@ from scripts import call, fail, files, snapshot, succeed, untrained
 import evaluate
 from checkpoint import RELEASED, load_checkpoint
 from dataset import Digits, load_digits, take, to_levels
+from diffusion import importance_weighted
 from metrics import judge, load_classifier, nearest_digits, quality, rows_of_classes, spread
+from model import Autocast
 from pictures import image_grid
 
 pytestmark = pytest.mark.usefixtures("fresh_directory", "few_digits")
@@ -276,6 +278,29 @@ def test_flags_of_the_bound():
     succeed("evaluate.py", "x.pth", "--num-samples", 20)
     report = json.loads(Path("evaluation.json").read_text())
     assert close(report["bound"], expected_bound(d, grey, "threshold", 4))
+
+
+def test_faster_networks(monkeypatch):
+    """--amp and --compile: the report is that of the network they make, which differs by bfloat16's rounding."""
+    d = untrained("x.pth", timesteps=8)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    flags = ["--exact", "--trajectories", 2]
+    plain, only_compiled, half, both = (
+        report_of("x.pth", *flags, *more) for more in ([], ["--compile"], ["--amp"], ["--amp", "--compile"])
+    )
+    assert [type(network) for network in compiled] == [type(d.model), Autocast]
+    twin, grey, classifier = d.around(Autocast(d.model)), digits_of("mnist", "test").images, load_classifier()
+    reference, _ = judge(classifier, to_levels(grey), 2)
+    note = {"timesteps": 8, "guidance": 0.0, "labels": False}
+    for report, chain in ((plain, d), (only_compiled, d), (half, twin), (both, twin)):
+        weighted = report["bound"].pop("importance_weighted")["by_trajectories"][-1]
+        log_w = chain.log_weights(to_levels(spread(grey, 12)), 2, torch.Generator().manual_seed(0))
+        gain = (-log_w.mean(1) - importance_weighted(log_w)).mean().item()
+        assert weighted["gain"] == pytest.approx(gain, rel=1e-6)
+        assert close(report["bound"], expected_bound(chain, grey, "threshold", None))
+        assert close(report["samples"], note | quality(chain.sample(20), reference, classifier, 2))
+    assert half["bound"] != plain["bound"] and half["samples"] != plain["samples"]
 
 
 def test_weights_of_100_digits_by_default(monkeypatch):

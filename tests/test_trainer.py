@@ -12,8 +12,8 @@ from torch import nn
 import trainer as trainer_module
 from dataset import stream_seed
 from diffusion import DiscreteDiffusion
-from model import UNet
-from trainer import Autocast, Muon, Processes, Trainer, decay_start, learning_rate, move_average, orthogonalized
+from model import Autocast, UNet
+from trainer import Muon, Processes, Trainer, decay_start, learning_rate, move_average, orthogonalized
 
 
 def small_diffusion(num_labels=10, **kwargs) -> DiscreteDiffusion:
