@@ -30,6 +30,7 @@ from transitions import check_transitions, family_and_schedule, transition_matri
 
 LOSSES = ("cross_entropy", "variational", "hybrid")
 REVERSES = ("mixture", "joint", "argmax")
+LAST_STEPS = ("draw", "mode")
 
 
 @dataclass
@@ -294,12 +295,14 @@ class DiscreteDiffusion(nn.Module):
         p_tilde = F.pad(logits.softmax(1), (0, 0, 0, 0, 0, self.num_states - self.num_levels))
         return torch.where(last.view(-1, 1, 1, 1), p_tilde, p)
 
-    def p_sample(self, x_t: Tensor, t: Tensor, u: Tensor | None = None, y=None, guidance: float = 0.0) -> Tensor:
-        """One reverse step: draw x_{t-1} ~ p_theta(x_{t-1} | x_t), int64 [B, 1, H, W].
+    def p_sample(
+        self, x_t: Tensor, t: Tensor, u: Tensor | None = None, y=None, guidance: float = 0.0, mode: bool = False
+    ) -> Tensor:
+        """One reverse step: draw x_{t-1} ~ p_theta(x_{t-1} | x_t), int64 [B, 1, H, W]; or take its `mode`.
 
         `u` as in `q_sample`, `y` and `guidance` as in `x_0_logits`.
         """
-        return draw(self.p_theta(x_t, t, self.x_0_logits(x_t, t, y, guidance)), u)
+        return draw(self.p_theta(x_t, t, self.x_0_logits(x_t, t, y, guidance)), u, mode)
 
     # -- the objective ------------------------------------------------------------------------------------------------
 
@@ -417,7 +420,9 @@ class DiscreteDiffusion(nn.Module):
 
     # -- whole trajectories and their weights -------------------------------------------------------------------------
 
-    def _walk(self, known: Tensor, uniforms: Callable[[], Tensor], y=None, guidance: float = 0.0) -> Iterator[tuple]:
+    def _walk(
+        self, known: Tensor, uniforms: Callable[[], Tensor], y=None, guidance: float = 0.0, last_step: str = "draw"
+    ) -> Iterator[tuple]:
         """Yields x_T, ..., x_0, each with the log-weight so far: given pixels follow q, the others the model.
 
         Given pixels draw x_T ~ q(x_T | x_0) and x_{t-1} ~ q(x_{t-1} | x_t, x_0), the others p(x_T) and p_theta. The
@@ -427,7 +432,7 @@ class DiscreteDiffusion(nn.Module):
         Args:
             known: integers [B, 1, H, W] on the CPU: levels, or -1 where the model draws.
             uniforms: gives those of the next draw, [B, 1, H, W], which is made on their device, in their precision.
-            y, guidance: as in `x_0_logits`.
+            y, guidance: as in `x_0_logits`. last_step: as in `reverse_process`.
         """
         B, device, given, x_0 = len(known), self._device(), known >= 0, known.long().clamp(min=0)
         one_hot = F.one_hot(x_0[:, 0], self.num_levels).movedim(-1, 1)
@@ -448,11 +453,12 @@ class DiscreteDiffusion(nn.Module):
         log_w = log_ratio(p, q, x_t.cpu())
         yield x_t, log_w
         for t in torch.arange(self.timesteps, 0, -1):
+            mode = last_step == "mode" and t == 1
             u, t = uniforms(), t.expand(B)
             logits = self.x_0_logits(x_t.to(device), t.to(device), y, guidance)
             exact = logits.cpu().double()
             p, q = self.p_theta(x_t.cpu(), t, exact), q_step(x_t.cpu(), t, exact)
-            x_t = draw(q if u.dtype == torch.float64 else q_step(x_t, t, logits.to(u)), u)
+            x_t = draw(q if u.dtype == torch.float64 else q_step(x_t, t, logits.to(u)), u, mode)
             log_w = log_w + log_ratio(p, q, x_t.cpu())
             yield x_t, log_w
 
@@ -509,13 +515,15 @@ class DiscreteDiffusion(nn.Module):
         guidance: float = 0.0,
         known: Tensor | None = None,
         particles: int = 1,
+        last_step: str = "draw",
         progress: bool = False,
     ) -> Iterator[Tensor]:
         """Walk from noise to data: yields x_T, x_{T-1}, ..., x_0, each int64 [n, 1, H, W], T + 1 tensors in all.
 
         The n images are numbers first .. first + n - 1 of the sequence that `seed` stands for. Image i draws from a
         random stream of its own, derived from (seed, i), so it does not depend on n or on its neighbours.
-        `y` and `guidance` as in `x_0_logits`.
+        `y` and `guidance` as in `x_0_logits`. The `last_step` may "draw" x_0 from p_theta(x_0 | x_1), or take its
+        "mode", as the authors' code does: fewer stray pixels, but x_0 is no draw from the model that the bound is of.
 
         Filling in: `known`, integers [n or 1, 1, H, W], holds the levels of the pixels that are given and -1 where they
         are to be drawn. N = `particles` walks are made for each image, in which the given pixels follow a forward
@@ -533,17 +541,20 @@ class DiscreteDiffusion(nn.Module):
         device = self._device()
         y = None if y is None else y.to(device)
         known = self._check_known(known, n, particles)
+        if last_step not in LAST_STEPS:
+            raise ValueError(f"unknown last step {last_step!r}: choose from {', '.join(LAST_STEPS)}")
         if known is not None:
             total = n * particles * (self.timesteps + 1)
             with tqdm(total=total, desc="filling in", unit="step", unit_scale=True, disable=not progress) as bar:
-                chain = self._fill(known, seed, first, y, guidance, particles, bar)
+                chain = self._fill(known, seed, first, y, guidance, particles, last_step, bar)
             yield from (x_t.long().to(device) for x_t in chain)
             return
         uniforms = self._uniforms([np.random.default_rng((seed, i)) for i in range(first, first + n)])
         x_t = draw(self.prior.float().to(device)[None, :, None, None].expand(n, -1, *self.image_shape[1:]), uniforms())
         yield x_t
         for t in range(self.timesteps, 0, -1):
-            x_t = self.p_sample(x_t, torch.full((n,), t, device=device), uniforms(), y, guidance)
+            mode = last_step == "mode" and t == 1
+            x_t = self.p_sample(x_t, torch.full((n,), t, device=device), uniforms(), y, guidance, mode)
             yield x_t
 
     def _uniforms(self, streams: list[np.random.Generator]) -> Callable[[], Tensor]:
@@ -555,7 +566,7 @@ class DiscreteDiffusion(nn.Module):
 
         return uniforms
 
-    def _fill(self, known: Tensor, seed: int, first: int, y, guidance: float, particles: int, bar: tqdm) -> Tensor:
+    def _fill(self, known, seed: int, first: int, y, guidance: float, particles: int, last_step: str, bar) -> Tensor:
         """x_T, ..., x_0 of one walk an image, drawn by its weight from `particles` walks: [T + 1, n, 1, H, W].
 
         Walk 0 of image i is of the stream (seed, i), like the ordinary one, walk j of (seed, i, j). A stream ends with
@@ -567,7 +578,7 @@ class DiscreteDiffusion(nn.Module):
         for j in range(particles):
             streams = [np.random.default_rng((seed, i, j) if j else (seed, i)) for i in range(first, first + n)]
             score = torch.zeros_like(best)
-            for k, (x_t, log_w) in enumerate(self._walk(known, self._uniforms(streams), y, guidance)):
+            for k, (x_t, log_w) in enumerate(self._walk(known, self._uniforms(streams), y, guidance, last_step)):
                 chain[k], score = x_t, log_w
                 bar.update(n)
             score = score + torch.tensor([stream.gumbel() for stream in streams], dtype=torch.float64)
@@ -589,11 +600,12 @@ class DiscreteDiffusion(nn.Module):
         guidance: float = 0.0,
         known: Tensor | None = None,
         particles: int = 1,
+        last_step: str = "draw",
     ) -> Tensor:
         """Draw n images from the model, or what is unknown of them: uint8 [n, 1, H, W] on the CPU.
 
-        Any n takes the memory of one batch beside the result. See `reverse_process` for `seed` and `first`, and for
-        `known` and `particles`; `x_0_logits` for `guidance` and the labels `y`, int64 [n].
+        Any n takes the memory of one batch beside the result. See `reverse_process` for `seed` and `first`, for `known`
+        and `particles`, and for `last_step`; `x_0_logits` for `guidance` and the labels `y`, int64 [n].
 
         Raises:
             ValueError: if an argument is out of range.
@@ -610,9 +622,9 @@ class DiscreteDiffusion(nn.Module):
                 batch = slice(start, min(start + batch_size, n))
                 size, label = batch.stop - start, None if y is None else y[batch]
                 if known is not None:
-                    x_0 = self._fill(known[batch], seed, first + start, label, guidance, particles, bar)[-1]
+                    x_0 = self._fill(known[batch], seed, first + start, label, guidance, particles, last_step, bar)[-1]
                 else:
-                    for x_t in self.reverse_process(size, seed, first + start, label, guidance):
+                    for x_t in self.reverse_process(size, seed, first + start, label, guidance, last_step=last_step):
                         x_0 = x_t
                         bar.update(size)
                 images[batch] = x_0.cpu()
@@ -669,12 +681,15 @@ def take_columns(matrices: Tensor, x: Tensor) -> Tensor:
     return matrices.gather(2, index).view(B, -1, *x.shape[2:])
 
 
-def draw(probs: Tensor, u: Tensor | None = None) -> Tensor:
-    """Sample from probs [B, S, H, W] by inverting the cumulative distribution at u [B, 1, H, W] -> int64 [B, 1, H, W].
+def draw(probs: Tensor, u: Tensor | None = None, mode: bool = False) -> Tensor:
+    """Sample from probs [B, S, H, W] by inverting the cumulative distribution at u [B, 1, H, W] -> int64 [B, 1, H, W];
+    or take the most probable states, their `mode`.
 
     A state of probability exactly 0 is never drawn: u < 1 is scaled by the total, so rounding cannot push it past
     the last possible state. Nor is one of next to no probability because u is 0, which stands for 0 to its resolution.
     """
+    if mode:
+        return probs.argmax(1, keepdim=True)
     u = torch.rand(len(probs), 1, *probs.shape[2:], device=probs.device) if u is None else u
     u = u.clamp(min=torch.finfo(u.dtype).eps / 4)
     cumulative = probs.cumsum(1)

@@ -16,13 +16,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import SEED, add_data, add_device, add_speed, integer, number, parser, path, pick_device, run
+from cli import SEED, add_data, add_device, add_last_step, add_speed, integer, number, parser, path, pick_device, run
 
 import torch
 from torch import Tensor
 
 from checkpoint import (
     GUIDANCE,
+    LAST_STEP,
     RELEASED,
     TIMESTEPS,
     atomic_writes,
@@ -69,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-samples", type=integer(20), default=500, help="images drawn to judge (default 500; at least 20: fewer "
         "say nothing about a distribution)")  # fmt: skip
     add("--guidance", type=number(0), metavar="W", help="of the samples (default: that of sample.py)")
+    add_last_step(add, LAST_STEP)
     add("--no-labels", action="store_true", help="draw them without classes from a conditional checkpoint")
     add("--seed", type=SEED, default=0, help="of the samples, as for sample.py (default 0)")
     add_data(add)
@@ -192,10 +194,11 @@ def measure_samples(
     guidance = 0.0 if asked is None else GUIDANCE if args.guidance is None else args.guidance
     if args.timesteps is None:
         diffusion = diffusion.respaced(min(TIMESTEPS, diffusion.timesteps))
-    samples = diffusion.sample(n, args.seed, progress=True, y=asked, guidance=guidance)
+    samples = diffusion.sample(n, args.seed, progress=True, y=asked, guidance=guidance, last_step=args.last_step)
     reference, _ = judge(classifier, levels(digits.test.images, 0), K)
     other = levels(digits.other.images, 1)
-    report = {"samples": {"timesteps": diffusion.timesteps, "guidance": guidance, "labels": asked is not None}}
+    how = {"guidance": guidance, "last_step": args.last_step, "labels": asked is not None}
+    report = {"samples": {"timesteps": diffusion.timesteps} | how}
     report["samples"] |= quality(samples, reference, classifier, K, asked)
     report["real_digits"] = quality(spread(other, n), reference, classifier, K)
     if asked is not None:  # MNIST has not as many of each class: real digits with the samples' classes

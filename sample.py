@@ -13,12 +13,12 @@ Image i of a seed is the same whatever --n, --batch-size and --first are.
 
 import argparse
 
-from cli import SEED, add_device, integer, number, parser, path, pick_device, run
+from cli import SEED, add_device, add_last_step, integer, number, parser, path, pick_device, run
 
 import torch
 from torch import Tensor
 
-from checkpoint import GUIDANCE, PARTICLES, RELEASED, TIMESTEPS, atomic_writes, load_checkpoint
+from checkpoint import GUIDANCE, LAST_STEP, PARTICLES, RELEASED, TIMESTEPS, atomic_writes, load_checkpoint
 from diffusion import DiscreteDiffusion
 from pictures import image_grid, read_partial_digit
 
@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
         "--conditional, where by default image i is of class i mod 10")  # fmt: skip
     add("--guidance", type=number(0), metavar="W", help="push the logits of x_0 away from those without a class, W "
         f"times as far again; 0 draws from the model as it is (default {GUIDANCE} if there is a class)")  # fmt: skip
+    add_last_step(add, LAST_STEP)
     add("--fill", type=path(".png"), metavar="PART.png", help="draw what is transparent in this picture of a digit, "
         "white on black, 28x28 or 32x32, shown first; of any class unless --digit says which")  # fmt: skip
     add("--particles", type=integer(1), metavar="N", help=f"choose each --fill from N walks by their weights (default "
@@ -83,12 +84,12 @@ def main() -> None:
     y, columns = labels_to_draw(diffusion, args)
     guidance = 0.0 if y is None else GUIDANCE if args.guidance is None else args.guidance
     known = read_partial_digit(args.fill, diffusion.num_levels) if args.fill else None
-    filling = {} if known is None else {"known": known, "particles": args.particles or PARTICLES}
+    how = {"y": y, "guidance": guidance, "last_step": args.last_step}
+    if known is not None:
+        how |= {"known": known, "particles": args.particles or PARTICLES}
     with atomic_writes(*outputs, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as files:  # opened now
         n = args.n if y is None else len(y)
-        images = diffusion.sample(
-            n, args.seed, args.first, args.batch_size, progress=True, y=y, guidance=guidance, **filling
-        )
+        images = diffusion.sample(n, args.seed, args.first, args.batch_size, progress=True, **how)
         sheet = images
         if known is not None:  # in front of each row of completions
             rows = images.long().unflatten(0, (-1, columns or n))

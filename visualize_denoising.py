@@ -14,7 +14,7 @@ from cli import SEED, add_device, integer, number, parser, path, pick_device, ru
 
 from tqdm import tqdm
 
-from checkpoint import GUIDANCE, PARTICLES, RELEASED, atomic_writes, load_checkpoint
+from checkpoint import GUIDANCE, LAST_STEP, PARTICLES, RELEASED, atomic_writes, load_checkpoint
 from pictures import read_partial_digit, titled_frame
 
 HOLD_MS = 3000  # how long the finished digits stay
@@ -52,12 +52,12 @@ def main() -> None:
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
-    T, y, asked = diffusion.timesteps, diffusion.labels(args.n), {}
+    T, y, asked = diffusion.timesteps, diffusion.labels(args.n), {"last_step": LAST_STEP}
     if args.fill:
         known = read_partial_digit(args.fill, diffusion.num_levels)
-        asked = {"known": known, "particles": args.particles or PARTICLES, "progress": True}
+        asked |= {"known": known, "particles": args.particles or PARTICLES, "progress": True}
     elif y is not None:
-        asked = {"y": y, "guidance": GUIDANCE}
+        asked |= {"y": y, "guidance": GUIDANCE}
     with atomic_writes(args.out, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as (file,):
         chain = enumerate(diffusion.reverse_process(args.n, args.seed, **asked))
         frames = [

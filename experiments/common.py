@@ -113,7 +113,7 @@ def compare_trainings(
     p.add_argument("--seeds", type=integer(1), default=seeds, help=f"runs of each row (default {seeds})")
     args = p.parse_args()
     digits = digits_of(args)
-    evaluate = [*digits, "--split", "validation"]
+    evaluate = [*digits, "--split", "validation", "--last-step", "draw"]  # of the model that is judged
     plan = trainings(name, rows, range(args.seeds), args.steps, [*digits, "--lr", lr], evaluate)
     collect(name, {"title": f"{args.steps} steps", "data": args.data}, plan, table, args.jobs)
 

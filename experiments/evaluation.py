@@ -7,6 +7,7 @@ def table(report: dict) -> str:
     """The bound is the whole chain's without labels; the samples may be another chain's, with labels and guidance."""
     drawn = report["samples"]
     how = f"labels, guidance {drawn['guidance']:g}" if drawn["labels"] else "no labels"
+    how += ", the last step's mode" * (drawn.get("last_step") == "mode")  # older reports do not say
     samples = report | {"row": f"{drawn['images']:,} samples in {drawn['timesteps']} timesteps, {how}"}
     rows = {"samples": {key: value for key, value in samples.items() if key != "bound"}}
     if "bound" in report:

@@ -2,7 +2,8 @@
 
     python -m experiments.headline --data-root data         # about an hour on one core
 
-On test digits. With classes given, the bound is that given the true one, plus ln 10 for it. Guided samples have none.
+On test digits. With classes given, the bound is that given the true one, plus ln 10 for it. What sample.py draws has
+none: guided, and with the mode of the last step, it is no longer the model's.
 """
 
 from functools import partial
@@ -17,7 +18,7 @@ FEW = ["--images", 2, "--repeats", 1]  # where only the samples are wanted
 ROWS = {
     "thresholded, no class given": ("thresholded, no class given", "bound"),
     "thresholded, class given": ("thresholded, no class given", "bound_with_labels"),
-    f"thresholded, class given, guidance {GUIDANCE:g}": None,
+    f"thresholded, as sample.py draws: class given, guidance {GUIDANCE:g}, the last step's mode": None,
     "dynamic, no class given": ("dynamic, no class given", "bound"),
 }
 SAMPLES = {
@@ -58,12 +59,14 @@ def main() -> None:
     add("--images", type=integer(2), default=100, help="digits that the gain of these is of (default 100)")
     args = p.parse_args()
     weighed = ["--trajectories", args.trajectories, "--images", args.images]
-    flags = [["--no-labels", *weighed], ["--guidance", 0, *FEW], FEW, ["--binarizations", 2, *weighed]]
+    own = ["--last-step", "draw"]  # from the model that the bound is of
+    flags = [["--no-labels", *own, *weighed], ["--guidance", 0, *own, *FEW], FEW]
+    flags.append([*own, "--binarizations", 2, *weighed])
     every, plan = [*digits_of(args), "--timesteps", args.timesteps, "--num-samples", args.num_samples], {}
-    for row, own in zip(ROWS, flags, strict=True):
-        folder = OUT / "headline" / row.replace(", ", "-").replace(" ", "_")
+    for row, added in zip(ROWS, flags, strict=True):
+        folder = OUT / "headline" / row.split(":")[0].replace(", ", "-").replace(" ", "_")
         checkpoint = DYNAMIC if row.startswith("dynamic") else RELEASED
-        plan[row] = partial(evaluated, row, checkpoint, folder, [*every, *own], "--trajectories" in own)
+        plan[row] = partial(evaluated, row, checkpoint, folder, [*every, *added], "--trajectories" in added)
     what = {"title": f"{args.timesteps} timesteps, {args.num_samples:,} samples", "trajectories": args.trajectories}
     collect("headline", what | {"images": args.images, "data": args.data}, plan, table, args.jobs)
 

@@ -806,6 +806,21 @@ def test_guidance():
     assert torch.equal(x_0.byte(), whole)
 
 
+@pytest.mark.parametrize("known", [None, torch.tensor([[[[1, 0, -1, -1], [-1, -1, -1, 1]]]])])
+def test_the_mode_of_the_last_step(known):
+    """The walk is the same up to x_1; what is given stays as it is, and the rest is most probable, not drawn."""
+    d = make(2, 6, model=Labelled(), image_shape=(1, 2, 4))
+    y, given = torch.arange(50) % 5, torch.zeros(50, 1, 2, 4, dtype=torch.bool) if known is None else known >= 0
+    how = {"y": y, "guidance": 0.5, "known": known}
+    *walk, drawn = d.reverse_process(50, **how)
+    *same, x_0 = d.reverse_process(50, **how, last_step="mode")
+    assert all(map(torch.equal, walk, same)) and not torch.equal(drawn, x_0)
+    t = torch.ones(50, dtype=torch.long)
+    best = d.p_theta(walk[-1], t, d.x_0_logits(walk[-1], t, y, 0.5)).argmax(1, keepdim=True)
+    assert torch.equal(x_0, best if known is None else torch.where(given, known, best))
+    assert torch.equal(d.sample(50, **how, last_step="mode", batch_size=7), x_0.byte())
+
+
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 

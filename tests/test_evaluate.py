@@ -123,9 +123,9 @@ def test_every_figure_of_the_report(trained_on, split):
     report = report_of("x.pth", *flags)
     test, other = digits_of("mnist", split), digits_of("mnist", "validation" if split == "test" else "test")
     y = torch.arange(20) % 10
-    x = d.respaced(50).sample(20, 0, y=y, guidance=0.25)
+    x = d.respaced(50).sample(20, 0, y=y, guidance=0.25, last_step="mode")
     expected = expected_samples(x, y, test, other, digits_of(trained_on, "train"), "threshold")
-    expected["samples"] = {"timesteps": 50, "guidance": 0.25, "labels": True} | expected["samples"]
+    expected["samples"] = {"timesteps": 50, "guidance": 0.25, "last_step": "mode", "labels": True} | expected["samples"]
     expected["bound"] = expected_bound(d, spread(test.images, 12), "threshold", 2)
     y = spread(test.labels, 12)
     expected["bound_with_labels"] = expected_bound(d, spread(test.images, 12), "threshold", 2, y=y)
@@ -153,8 +153,8 @@ def test_every_figure_of_an_unconditional_dynamic_report(monkeypatch):
     d = untrained("x.pth", timesteps=20, binarize="dynamic")
     report = report_of("x.pth", "--binarizations", 3, "--data", "offline", "--seed", 4)
     validation, train = (digits_of("offline", split) for split in ("validation", "train"))
-    expected = expected_samples(d.sample(20, 4), None, validation, train, train, "dynamic")
-    expected["samples"] = {"timesteps": 20, "guidance": 0.0, "labels": False} | expected["samples"]
+    expected = expected_samples(d.sample(20, 4, last_step="mode"), None, validation, train, train, "dynamic")
+    expected["samples"] = {"timesteps": 20, "guidance": 0.0, "last_step": "mode", "labels": False} | expected["samples"]
     expected["bound"] = expected_bound(d, spread(validation.images, 12), "dynamic", 2, 3)
     for key in expected:
         assert close(report[key], expected[key]), key
@@ -172,12 +172,13 @@ def test_levels_of_grey():
     d = untrained("x.pth", timesteps=10, config={"num_levels": 4, "num_states": 4})
     report = report_of("x.pth")
     test, other, train = (digits_of("mnist", split) for split in ("test", "validation", "train"))
-    expected = expected_samples(d.sample(20), None, test, other, digits_of("offline", "train"), "threshold", K=4)
+    x = d.sample(20, last_step="mode")
+    expected = expected_samples(x, None, test, other, digits_of("offline", "train"), "threshold", K=4)
     assert report["levels"] == 4 and close(report["real_digits"], expected["real_digits"])
-    rows, _ = nearest_digits(d.sample(8), to_levels(digits_of("offline", "train").images, 4))
+    rows, _ = nearest_digits(x[:8], to_levels(digits_of("offline", "train").images, 4))
     with Image.open("nearest.png") as picture:
         assert np.array_equal(picture, image_grid(rows, 4, columns=8))
-    note = {"timesteps": 10, "guidance": 0.0, "labels": False}
+    note = {"timesteps": 10, "guidance": 0.0, "last_step": "mode", "labels": False}
     assert close(report["samples"], note | expected["samples"])
     assert close(report["nearest_training_digit"], expected["nearest_training_digit"]) and len(train.images) == 100
     assert "4 levels" in succeed("evaluate.py", "x.pth", *FLAGS)
@@ -246,15 +247,18 @@ def test_flags_of_the_samples():
     d = untrained("x.pth", timesteps=8, config={"num_labels": 10})
     y, classifier = torch.arange(20) % 10, load_classifier()
     reference, _ = judge(classifier, to_levels(digits_of("mnist", "test").images), 2)
-    for flags, x, asked, note in (
-        (["--guidance", 2], d.sample(20, y=y, guidance=2), y, {"timesteps": 8, "guidance": 2.0, "labels": True}),
-        (["--no-labels"], d.sample(20), None, {"timesteps": 8, "guidance": 0.0, "labels": False}),
-        (["--timesteps", 3], d.respaced(3).sample(20, y=y, guidance=0.25), y,
-         {"timesteps": 3, "guidance": 0.25, "labels": True}),
-        (["--seed", 2, "--num-samples", 25], d.sample(25, 2, y=torch.arange(25) % 10, guidance=0.25),
-         torch.arange(25) % 10, {"timesteps": 8, "guidance": 0.25, "labels": True}),
-    ):  # fmt: skip
-        succeed("evaluate.py", "x.pth", *FLAGS, *flags)
+    usual = {"timesteps": 8, "guidance": 0.25, "last_step": "mode", "labels": True}
+    for flags, asked, differs, how in (
+        ("--guidance 2", y, {"guidance": 2.0}, {}),
+        ("--no-labels", None, {"guidance": 0.0, "labels": False}, {}),
+        ("--timesteps 3", y, {"timesteps": 3}, {}),
+        ("--last-step draw", y, {"last_step": "draw"}, {}),
+        ("--seed 2 --num-samples 25", torch.arange(25) % 10, {}, {"n": 25, "seed": 2}),
+    ):
+        note = usual | differs
+        how = {"n": 20, "guidance": note["guidance"], "last_step": note["last_step"]} | how
+        x = d.respaced(note["timesteps"]).sample(y=asked, **how)
+        succeed("evaluate.py", "x.pth", *FLAGS, *flags.split())
         report = json.loads(Path("evaluation.json").read_text())
         assert close(report["samples"], note | quality(x, reference, classifier, 2, asked)), flags
         assert ("real_digits_of_these_classes" in report) == (asked is not None)
@@ -292,14 +296,14 @@ def test_faster_networks(monkeypatch):
     assert [type(network) for network in compiled] == [type(d.model), Autocast]
     twin, grey, classifier = d.around(Autocast(d.model)), digits_of("mnist", "test").images, load_classifier()
     reference, _ = judge(classifier, to_levels(grey), 2)
-    note = {"timesteps": 8, "guidance": 0.0, "labels": False}
+    note = {"timesteps": 8, "guidance": 0.0, "last_step": "mode", "labels": False}
     for report, chain in ((plain, d), (only_compiled, d), (half, twin), (both, twin)):
         weighted = report["bound"].pop("importance_weighted")["by_trajectories"][-1]
         log_w = chain.log_weights(to_levels(spread(grey, 12)), 2, torch.Generator().manual_seed(0))
         gain = (-log_w.mean(1) - importance_weighted(log_w)).mean().item()
         assert weighted["gain"] == pytest.approx(gain, rel=1e-6)
         assert close(report["bound"], expected_bound(chain, grey, "threshold", None))
-        assert close(report["samples"], note | quality(chain.sample(20), reference, classifier, 2))
+        assert close(report["samples"], note | quality(chain.sample(20, last_step="mode"), reference, classifier, 2))
     assert half["bound"] != plain["bound"] and half["samples"] != plain["samples"]
 
 

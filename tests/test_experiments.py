@@ -172,6 +172,7 @@ def test_rate_goes_on_where_it_was_stopped(commands, cheap, tmp_path, monkeypatc
         settings = read_checkpoint(tmp_path / "out" / "rate" / name / "checkpoints" / "last.pth")["settings"]
         assert (settings["decay"], settings["seed"], settings["optimizer"]) == (decay, 1, "muon")
         assert (settings["loss"], settings["binarize"]) == ("variational", "dynamic")
+    assert {one["samples"]["last_step"] for one in result["rows"].values()} == {"draw"}
 
 
 def test_unfinished_training_is_resumed(commands, cheap, tmp_path):
@@ -207,6 +208,7 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
     assert out.strip() == headline.table(result) and list(rows) == list(headline.ROWS)
     none, *_, dynamic = rows.values()
     assert [one["samples"]["guidance"] for one in rows.values()] == [0, 0, 0.25, 0]
+    assert [one["samples"]["last_step"] for one in rows.values()] == ["draw", "draw", "mode", "draw"]
     assert [one["samples"]["labels"] for one in rows.values()] == [False, True, True, False]
     assert {one["timesteps"] for one in rows.values()} == {one["samples"]["timesteps"] for one in rows.values()} == {3}
     assert [one["row"] for one in rows.values() if "bound" in one] == [none["row"], dynamic["row"]]
@@ -308,6 +310,8 @@ def test_evaluation_keeps_the_bound_and_the_samples_of_another_chain_apart():
     assert lines[2] == "| 200 timesteps, no labels | 60.0 ± 0.2 |  |  |  |  |  |"
     assert lines[3].startswith("| 500 samples in 50 timesteps, labels, guidance 0.25 |  | 0.500 | 0.25 |")
     assert len(lines) == 5
+    mode = EVALUATION | {"samples": EVALUATION["samples"] | {"last_step": "mode"}}
+    assert "| 500 samples in 50 timesteps, labels, guidance 0.25, the last step's mode |" in evaluation.table(mode)
 
 
 def test_evaluation_tells_the_importance_weighted_bound_of_the_most_trajectories():

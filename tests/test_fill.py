@@ -176,12 +176,13 @@ def test_uniforms_of_exactly_zero():
     {"known": torch.full((1, 1, 1, 2), 2)},
     {"known": torch.full((1, 1, 1, 2), -2)},
     {"known": torch.zeros(1, 1, 1, 2, dtype=torch.long), "particles": 0},
+    {"last_step": "best"},
 ])  # fmt: skip
 def test_bad_arguments(kwargs):
     d = small_chain("uniform-cosine")
-    with pytest.raises(ValueError, match=r"known|particles"):
+    with pytest.raises(ValueError, match=r"known|particles|unknown last step 'best'"):
         d.sample(3, **kwargs)
-    with pytest.raises(ValueError, match=r"known|particles"):
+    with pytest.raises(ValueError, match=r"known|particles|unknown last step 'best'"):
         next(d.reverse_process(3, **kwargs))
 
 
@@ -246,14 +247,18 @@ def test_sample_fills_in(checkpoint):
     succeed("sample.py", checkpoint, *flags.split(), "--particles", 3)
     known = read_partial_digit("part.png")
     images = torch.load("x.pt", weights_only=True)
-    assert torch.equal(images, load_checkpoint(checkpoint).respaced(4).sample(5, known=known, particles=3))
+    assert torch.equal(
+        images, load_checkpoint(checkpoint).respaced(4).sample(5, known=known, particles=3, last_step="mode")
+    )
     assert (images[:, known[0] >= 0] == known[known >= 0]).all() and len(images.unique(dim=0)) == 5
     with Image.open("x.png") as sheet:
         assert np.array_equal(sheet, image_grid(torch.cat([known, images.long()])))
         assert sheet.getpixel((2 * (2 + 5), 2 * (2 + 20))) == 96
     succeed("sample.py", checkpoint, *flags.split())
     default = torch.load("x.pt", weights_only=True)
-    assert torch.equal(default, load_checkpoint(checkpoint).respaced(4).sample(5, known=known, particles=PARTICLES))
+    assert torch.equal(
+        default, load_checkpoint(checkpoint).respaced(4).sample(5, known=known, particles=PARTICLES, last_step="mode")
+    )
 
 
 def test_classes_of_what_is_filled_in(checkpoint):
@@ -263,12 +268,12 @@ def test_classes_of_what_is_filled_in(checkpoint):
     d, known = load_checkpoint("classes.pth").respaced(2), read_partial_digit("part.png")
     succeed("sample.py", "classes.pth", *flags.split(), "--n", 3)
     images = torch.load("x.pt", weights_only=True)
-    assert torch.equal(images, d.sample(3, known=known, particles=2))
-    assert not torch.equal(images, d.sample(3, known=known, particles=2, y=torch.arange(3)))
+    assert torch.equal(images, d.sample(3, known=known, particles=2, last_step="mode"))
+    assert not torch.equal(images, d.sample(3, known=known, particles=2, y=torch.arange(3), last_step="mode"))
     succeed("sample.py", "classes.pth", *flags.split(), "--n", 2, "--digit", "0123456789", "--guidance", 1)
     images = torch.load("x.pt", weights_only=True)
     y = torch.arange(10).repeat_interleave(2)
-    assert torch.equal(images, d.sample(20, known=known, particles=2, y=y, guidance=1.0))
+    assert torch.equal(images, d.sample(20, known=known, particles=2, y=y, guidance=1.0, last_step="mode"))
     with Image.open("x.png") as sheet:
         rows = torch.cat([known.expand(10, 1, -1, -1, -1), images.long().view(10, 2, 1, 32, 32)], dim=1)
         assert np.array_equal(sheet, image_grid(rows.flatten(0, 1), columns=3))
@@ -285,7 +290,7 @@ def test_gif_of_filling_in(checkpoint):
         first = np.asarray(gif.convert("L"))[24:]
         gif.seek(3)
         last = np.asarray(gif.convert("L"))[24:]
-    assert np.array_equal(last, image_grid(d.sample(4, known=known, particles=2)))
+    assert np.array_equal(last, image_grid(d.sample(4, known=known, particles=2, last_step="mode")))
     assert np.array_equal(first, image_grid(next(d.reverse_process(4, known=known, particles=2))))
 
 

@@ -54,7 +54,7 @@ def test_sample_writes_picture_and_tensor(run):
     assert out.splitlines() == ["Wrote d3pm_generated_samples_model_epoch_4.png", "Wrote new/digits.pt"]
     digits = torch.load("new/digits.pt", weights_only=True)
     assert digits.shape == (5, 1, 32, 32) and digits.dtype == torch.uint8
-    assert torch.equal(digits, load_checkpoint(checkpoint).sample(5))
+    assert torch.equal(digits, load_checkpoint(checkpoint).sample(5, last_step="mode"))
     with Image.open("d3pm_generated_samples_model_epoch_4.png") as picture:
         assert picture.format == "PNG"
         assert np.array_equal(picture, image_grid(digits))
@@ -71,28 +71,36 @@ def test_image_i_does_not_depend_on_the_call(run, monkeypatch):
     sheet = draw(checkpoint, "--n", 7)
     assert len(sheet.unique(dim=0)) == 7
     sizes, process = [], DiscreteDiffusion.reverse_process
-    monkeypatch.setattr(DiscreteDiffusion, "reverse_process", lambda d, n, *a: sizes.append(n) or process(d, n, *a))
+    monkeypatch.setattr(
+        DiscreteDiffusion, "reverse_process", lambda d, n, *a, **k: sizes.append(n) or process(d, n, *a, **k)
+    )
     assert torch.equal(draw(checkpoint, "--n", 7, "--batch-size", 3), sheet)
     assert sizes == [3, 3, 1]
     assert torch.equal(draw(checkpoint, "--n", 2, "--first", 5), sheet[5:])
     assert not torch.equal(draw(checkpoint, "--n", 1, "--seed", 1), sheet[:1])
-    assert torch.equal(draw(checkpoint, "--n", 1, "--seed", 1), load_checkpoint(checkpoint).sample(1, seed=1))
+    assert torch.equal(
+        draw(checkpoint, "--n", 1, "--seed", 1), load_checkpoint(checkpoint).sample(1, seed=1, last_step="mode")
+    )
 
 
 def test_classes_guidance_and_timesteps(conditional):
-    """By default in 50 steps, image i of class i mod 10, guided by 0.25; each flag changes its own part of that."""
+    """By default in 50 steps, image i of class i mod 10, guided by 0.25, the mode of the last step; each flag changes
+    its own part of that."""
     path, d = conditional
     assert (TIMESTEPS, GUIDANCE) == (50, 0.25)
     usual, few, y = d.respaced(50), d.respaced(5), torch.arange(4)
-    assert torch.equal(draw(path, "--n", 4), usual.sample(4, y=y, guidance=0.25))
-    assert torch.equal(draw(path, "--n", 4, "--first", 3), usual.sample(4, first=3, y=y + 3, guidance=0.25))
+    assert torch.equal(draw(path, "--n", 4), usual.sample(4, y=y, guidance=0.25, last_step="mode"))
+    assert torch.equal(
+        draw(path, "--n", 4, "--first", 3), usual.sample(4, first=3, y=y + 3, guidance=0.25, last_step="mode")
+    )
     threes = torch.full((4,), 3)
-    assert torch.equal(draw(path, "--n", 4, "--digit", 3), usual.sample(4, y=threes, guidance=0.25))
-    five = path, "--n", 4, "--timesteps", 5
+    assert torch.equal(draw(path, "--n", 4, "--digit", 3), usual.sample(4, y=threes, guidance=0.25, last_step="mode"))
+    assert torch.equal(draw(path, "--n", 4, "--last-step", "draw"), usual.sample(4, y=y, guidance=0.25))
+    five = path, "--n", 4, "--timesteps", 5, "--last-step", "draw"
     assert torch.equal(draw(*five, "--guidance", 2), few.sample(4, y=y, guidance=2))
     assert torch.equal(draw(*five, "--digit", 3, "--guidance", 0), few.sample(4, y=threes))
     assert torch.equal(draw(*five, "--digit", "none"), few.sample(4))
-    assert torch.equal(draw(path, "--n", 2, "--timesteps", 60), d.sample(2, y=y[:2], guidance=0.25))
+    assert torch.equal(draw(path, "--n", 2, "--timesteps", 60), d.sample(2, y=y[:2], guidance=0.25, last_step="mode"))
     assert not torch.equal(few.sample(4), few.sample(4, y=threes))
     assert not torch.equal(few.sample(4, y=threes), few.sample(4, y=threes, guidance=2))
 
@@ -102,7 +110,7 @@ def test_a_row_of_each_class(conditional):
     flags = "--digit", "0123456789", "--timesteps", 2
     images = draw(path, *flags, "--n", 3)
     y = torch.arange(10).repeat_interleave(3)
-    assert torch.equal(images, d.respaced(2).sample(30, y=y, guidance=0.25))
+    assert torch.equal(images, d.respaced(2).sample(30, y=y, guidance=0.25, last_step="mode"))
     with Image.open("x.png") as picture:
         assert picture.size == (2 * (3 * 34 + 2), 2 * (10 * 34 + 2))
         assert np.array_equal(picture, image_grid(images, columns=3))
@@ -113,13 +121,14 @@ def test_levels_of_grey():
     """What is drawn and what is given of a digit (--fill) has the levels of the checkpoint, in both scripts."""
     d = untrained("x.pth", timesteps=3, config={"num_levels": 4, "num_states": 4})
     images = draw("x.pth", "--n", 4)
+    assert torch.equal(images, d.sample(4, last_step="mode"))
     with Image.open("x.png") as picture:
         assert np.array_equal(picture, image_grid(images, 4)) and len(np.unique(picture)) == 5
     grey = np.arange(32 * 32).reshape(32, 32) * 255 // 1023
     alpha = np.where(np.arange(32) < 16, 255, 0) + np.zeros_like(grey)
     Image.fromarray(np.stack([grey, alpha], 2).astype(np.uint8), "LA").save("part.png")
     known = torch.where(torch.from_numpy(alpha) > 0, torch.from_numpy(grey * 4 // 256), -1)[None, None]
-    filled = d.sample(3, known=known, particles=2)
+    filled = d.sample(3, known=known, particles=2, last_step="mode")
     flags = "--fill", "part.png", "--particles", 2, "--n", 3
     assert torch.equal(draw("x.pth", *flags), filled)
     with Image.open("x.png") as picture:
@@ -176,7 +185,7 @@ def test_gif_shows_the_whole_reverse_process(run):
     assert out.splitlines() == ["Wrote denoising_process.gif"]
     images, durations, loops = frames()
     assert loops == 0 and durations == [50] * 10 + [3000]
-    chain = list(load_checkpoint(checkpoint).reverse_process(4, seed=3))
+    chain = list(load_checkpoint(checkpoint).reverse_process(4, seed=3, last_step="mode"))
     for i, (frame, x_t) in enumerate(zip(images, chain, strict=True)):
         assert np.array_equal(frame, titled_frame(x_t, 2, f"t = {10 - i}"))
     assert len({frame[:24].tobytes() for frame in images}) == 11  # the title can be read
@@ -189,7 +198,7 @@ def test_fewer_timesteps(run):
     succeed("visualize_denoising.py", checkpoint, *flags)
     images = draw(checkpoint, *flags)
     d = load_checkpoint(checkpoint).respaced(5)
-    assert torch.equal(images, d.sample(4))
+    assert torch.equal(images, d.sample(4, last_step="mode"))
     shown = frames()[0]
     assert len(shown) == 6 and np.array_equal(shown[-1][24:], image_grid(images))
     x_T = next(iter(d.reverse_process(4)))
