@@ -91,6 +91,11 @@ def digits_of(args: argparse.Namespace) -> list:
     return ["--data", args.data, "--data-root", args.data_root.resolve()]
 
 
+def speed_of(args: argparse.Namespace) -> list:
+    """The flags of `cli.add_speed` as they were given."""
+    return ["--amp"] * args.amp + ["--compile"] * args.compile
+
+
 def trainings(
     name: str, rows: dict[str, str], seeds: Iterable[int], steps: int, train: list, evaluate: list
 ) -> dict[str, Callable[[], dict]]:
@@ -122,7 +127,7 @@ def compare_evaluations(
     name: str, rows: dict, args: argparse.Namespace, num_samples: int, bounded: bool = True
 ) -> Path:
     """Evaluate args.checkpoint with the flags of each of the rows, {name: flags}; the file of the result."""
-    digits, plan = [*digits_of(args), "--num-samples", num_samples], {}
+    digits, plan = [*digits_of(args), *speed_of(args), "--num-samples", num_samples], {}
     for row, flags in rows.items():
         folder = OUT / name / row.replace(" ", "_")
         plan[row] = partial(evaluated, row, args.checkpoint, folder, [*digits, *flags.split()], bounded)

@@ -10,7 +10,7 @@ the table of it, into --out-dir. Digits are drawn without classes, in the defaul
 import argparse
 import sys
 
-from cli import REPOSITORY, SEED, add_device, integer, parser, path, pick_device, run
+from cli import REPOSITORY, SEED, add_device, add_speed, integer, parser, path, pick_device, run
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from dataset import Digits, load_digits, sha256, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.common import OUT
 from metrics import frechet_distance, judge, load_classifier, rows_of_classes
+from model import accelerated
 from pictures import image_grid, new_figure, save_figure
 
 COMPLETIONS = 8
@@ -104,8 +105,10 @@ def main() -> None:
         "repository)")  # fmt: skip
     add("--out-dir", type=path(), default=OUT / "fill", help="(default results_d3pm/experiments/fill)")
     add_device(add)
+    add_speed(add)
     args = p.parse_args()
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
+    diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
     outputs = [args.out_dir / name for name in ("fill.png", "fill.json", "fill.txt")]
     with atomic_writes(*outputs, inputs=[args.checkpoint]) as (picture, numbers, text):
         digits = load_digits("test", "mnist", args.data_root)

@@ -3,7 +3,7 @@
 python -m experiments.guidance [CHECKPOINT] --data-root data
 """
 
-from cli import path, run
+from cli import add_speed, path, run
 
 from checkpoint import RELEASED
 from experiments.common import compare_evaluations, experiment_parser, table  # noqa: F401 (the page's table)
@@ -15,6 +15,7 @@ NUM_SAMPLES = 5_000
 def main() -> None:
     p = experiment_parser(__doc__, jobs=True)
     p.add_argument("checkpoint", nargs="?", type=path(), default=RELEASED, help="default: the released model")
+    add_speed(p.add_argument)
     # The bound, of two digits to save time, is that of the network without labels in every row.
     rows = {row: f"--split validation --images 2 --repeats 1 {row}" for row in ROWS}
     compare_evaluations("guidance", rows, p.parse_args(), NUM_SAMPLES, bounded=False)

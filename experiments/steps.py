@@ -5,7 +5,7 @@
 Also draws steps.png.
 """
 
-from cli import path, run
+from cli import add_speed, path, run
 
 from checkpoint import RELEASED, atomic_write, load_checkpoint
 from experiments.common import compare_evaluations, experiment_parser, quality_figure, render, table  # noqa: F401
@@ -24,6 +24,7 @@ def plot(result: dict):
 def main() -> None:
     p = experiment_parser(__doc__, jobs=True)
     p.add_argument("checkpoint", nargs="?", type=path(), default=RELEASED, help="default: the released model")
+    add_speed(p.add_argument)
     args = p.parse_args()
     T = load_checkpoint(args.checkpoint).timesteps
     rows = {f"{n} timesteps": f"--timesteps {n}" for n in TIMESTEPS if n <= T}

@@ -40,7 +40,7 @@ from experiments import (
     time_to_quality,
     trajectories,
 )
-from model import Attention, UNet
+from model import Attention, Autocast, UNet
 from trainer import Muon, Trainer
 
 SMALL = {
@@ -210,7 +210,9 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
     assert [one["samples"]["guidance"] for one in rows.values()] == [0, 0, 0.25, 0]
     assert [one["samples"]["last_step"] for one in rows.values()] == ["draw", "draw", "mode", "draw"]
     assert [one["samples"]["labels"] for one in rows.values()] == [False, True, True, False]
-    assert {one["timesteps"] for one in rows.values()} == {one["samples"]["timesteps"] for one in rows.values()} == {3}
+    assert [one["timesteps"] for one in rows.values() if "bound" in one] == [3, 3]
+    assert [one["samples"]["timesteps"] for one in rows.values()] == [3, 3, 10, 3]  # sample.py: all that there are
+    assert not any(flag in line for line in commands for flag in ("--amp", "--compile"))
     assert [one["row"] for one in rows.values() if "bound" in one] == [none["row"], dynamic["row"]]
     assert dynamic["bound"]["binarizations"] == 2 and none["bound_with_labels"]["label_cost"] == math.log(10)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:6]]
@@ -225,26 +227,30 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
     assert headline.table(result).count("(7.000)") == 1
 
 
-def test_trajectories(commands, conditional, tmp_path):
+def test_trajectories(commands, conditional, tmp_path, monkeypatch):
     """Timesteps times K is the same in each row; what evaluate.py says of the largest K."""
-    out = succeed("experiments.trajectories", conditional, *TRIAL, "--passes", 200)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    monkeypatch.setattr(trajectories, "TIMESTEPS", (10, 20))
+    out = succeed("experiments.trajectories", conditional, *TRIAL, "--passes", 1000, "--amp", "--compile")
     result = result_of("trajectories", tmp_path)
     assert out.strip() == trajectories.table(result) and list(result["rows"]) == ["10 timesteps"]  # of 10
     (one,) = result["rows"].values()
     weighted = one["bound"]["importance_weighted"]["by_trajectories"][-1]
-    assert weighted["trajectories"] == 20 and "--split validation" in " ".join(commands[0])
+    assert weighted["trajectories"] == 100 and "--split validation" in " ".join(commands[0])
+    assert "--amp" in commands[0] and "--compile" in commands[0]
     cells = [cell.strip() for cell in out.splitlines()[2].split("|")[1:-1]]
-    assert cells[:2] == ["10", "20"] and cells[4] == f"{weighted['nats_per_image']:.2f}"
+    assert cells[:2] == ["10", "100"] and cells[4] == f"{weighted['nats_per_image']:.2f}"
     assert float(cells[2]) - float(cells[3].split()[0]) == pytest.approx(float(cells[4]), abs=0.02)
 
 
 def test_steps(commands, conditional, tmp_path):
-    out = succeed("experiments.steps", conditional, *TRIAL)
+    out = succeed("experiments.steps", conditional, *TRIAL, "--amp")
     result = result_of("steps", tmp_path)
     assert out.strip() == steps.table(result)
     assert [one["timesteps"] for one in result["rows"].values()] == [5, 10]  # the chain has no more
     assert [one["samples"]["timesteps"] for one in result["rows"].values()] == [5, 10]
-    assert not any("--split" in line for line in commands)
+    assert not any("--split" in line or "--compile" in line for line in commands)
+    assert all("--amp" in line for line in commands)
     figure = steps.plot(result)
     curve, real = figure.axes[1].lines
     assert list(curve.get_xdata()) == [5, 10]
@@ -690,7 +696,10 @@ def test_fill(commands, conditional, tmp_path, monkeypatch):
     digits = dataset.load_digits("validation", "offline")
     monkeypatch.setattr(fill, "load_digits", lambda *_: digits)
     flags = "--timesteps", 2, "--digits", 20, "--particles", 1, 2, "--device", "cpu"
-    out = succeed("experiments.fill", conditional, *flags)
+    made, make = [], fill.accelerated
+    monkeypatch.setattr(fill, "accelerated", lambda *args: made.append(make(*args)) or made[-1])
+    out = succeed("experiments.fill", conditional, *flags, "--amp")
+    assert [type(network) for network in made] == [Autocast]
     result = result_of("fill", tmp_path)
     assert out.splitlines()[:-1] == fill.table(result).splitlines() and result["digits"] == 20
     for rows in result["parts"].values():
