@@ -27,9 +27,8 @@ from model import build_network
 
 # What the scripts use where no checkpoint is named, and how they draw from any
 RELEASED = REPOSITORY / "results_d3pm" / "released" / "d3pm_mnist.pth"
-TIMESTEPS = 50  # unless training had fewer; see the results page
+TIMESTEPS = 30  # unless training had fewer; see the results page
 PARTICLES = 16  # walks to choose from where a digit is filled in; see the results page
-GUIDANCE = 0.25  # where a class is given; see the results page
 LAST_STEP = "mode"  # as in the authors' code; see `DiscreteDiffusion.reverse_process`
 
 # ---------------------------------------------------------------------------------------------------------------------

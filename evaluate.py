@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from checkpoint import (
-    GUIDANCE,
     LAST_STEP,
     RELEASED,
     TIMESTEPS,
@@ -69,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--exact", action="store_true", help="every timestep for the bound: T passes over the digits")
     add("--num-samples", type=integer(20), default=500, help="images drawn to judge (default 500; at least 20: fewer "
         "say nothing about a distribution)")  # fmt: skip
-    add("--guidance", type=number(0), metavar="W", help="of the samples (default: that of sample.py)")
+    add("--guidance", type=number(0), metavar="W", help="of the samples (default 0)")
     add_last_step(add, LAST_STEP)
     add("--no-labels", action="store_true", help="draw them without classes from a conditional checkpoint")
     add("--seed", type=SEED, default=0, help="of the samples, as for sample.py (default 0)")
@@ -191,7 +190,7 @@ def measure_samples(
     """The quality of samples beside that of as many real digits, at random and of the samples' classes; the samples."""
     K, n = diffusion.num_levels, args.num_samples
     asked = None if args.no_labels else diffusion.labels(n)
-    guidance = 0.0 if asked is None else GUIDANCE if args.guidance is None else args.guidance
+    guidance = args.guidance or 0.0
     if args.timesteps is None:
         diffusion = diffusion.respaced(min(TIMESTEPS, diffusion.timesteps))
     samples = diffusion.sample(n, args.seed, progress=True, y=asked, guidance=guidance, last_step=args.last_step)

@@ -18,7 +18,7 @@ from cli import SEED, add_device, add_last_step, integer, number, parser, path, 
 import torch
 from torch import Tensor
 
-from checkpoint import GUIDANCE, LAST_STEP, PARTICLES, RELEASED, TIMESTEPS, atomic_writes, load_checkpoint
+from checkpoint import LAST_STEP, PARTICLES, RELEASED, TIMESTEPS, atomic_writes, load_checkpoint
 from diffusion import DiscreteDiffusion
 from pictures import image_grid, read_partial_digit
 
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         "0123456789 draws a row of --n images of each class; none draws without a class. For checkpoints of train.py "
         "--conditional, where by default image i is of class i mod 10")  # fmt: skip
     add("--guidance", type=number(0), metavar="W", help="push the logits of x_0 away from those without a class, W "
-        f"times as far again; 0 draws from the model as it is (default {GUIDANCE} if there is a class)")  # fmt: skip
+        "times as far again (default 0)")  # fmt: skip
     add_last_step(add, LAST_STEP)
     add("--fill", type=path(".png"), metavar="PART.png", help="draw what is transparent in this picture of a digit, "
         "white on black, 28x28 or 32x32, shown first; of any class unless --digit says which")  # fmt: skip
@@ -82,9 +82,8 @@ def main() -> None:
     if args.timesteps is None:
         diffusion = diffusion.respaced(min(TIMESTEPS, diffusion.timesteps))
     y, columns = labels_to_draw(diffusion, args)
-    guidance = 0.0 if y is None else GUIDANCE if args.guidance is None else args.guidance
     known = read_partial_digit(args.fill, diffusion.num_levels) if args.fill else None
-    how = {"y": y, "guidance": guidance, "last_step": args.last_step}
+    how = {"y": y, "guidance": args.guidance or 0.0, "last_step": args.last_step}
     if known is not None:
         how |= {"known": known, "particles": args.particles or PARTICLES}
     with atomic_writes(*outputs, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as files:  # opened now

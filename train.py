@@ -29,7 +29,7 @@ from cli import SEED, add_data, add_device, add_speed, integer, number, parser, 
 import torch
 from tqdm import tqdm
 
-from checkpoint import TIMESTEPS, RunFolder, atomic_write, build_diffusion, read_checkpoint, save_checkpoint
+from checkpoint import LAST_STEP, TIMESTEPS, RunFolder, atomic_write, build_diffusion, read_checkpoint, save_checkpoint
 from dataset import Digits, batches, load_digits, take, to_levels
 from diffusion import LOSSES, REVERSES, DiscreteDiffusion
 from model import OUTPUTS, build_network
@@ -329,7 +329,7 @@ class Run:
         if keep:
             self.report("loss_curve.png", lambda file: save_figure(plot_history(self.history), file))
             drawn = trainer.averaged.respaced(min(TIMESTEPS, trainer.averaged.timesteps))  # as sample.py does
-            images = drawn.sample(64, self.settings["seed"], y=drawn.labels(64))
+            images = drawn.sample(64, self.settings["seed"], y=drawn.labels(64), last_step=LAST_STEP)
             sheet = image_grid(images, self.settings["levels"], columns=8)
             self.report(f"samples/sample_epoch_{epoch}.png", lambda file: sheet.save(file, format="png"))
 

@@ -14,7 +14,7 @@ from cli import SEED, add_device, integer, number, parser, path, pick_device, ru
 
 from tqdm import tqdm
 
-from checkpoint import GUIDANCE, LAST_STEP, PARTICLES, RELEASED, atomic_writes, load_checkpoint
+from checkpoint import LAST_STEP, PARTICLES, RELEASED, atomic_writes, load_checkpoint
 from pictures import read_partial_digit, titled_frame
 
 HOLD_MS = 3000  # how long the finished digits stay
@@ -57,7 +57,7 @@ def main() -> None:
         known = read_partial_digit(args.fill, diffusion.num_levels)
         asked |= {"known": known, "particles": args.particles or PARTICLES, "progress": True}
     elif y is not None:
-        asked |= {"y": y, "guidance": GUIDANCE}
+        asked["y"] = y
     with atomic_writes(args.out, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as (file,):
         chain = enumerate(diffusion.reverse_process(args.n, args.seed, **asked))
         frames = [

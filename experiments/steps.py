@@ -11,7 +11,7 @@ from checkpoint import RELEASED, atomic_write, load_checkpoint
 from experiments.common import compare_evaluations, experiment_parser, quality_figure, render, table  # noqa: F401
 from pictures import save_figure
 
-TIMESTEPS = (5, 10, 15, 20, 50, 100, 200)
+TIMESTEPS = (5, 10, 20, 30, 50, 100, 200)
 NUM_SAMPLES = 1_000
 
 

@@ -123,9 +123,9 @@ def test_every_figure_of_the_report(trained_on, split):
     report = report_of("x.pth", *flags)
     test, other = digits_of("mnist", split), digits_of("mnist", "validation" if split == "test" else "test")
     y = torch.arange(20) % 10
-    x = d.respaced(50).sample(20, 0, y=y, guidance=0.25, last_step="mode")
+    x = d.respaced(30).sample(20, 0, y=y, last_step="mode")
     expected = expected_samples(x, y, test, other, digits_of(trained_on, "train"), "threshold")
-    expected["samples"] = {"timesteps": 50, "guidance": 0.25, "last_step": "mode", "labels": True} | expected["samples"]
+    expected["samples"] = {"timesteps": 30, "guidance": 0.0, "last_step": "mode", "labels": True} | expected["samples"]
     expected["bound"] = expected_bound(d, spread(test.images, 12), "threshold", 2)
     y = spread(test.labels, 12)
     expected["bound_with_labels"] = expected_bound(d, spread(test.images, 12), "threshold", 2, y=y)
@@ -247,10 +247,10 @@ def test_flags_of_the_samples():
     d = untrained("x.pth", timesteps=8, config={"num_labels": 10})
     y, classifier = torch.arange(20) % 10, load_classifier()
     reference, _ = judge(classifier, to_levels(digits_of("mnist", "test").images), 2)
-    usual = {"timesteps": 8, "guidance": 0.25, "last_step": "mode", "labels": True}
+    usual = {"timesteps": 8, "guidance": 0.0, "last_step": "mode", "labels": True}
     for flags, asked, differs, how in (
         ("--guidance 2", y, {"guidance": 2.0}, {}),
-        ("--no-labels", None, {"guidance": 0.0, "labels": False}, {}),
+        ("--no-labels", None, {"labels": False}, {}),
         ("--timesteps 3", y, {"timesteps": 3}, {}),
         ("--last-step draw", y, {"last_step": "draw"}, {}),
         ("--seed 2 --num-samples 25", torch.arange(25) % 10, {}, {"n": 25, "seed": 2}),

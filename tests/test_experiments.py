@@ -207,7 +207,6 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
     rows = result["rows"]
     assert out.strip() == headline.table(result) and list(rows) == list(headline.ROWS)
     none, *_, dynamic = rows.values()
-    assert [one["samples"]["guidance"] for one in rows.values()] == [0, 0, 0.25, 0]
     assert [one["samples"]["last_step"] for one in rows.values()] == ["draw", "draw", "mode", "draw"]
     assert [one["samples"]["labels"] for one in rows.values()] == [False, True, True, False]
     assert [one["timesteps"] for one in rows.values() if "bound" in one] == [3, 3]

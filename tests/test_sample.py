@@ -12,7 +12,7 @@ from scripts import call, fail, files, start, succeed, untrained
 
 import sample
 import visualize_denoising
-from checkpoint import GUIDANCE, RELEASED, TIMESTEPS, load_checkpoint
+from checkpoint import RELEASED, TIMESTEPS, load_checkpoint
 from diffusion import DiscreteDiffusion
 from pictures import image_grid, titled_frame
 
@@ -84,23 +84,21 @@ def test_image_i_does_not_depend_on_the_call(run, monkeypatch):
 
 
 def test_classes_guidance_and_timesteps(conditional):
-    """By default in 50 steps, image i of class i mod 10, guided by 0.25, the mode of the last step; each flag changes
-    its own part of that."""
+    """By default in 30 steps, image i of class i mod 10, the mode of the last step, no guidance; each flag changes its
+    own part of that."""
     path, d = conditional
-    assert (TIMESTEPS, GUIDANCE) == (50, 0.25)
-    usual, few, y = d.respaced(50), d.respaced(5), torch.arange(4)
-    assert torch.equal(draw(path, "--n", 4), usual.sample(4, y=y, guidance=0.25, last_step="mode"))
-    assert torch.equal(
-        draw(path, "--n", 4, "--first", 3), usual.sample(4, first=3, y=y + 3, guidance=0.25, last_step="mode")
-    )
+    assert TIMESTEPS == 30
+    usual, few, y = d.respaced(30), d.respaced(5), torch.arange(4)
+    assert torch.equal(draw(path, "--n", 4), usual.sample(4, y=y, last_step="mode"))
+    assert torch.equal(draw(path, "--n", 4, "--first", 3), usual.sample(4, first=3, y=y + 3, last_step="mode"))
     threes = torch.full((4,), 3)
-    assert torch.equal(draw(path, "--n", 4, "--digit", 3), usual.sample(4, y=threes, guidance=0.25, last_step="mode"))
-    assert torch.equal(draw(path, "--n", 4, "--last-step", "draw"), usual.sample(4, y=y, guidance=0.25))
+    assert torch.equal(draw(path, "--n", 4, "--digit", 3), usual.sample(4, y=threes, last_step="mode"))
+    assert torch.equal(draw(path, "--n", 4, "--last-step", "draw"), usual.sample(4, y=y))
     five = path, "--n", 4, "--timesteps", 5, "--last-step", "draw"
     assert torch.equal(draw(*five, "--guidance", 2), few.sample(4, y=y, guidance=2))
     assert torch.equal(draw(*five, "--digit", 3, "--guidance", 0), few.sample(4, y=threes))
     assert torch.equal(draw(*five, "--digit", "none"), few.sample(4))
-    assert torch.equal(draw(path, "--n", 2, "--timesteps", 60), d.sample(2, y=y[:2], guidance=0.25, last_step="mode"))
+    assert torch.equal(draw(path, "--n", 2, "--timesteps", 60), d.sample(2, y=y[:2], last_step="mode"))
     assert not torch.equal(few.sample(4), few.sample(4, y=threes))
     assert not torch.equal(few.sample(4, y=threes), few.sample(4, y=threes, guidance=2))
 
@@ -110,7 +108,7 @@ def test_a_row_of_each_class(conditional):
     flags = "--digit", "0123456789", "--timesteps", 2
     images = draw(path, *flags, "--n", 3)
     y = torch.arange(10).repeat_interleave(3)
-    assert torch.equal(images, d.respaced(2).sample(30, y=y, guidance=0.25, last_step="mode"))
+    assert torch.equal(images, d.respaced(2).sample(30, y=y, last_step="mode"))
     with Image.open("x.png") as picture:
         assert picture.size == (2 * (3 * 34 + 2), 2 * (10 * 34 + 2))
         assert np.array_equal(picture, image_grid(images, columns=3))
@@ -208,7 +206,7 @@ def test_fewer_timesteps(run):
 
 
 def test_sixteen_digits_of_classes_in_turn(conditional):
-    """With the guidance of sample.py: the same digits."""
+    """The same digits as those of sample.py."""
     path, _ = conditional
     succeed("visualize_denoising.py", path, "--timesteps", 3, "--device", "cpu")
     assert np.array_equal(frames()[0][-1][24:], image_grid(draw(path, "--n", 16, "--timesteps", 3)))
