@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import write_json
+from checkpoint import TIMESTEPS, write_json
 from dataset import Digits, load_digits
 from diffusion import DiscreteDiffusion
 from experiments.baseline import PerSample, PlainUNet, usual_trainer
@@ -158,7 +158,7 @@ def table(result: dict) -> str:
     ]  # fmt: skip
     heading = [f"training, batch {result['batch_size']}", "weights", "MFLOP per image", "images per second",
                "PlainUNet = 1", f"of {peak:.0f} GFLOP/s", *PARTS]  # fmt: skip
-    draw = [[name, f"{rate:.0f}", f"{rate / 50:.1f}"] for name, rate in result["drawing"].items()]
+    draw = [[name, f"{rate:.0f}", f"{rate / TIMESTEPS:.1f}"] for name, rate in result["drawing"].items()]
     seconds, memory = result["sixteen_digits"]["seconds"], result["sixteen_digits"]["peak_memory_mb"]
     command = [
         f"{seconds['sample']:.2f}",
@@ -168,7 +168,7 @@ def table(result: dict) -> str:
     return "\n\n".join(
         [
             markdown(heading, rows),
-            markdown(["drawing", "network passes per second", "images per second, 50 timesteps"], draw),
+            markdown(["drawing", "network passes per second", f"images per second, {TIMESTEPS} timesteps"], draw),
             markdown(["16 digits", "seconds", "`import torch` = 1", "peak MB"], [["`python sample.py`", *command]]),
         ]
     )

@@ -7,6 +7,8 @@ The loss is the bound, which is what the tables show: in bits per dimension, of 
 the network's output what q(x_t | x_0) knows: that x_0 is near x_t. By the mixture, the default, it has to learn that.
 """
 
+from statistics import mean
+
 from cli import integer, run
 
 from experiments.common import LR, by_row, cell, collect, digits_of, experiment_parser, markdown, trainings
@@ -29,13 +31,13 @@ PARTS = {"L_T": "of it L_T", "sum_L_t_minus_1": "sum of L_(t-1)", "L_0": "L_0"}
 
 
 def table(result: dict) -> str:
-    """Bits per dimension and their parts: means over seeds, and ranges."""
+    """Bits per dimension, the mean over seeds and the range, and the means of their parts."""
     rows = []
     for name, runs in by_row(result).items():
         cells = [cell([one["bound"]["bits_per_dimension"] for one in runs], 3)]
         for key in PARTS:  # which evaluate.py gives in nats per image
             bits = [one["bound"]["bits_per_dimension"] / one["bound"]["nats_per_image"] for one in runs]
-            cells.append(cell([one["bound"][key] * bit for one, bit in zip(runs, bits, strict=True)], 3))
+            cells.append(cell([mean(one["bound"][key] * bit for one, bit in zip(runs, bits, strict=True))], 3))
         rows.append([name, str(len(runs)), *cells])
     heading = [result["title"], "seeds", "bits per dimension", *PARTS.values()]
     return markdown(heading, rows)

@@ -334,7 +334,7 @@ def test_own_transition_matrices_and_a_shorter_chain_come_back():
 
 
 @pytest.mark.parametrize("name, T, protocol, labels", [
-    ("d3pm_mnist", 200, "threshold", 10), ("d3pm_mnist_dynamic", 1000, "dynamic", 0),
+    ("d3pm_mnist", 1000, "threshold", 10), ("d3pm_mnist_dynamic", 1000, "dynamic", 0),
 ])  # fmt: skip
 def test_released_models_load(name, T, protocol, labels):
     path = REPOSITORY / "results_d3pm" / "released" / f"{name}.pth"

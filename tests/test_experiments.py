@@ -630,6 +630,7 @@ def test_levels(commands, cheap, tmp_path):
     out = succeed("experiments.levels", *TRIAL, "--levels", 3, "--steps", 2, "--timesteps", 15, "--seeds", 2)
     result = result_of("levels-3", tmp_path)
     assert out.strip() == levels.table(result)
+    assert [line.count(" to ") for line in out.splitlines()[2:]] == [1] * 4 + [0] * 3  # ranges of the bound alone
     again = [f"{row}, seed 1" for row in levels.ROWS]
     assert list(result["rows"]) == [*(f"{row}, seed 0" for row in levels.ROWS | levels.ONCE), *again]
 

@@ -129,12 +129,12 @@ def test_one_hot_and_time_features():
 def test_released_weights_mean_what_they_meant():
     """They fit the network that was trained, every skip, shift and head of it: nats per image."""
     digits = take(load_digits("validation", "offline"), 40)
-    d, x_0, t = load_checkpoint(RELEASED), to_levels(digits.images), 5 * torch.arange(1, 41)
+    d, x_0, t = load_checkpoint(RELEASED), to_levels(digits.images), 25 * torch.arange(1, 41)
     u = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         without, labelled = (F.cross_entropy(d.x_0_logits(d.q_sample(x_0, t, u), t, y), x_0[:, 0].long()) * 1024
                              for y in (None, digits.labels))  # fmt: skip
-    assert (without.item(), labelled.item()) == pytest.approx((60.634, 57.490), abs=0.02)
+    assert (without.item(), labelled.item()) == pytest.approx((57.618, 54.297), abs=0.02)
 
 
 def test_learns_to_draw_its_patterns():
