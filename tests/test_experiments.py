@@ -363,7 +363,7 @@ def test_page_whose_tables_are_of_another_folder(page, tmp_path):
     assert "| a | 70.0 ± 0.2 |" in succeed("experiments.page", tmp_path.parent / f"{tmp_path.name}.md")
 
 
-@pytest.mark.parametrize("name", ["results_d3pm/released/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "results_d3pm/released/README.md"])
 def test_our_own_pages(name):
     assert "<!-- table: " in (REPOSITORY / name).read_text()
     succeed("experiments.page", REPOSITORY / name, "--check")
