@@ -25,7 +25,7 @@ def log_weights_of(monkeypatch, e, image, paths, partial=False):
     """The class's own log-weights of these walks, [n], or their growth step by step, [T + 1, n]."""
     x = torch.from_numpy(e.states[paths]).view(len(paths), e.T + 1, 1, 1, e.D)
     steps = iter(x.unbind(1))
-    monkeypatch.setattr("diffusion.draw", lambda q, u: next(steps))
+    monkeypatch.setattr("diffusion.draw", lambda q, u, mode=False: next(steps))
     x_0 = torch.from_numpy(e.states[image]).view(1, 1, 1, -1).expand(len(paths), -1, -1, -1)
     y = None if e.y is None else torch.full((len(paths),), e.y)
     if partial:
@@ -123,7 +123,7 @@ def test_weights_are_drawn_in_double_precision(monkeypatch):
     """A float32 uniform is a multiple of 6e-8: rare jumps of single pixels in a thousand steps would come too often."""
     rounded = []
 
-    def spy(q, u):
+    def spy(q, u, mode=False):
         rounded.extend([torch.equal(q, q.float().double()), torch.equal(u, u.float().double())])
         return draw(q, u)
 
