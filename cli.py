@@ -113,10 +113,10 @@ def path(suffix: str = "") -> Callable[[str], Path]:
 SEED = integer(0, 2**32 - 1)
 
 
-def add_last_step(add: Callable, default: str) -> None:
-    add("--last-step", choices=["mode", "draw"], default=default, help="take the most probable x_0 given x_1 (mode, "
-        "the default, as in the authors' code: fewer stray pixels), or draw it, as in the model that the bound is "
-        "of")  # fmt: skip
+def add_last_step(add: Callable, choices: tuple[str, ...], default: str) -> None:
+    add("--last-step", choices=choices, default=default, help="take the most probable x_0 given x_1 (mode, as in the "
+        "authors' code: fewer stray pixels), or draw it, as in the model that the bound is of (default "
+        f"{default})")  # fmt: skip
 
 
 def add_device(add: Callable) -> None:

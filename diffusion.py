@@ -540,9 +540,7 @@ class DiscreteDiffusion(nn.Module):
         """
         device = self._device()
         y = None if y is None else y.to(device)
-        known = self._check_known(known, n, particles)
-        if last_step not in LAST_STEPS:
-            raise ValueError(f"unknown last step {last_step!r}: choose from {', '.join(LAST_STEPS)}")
+        known = self._check_asked(known, n, particles, last_step)
         if known is not None:
             total = n * particles * (self.timesteps + 1)
             with tqdm(total=total, desc="filling in", unit="step", unit_scale=True, disable=not progress) as bar:
@@ -614,7 +612,7 @@ class DiscreteDiffusion(nn.Module):
             raise ValueError("n and batch_size must be at least 1, first at least 0, seed in 0..2^32-1")
         if y is not None:
             check_integers("y", y, (n,), -1, self.num_labels - 1)
-        known = self._check_known(known, n, particles)
+        known = self._check_asked(known, n, particles, last_step)
         images = torch.empty(n, *self.image_shape, dtype=torch.uint8)
         total = n * (self.timesteps + 1) * (1 if known is None else particles)
         with tqdm(total=total, desc="sampling", unit="step", unit_scale=True, disable=not progress) as bar:
@@ -638,8 +636,10 @@ class DiscreteDiffusion(nn.Module):
     def _check_images(self, name: str, x: Tensor, states: int) -> None:
         check_integers(name, x, (None, 1, None, None), 0, states - 1)
 
-    def _check_known(self, known: Tensor | None, n: int, particles: int) -> Tensor | None:
+    def _check_asked(self, known: Tensor | None, n: int, particles: int, last_step: str) -> Tensor | None:
         """What is given of n images, int64 [n, 1, H, W] on the CPU; None if nothing is."""
+        if last_step not in LAST_STEPS:
+            raise ValueError(f"unknown last step {last_step!r}: choose from {', '.join(LAST_STEPS)}")
         if particles < 1:
             raise ValueError(f"particles must be at least 1, got {particles}")
         if known is None:

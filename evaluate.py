@@ -31,7 +31,7 @@ from checkpoint import (
     read_checkpoint,
 )
 from dataset import Digits, load_digits, sha256, to_levels
-from diffusion import BoundTerms, DiscreteDiffusion
+from diffusion import LAST_STEPS, BoundTerms, DiscreteDiffusion
 from metrics import (
     Classifier,
     judge,
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-samples", type=integer(20), default=500, help="images drawn to judge (default 500; at least 20: fewer "
         "say nothing about a distribution)")  # fmt: skip
     add("--guidance", type=number(0), metavar="W", help="of the samples (default 0)")
-    add_last_step(add, LAST_STEP)
+    add_last_step(add, LAST_STEPS, LAST_STEP)
     add("--no-labels", action="store_true", help="draw them without classes from a conditional checkpoint")
     add("--seed", type=SEED, default=0, help="of the samples, as for sample.py (default 0)")
     add_data(add)
@@ -196,9 +196,9 @@ def measure_samples(
     samples = diffusion.sample(n, args.seed, progress=True, y=asked, guidance=guidance, last_step=args.last_step)
     reference, _ = judge(classifier, levels(digits.test.images, 0), K)
     other = levels(digits.other.images, 1)
-    how = {"guidance": guidance, "last_step": args.last_step, "labels": asked is not None}
-    report = {"samples": {"timesteps": diffusion.timesteps} | how}
-    report["samples"] |= quality(samples, reference, classifier, K, asked)
+    how = {"timesteps": diffusion.timesteps, "guidance": guidance}
+    how |= {"last_step": args.last_step, "labels": asked is not None}
+    report = {"samples": how | quality(samples, reference, classifier, K, asked)}
     report["real_digits"] = quality(spread(other, n), reference, classifier, K)
     if asked is not None:  # MNIST has not as many of each class: real digits with the samples' classes
         rows = rows_of_classes(digits.other.labels, asked.bincount(minlength=10))

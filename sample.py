@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import LAST_STEP, PARTICLES, RELEASED, TIMESTEPS, atomic_writes, load_checkpoint
-from diffusion import DiscreteDiffusion
+from diffusion import LAST_STEPS, DiscreteDiffusion
 from pictures import image_grid, read_partial_digit
 
 
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
         "--conditional, where by default image i is of class i mod 10")  # fmt: skip
     add("--guidance", type=number(0), metavar="W", help="push the logits of x_0 away from those without a class, W "
         "times as far again (default 0)")  # fmt: skip
-    add_last_step(add, LAST_STEP)
+    add_last_step(add, LAST_STEPS, LAST_STEP)
     add("--fill", type=path(".png"), metavar="PART.png", help="draw what is transparent in this picture of a digit, "
         "white on black, 28x28 or 32x32, shown first; of any class unless --digit says which")  # fmt: skip
     add("--particles", type=integer(1), metavar="N", help=f"choose each --fill from N walks by their weights (default "

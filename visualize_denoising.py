@@ -52,12 +52,12 @@ def main() -> None:
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
-    T, y, asked = diffusion.timesteps, diffusion.labels(args.n), {"last_step": LAST_STEP}
+    T, asked = diffusion.timesteps, {"last_step": LAST_STEP}
     if args.fill:
         known = read_partial_digit(args.fill, diffusion.num_levels)
         asked |= {"known": known, "particles": args.particles or PARTICLES, "progress": True}
-    elif y is not None:
-        asked["y"] = y
+    else:
+        asked["y"] = diffusion.labels(args.n)
     with atomic_writes(args.out, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as (file,):
         chain = enumerate(diffusion.reverse_process(args.n, args.seed, **asked))
         frames = [

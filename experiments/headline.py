@@ -62,8 +62,7 @@ def main() -> None:
     args = p.parse_args()
     weighed = ["--trajectories", args.trajectories, "--images", args.images]
     own = ["--timesteps", args.timesteps, "--last-step", "draw"]  # the model that the bound is of
-    flags = [["--no-labels", *own, *weighed], [*own, *FEW], FEW]
-    flags.append([*own, "--binarizations", 2, *weighed])
+    flags = [["--no-labels", *own, *weighed], [*own, *FEW], FEW, ["--binarizations", 2, *own, *weighed]]
     every, plan = [*digits_of(args), *speed_of(args), "--num-samples", args.num_samples], {}
     for row, added in zip(ROWS, flags, strict=True):
         folder = OUT / "headline" / row.replace(", ", "-").replace(" ", "_")

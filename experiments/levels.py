@@ -34,10 +34,11 @@ def table(result: dict) -> str:
     """Bits per dimension, the mean over seeds and the range, and the means of their parts."""
     rows = []
     for name, runs in by_row(result).items():
-        cells = [cell([one["bound"]["bits_per_dimension"] for one in runs], 3)]
+        bounds = [one["bound"] for one in runs]
+        cells = [cell([bound["bits_per_dimension"] for bound in bounds], 3)]
         for key in PARTS:  # which evaluate.py gives in nats per image
-            bits = [one["bound"]["bits_per_dimension"] / one["bound"]["nats_per_image"] for one in runs]
-            cells.append(cell([mean(one["bound"][key] * bit for one, bit in zip(runs, bits, strict=True))], 3))
+            bits = (bound[key] / bound["nats_per_image"] * bound["bits_per_dimension"] for bound in bounds)
+            cells.append(cell([mean(bits)], 3))
         rows.append([name, str(len(runs)), *cells])
     heading = [result["title"], "seeds", "bits per dimension", *PARTS.values()]
     return markdown(heading, rows)

@@ -177,6 +177,7 @@ def test_uniforms_of_exactly_zero():
     {"known": torch.full((1, 1, 1, 2), -2)},
     {"known": torch.zeros(1, 1, 1, 2, dtype=torch.long), "particles": 0},
     {"last_step": "best"},
+    {"known": torch.zeros(1, 1, 1, 2, dtype=torch.long), "last_step": "best"},
 ])  # fmt: skip
 def test_bad_arguments(kwargs):
     d = small_chain("uniform-cosine")
