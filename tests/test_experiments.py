@@ -580,6 +580,8 @@ def test_benchmark(commands, tmp_path, monkeypatch):
     out = succeed("experiments.benchmark", "--batch-size", 2, "--rounds", 1, "--device", "cpu")
     result = result_of("benchmark", tmp_path)
     assert out.strip() == benchmark.table(result) and "321" in out
+    rates = {"UNet, batch 3": 90.0}
+    assert "| UNet, batch 3 | 90 | 3.0 |" in benchmark.table(result | {"drawing": rates})  # 30 passes an image
     networks = result["training"]["networks"]
     assert list(networks) == ["UNet", "UNet, variational", "UNet, --amp", "UNet, --compile", "PlainUNet"]
     for one in networks.values():
@@ -633,6 +635,15 @@ def test_levels(commands, cheap, tmp_path):
     assert [line.count(" to ") for line in out.splitlines()[2:]] == [1] * 4 + [0] * 3  # ranges of the bound alone
     again = [f"{row}, seed 1" for row in levels.ROWS]
     assert list(result["rows"]) == [*(f"{row}, seed 0" for row in levels.ROWS | levels.ONCE), *again]
+
+
+def test_table_of_levels_in_bits():
+    """By hand: the parts are in nats, of which each run has as many to a bit as its bound says."""
+    bounds = [(2, 10, 0, 9, 1), (4, 10, 0, 5, 5)]  # bits per dimension, nats, L_T, sum of L_(t-1), L_0
+    keys = "bits_per_dimension", "nats_per_image", "L_T", "sum_L_t_minus_1", "L_0"
+    runs = {f"{seed}": {"row": "a", "bound": dict(zip(keys, bound, strict=True))} for seed, bound in enumerate(bounds)}
+    last = levels.table({"title": "few", "rows": runs}).splitlines()[-1]
+    assert last == "| a | 2 | 3.000 (2.000 to 4.000) | 0.000 | 1.900 | 1.100 |"
 
 
 def test_noise(commands, tmp_path):
