@@ -9,8 +9,8 @@ from experiments.common import compare_trainings, table  # noqa: F401 (the page'
 
 ROWS = {
     "AdamW, late decay": "--optimizer adamw --decay late",
-    "AdamW, cosine": "--optimizer adamw --decay cosine",
     "Muon, late decay": "--optimizer muon --decay late",
+    "AdamW, cosine": "--optimizer adamw --decay cosine",
     "Muon, cosine": "--optimizer muon --decay cosine",
 }
 
