@@ -27,6 +27,7 @@ from experiments import (
     choices,
     common,
     curve,
+    default,
     evaluation,
     fill,
     guidance,
@@ -75,11 +76,12 @@ def commands(fresh_directory, tmp_path, monkeypatch):
 
     def command(script, arguments, log):
         done.append([script, *map(str, arguments)])
-        code, _, err = call(script, *arguments, *SMALL[script].split())
+        quick = (argument for argument in arguments if argument != "--compile")  # which takes longer than the rest
+        code, _, err = call(script, *quick, *SMALL[script].split())
         if code:
             raise RuntimeError(err.strip().splitlines()[-1])
 
-    for module in ("common", "curve", "forward", "benchmark", "fill", "headline", "noise", "trajectories"):
+    for module in ("common", "curve", "forward", "benchmark", "fill", "headline", "noise", "trajectories", "default"):
         monkeypatch.setattr(f"experiments.{module}.OUT", tmp_path / "out")
     monkeypatch.setattr(common, "command", command)
     monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
@@ -137,6 +139,29 @@ def test_recipe(commands, cheap, tmp_path):
     succeed("experiments.recipe", *TRIAL, "--steps", 2)
     assert list(result_of("recipe", tmp_path)["rows"]) == [f"{row}, seed 0" for row in recipe.ROWS]
     assert all("--lr 0.0001" in " ".join(line) for line in commands if line[0] == "train.py")
+
+
+def test_default(commands, cheap, tmp_path):
+    out = succeed("experiments.default", *TRIAL, "--steps", 2, 4)
+    assert all(("--compile" in line) == ("released" in line) for line in commands if line[0] == "train.py")
+    result = result_of("default", tmp_path)
+    assert out.strip() == default.table(result)
+    for run, loss, step in (("default", "cross_entropy", 2), ("released", "variational", 4)):
+        folder = tmp_path / "out" / "default" / run
+        checkpoint = read_checkpoint(folder / "checkpoints" / "last.pth")
+        assert (checkpoint["settings"]["loss"], checkpoint["step"]) == (loss, step)
+        (folder / "metrics.csv").write_text("epoch,seconds\n1,5400\n2,360\n")
+        assert default.hours(folder) == 1.6
+    assert [one["row"] for one in result["rows"].values()] == [
+        "`python train.py`, 2 steps, 0.0 hours",
+        "`python train.py --recipe released --amp --compile`, 4 steps, 0.0 hours",
+    ]
+    assert all(one["bound"]["images"] == 20 for one in result["rows"].values())
+
+    (tmp_path / "out" / "default" / "default.json").unlink()
+    commands.clear()
+    succeed("experiments.default", *TRIAL, "--steps", 2, 6)  # goes on with the second, and doesn't train the first
+    assert [line[0] for line in commands] == ["evaluate.py", "train.py", "evaluate.py"] and "--resume" in commands[1]
 
 
 def test_pilot(commands, cheap, tmp_path, monkeypatch):
