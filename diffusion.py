@@ -472,16 +472,16 @@ class DiscreteDiffusion(nn.Module):
         batch_size: int = 64,
         progress: bool = False,
     ) -> Tensor:
-        """log p_theta(x_{0:T}) - log q(x_{1:T} | x_0) of trajectories drawn from q(x_{1:T} | x_0), float64 [N, K].
+        """log p_theta(x_{0:T}) - log q(x_{1:T} | x_0) of trajectories drawn from q(x_{1:T} | x_0), float64 [B, N].
 
         Over q, the mean of these is minus the negative bound, and the mean of their exponentials is p_theta(x_0): see
         `importance_weighted`.
 
         Args:
-            x_0: images, integers [N, 1, H, W]; any N and K take the memory of one batch beside the result.
-            trajectories: K, how many for each image.
+            x_0: images, integers [B, 1, H, W]; any B and N take the memory of one batch beside the result.
+            trajectories: N, how many for each image.
             generator: a CPU generator that all is drawn from.
-            y: labels, int64 [N], as in `x_0_logits`.
+            y: labels, int64 [B], as in `x_0_logits`.
             batch_size: trajectories at a time.
         """
         if trajectories < 1 or batch_size < 1:
@@ -663,9 +663,9 @@ def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> N
 
 
 def importance_weighted(log_w: Tensor) -> Tensor:
-    """The importance-weighted negative bound -log (1/K) sum over k of w_k (Burda et al. 2016): [N, K] -> [N], in nats.
+    """The importance-weighted negative bound -log (1/N) sum over n of w_n (Burda et al. 2016): [B, N] -> [B], in nats.
 
-    For K = 1 it is the plain bound; in expectation it falls in K, towards -log p(x_0).
+    For N = 1 it is the plain bound; in expectation it falls in N, towards -log p(x_0).
     """
     return math.log(log_w.shape[1]) - log_w.logsumexp(1)
 

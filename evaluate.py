@@ -14,6 +14,7 @@ import argparse
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cli import SEED, add_data, add_device, add_last_step, add_speed, integer, number, parser, path, pick_device, run
@@ -48,6 +49,7 @@ from model import accelerated
 from pictures import image_grid, plot_gains, plot_terms, save_figure
 
 WEIGHED = 100  # digits whose trajectories are weighed: the gain hardly varies between digits
+FEWEST = 20  # samples that are judged
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,12 +64,12 @@ def parse_arguments() -> argparse.Namespace:
         "binarizations of the digits (default 1); for checkpoints of train.py --binarize dynamic")  # fmt: skip
     add("--images", type=integer(2), metavar="N", help="bound on N of the digits only (default all); with "
         f"--trajectories, the bound is on all and the weights are of N (default {WEIGHED})")  # fmt: skip
-    add("--trajectories", type=integer(1), metavar="K", help="also the importance-weighted bound, the average of K "
-        "weights inside the logarithm: K passes for every timestep and digit")  # fmt: skip
+    add("--trajectories", type=integer(1), metavar="N", help="also the importance-weighted bound, the average of N "
+        "weights inside the logarithm: N passes for every timestep and digit")  # fmt: skip
     add("--repeats", type=integer(1), default=4, help="timesteps drawn per digit for the bound (default 4)")
     add("--exact", action="store_true", help="every timestep for the bound: T passes over the digits")
-    add("--num-samples", type=integer(20), default=500, help="images drawn to judge (default 500; at least 20: fewer "
-        "say nothing about a distribution)")  # fmt: skip
+    add("--num-samples", type=integer(0), default=500, help=f"images drawn to judge (default 500; at least {FEWEST}: "
+        "fewer say nothing about a distribution; 0: the bound alone)")  # fmt: skip
     add("--guidance", type=number(0), metavar="W", help="of the samples (default 0)")
     add_last_step(add, LAST_STEPS, LAST_STEP)
     add("--no-labels", action="store_true", help="draw them without classes from a conditional checkpoint")
@@ -82,6 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     args = p.parse_args()
     if args.checkpoint and args.train_classifier:
         p.error("give a checkpoint or --train-classifier")
+    if 0 < args.num_samples < FEWEST:
+        p.error(f"--num-samples must be at least {FEWEST}, or 0 to draw none, got {args.num_samples}")
     if args.guidance is not None and args.no_labels:
         p.error("--guidance needs labels, --no-labels has none")
     if args.out_dir is None and not args.train_classifier:
@@ -134,7 +138,7 @@ def measure_bound(
 def measure_weights(
     diffusion: DiscreteDiffusion, levels, digits: Digits, labelled: bool, args: argparse.Namespace
 ) -> Tensor:
-    """log-weights [N, K] of --images digits; these are divided among the binarizations of `measure_bound`."""
+    """log-weights [images, N] of --images digits; these are divided among the binarizations of `measure_bound`."""
     rows = spread(torch.arange(len(digits.labels)), args.images or WEIGHED)
     parts = []
     for seed in range(min(args.binarizations, len(rows))):
@@ -224,7 +228,7 @@ def show_gain(weighted: dict) -> None:
     print(f"  importance-weighted, gain from {weighted['images']} digits:")
     for row in weighted["by_trajectories"]:
         print(
-            f"  K = {row['trajectories']:<5}  gain {row['gain']:5.2f} +- {row['gain_standard_error']:.2f}   "
+            f"  {row['trajectories']:5} trajectories  gain {row['gain']:5.2f} +- {row['gain_standard_error']:.2f}   "
             f"bound {row['nats_per_image']:.2f} +- {row['standard_error']:.2f}"
         )
 
@@ -271,8 +275,8 @@ def main() -> None:
         return to_levels(grey, K, protocol, torch.Generator().manual_seed(seed))
 
     names = ["evaluation.json", "nearest.png", "bound_terms.png", "gain.png"]
-    outputs, figures = [args.out_dir / name for name in names], {}
-    with atomic_writes(*outputs, inputs=[args.checkpoint]) as (json_file, nearest_file, *figure_files):
+    outputs, pictures = [args.out_dir / name for name in names], {}
+    with atomic_writes(*outputs, inputs=[args.checkpoint]) as (json_file, *picture_files):
         digits = real_digits(args, trained_on)
         report = {"checkpoint": str(args.checkpoint), "sha256": sha256(args.checkpoint), "digits": digits.name}
         report |= {"levels": K, "binarization": protocol, "timesteps": diffusion.timesteps}
@@ -285,17 +289,19 @@ def main() -> None:
             of = f"{digits.name}, {f'{K} levels' if K > 2 else f'{protocol} binarization'}, {steps} timesteps"
             bounds, figures = measure_likelihood(diffusion, levels, digits.test, of, args)
             report |= bounds
-        quality_report, samples = measure_samples(diffusion, levels, digits, classifier, args)
-        report |= quality_report
-        show_samples(report)
-        rows, least = nearest_digits(samples[:8], levels(digits.train.images, 1))
-        report["nearest_training_digit"] = {"least_distances": least.tolist()}
-        image_grid(rows, K, columns=8).save(nearest_file, format="png")
-        for name, file in zip(names[2:], figure_files, strict=True):
-            if name in figures:
-                save_figure(figures[name], file)
+            pictures = {name: partial(save_figure, figure) for name, figure in figures.items()}
+        if args.num_samples:
+            quality_report, samples = measure_samples(diffusion, levels, digits, classifier, args)
+            report |= quality_report
+            show_samples(report)
+            rows, least = nearest_digits(samples[:8], levels(digits.train.images, 1))
+            report["nearest_training_digit"] = {"least_distances": least.tolist()}
+            pictures["nearest.png"] = partial(image_grid(rows, K, columns=8).save, format="png")
+        for name, file in zip(names[1:], picture_files, strict=True):
+            if name in pictures:
+                pictures[name](file)
         json_file.write(json_bytes(report))
-    for out in [out for out in outputs[2:] if out.name not in figures]:  # nor is an older one left
+    for out in [out for out in outputs[1:] if out.name not in pictures]:  # nor is an older one left
         outputs.remove(out)
         out.unlink()
     print(f"Wrote {', '.join(out.name for out in outputs)} in {args.out_dir}")

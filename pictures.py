@@ -127,7 +127,7 @@ def plot_gains(bounds: dict[str, tuple[float, list[dict]]]) -> Figure:
         )  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="trajectories K", ylabel="bound, nats per image", title="Averaging weights before the logarithm")
+    axis.set(xlabel="trajectories", ylabel="bound, nats per image", title="Averaging weights before the logarithm")
     axis.grid(alpha=0.3)
     axis.legend()
     return figure

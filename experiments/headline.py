@@ -45,8 +45,13 @@ def table(result: dict) -> str:
         for key in SAMPLES:
             of_real = f" ({real[key]:.3f})" if key in real else ""
             cells.append(f"{one['samples'][key]:.3f}{of_real}" if key in one["samples"] else "")
-        lines.append([name, *bounds, *cells])
-    heading = [result["title"], "bound, nats per image", f"importance-weighted, K = {result['trajectories']}"]
+        lines.append([name, f"{one['samples']['timesteps']}", *bounds, *cells])
+    heading = [
+        result["title"],
+        "timesteps",
+        "bound, nats per image",
+        f"importance-weighted, {result['trajectories']:,} trajectories",
+    ]
     return markdown([*heading, *SAMPLES.values()], lines)
 
 
@@ -68,7 +73,7 @@ def main() -> None:
         folder = OUT / "headline" / row.replace(", ", "-").replace(" ", "_")
         checkpoint = DYNAMIC if row.startswith("dynamic") else RELEASED
         plan[row] = partial(evaluated, row, checkpoint, folder, [*every, *added], "--trajectories" in added)
-    what = {"title": f"{args.timesteps} timesteps, {args.num_samples:,} samples", "trajectories": args.trajectories}
+    what = {"title": f"{args.num_samples:,} samples", "timesteps": args.timesteps, "trajectories": args.trajectories}
     collect("headline", what | {"images": args.images, "data": args.data}, plan, table, args.jobs)
 
 

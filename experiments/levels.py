@@ -26,21 +26,21 @@ ONCE = {
     "uniform, joint form": "--transition uniform --reverse joint",
 }
 TRAIN = ["--loss", "variational", "--optimizer", "muon", "--lr", LR]
-EVALUATE = ["--split", "validation", "--num-samples", 20]  # of the bound alone
+EVALUATE = ["--split", "validation", "--num-samples", 0]
 PARTS = {"L_T": "of it L_T", "sum_L_t_minus_1": "sum of L_(t-1)", "L_0": "L_0"}
 
 
 def table(result: dict) -> str:
-    """Bits per dimension, the mean over seeds and the range, and the means of their parts."""
+    """Bits per dimension, the mean over seeds and the range, and the means of their parts and standard errors."""
     rows = []
     for name, runs in by_row(result).items():
         bounds = [one["bound"] for one in runs]
         cells = [cell([bound["bits_per_dimension"] for bound in bounds], 3)]
-        for key in PARTS:  # which evaluate.py gives in nats per image
+        for key in ("standard_error", *PARTS):  # which evaluate.py gives in nats per image
             bits = (bound[key] / bound["nats_per_image"] * bound["bits_per_dimension"] for bound in bounds)
             cells.append(cell([mean(bits)], 3))
         rows.append([name, str(len(runs)), *cells])
-    heading = [result["title"], "seeds", "bits per dimension", *PARTS.values()]
+    heading = [result["title"], "seeds", "bits per dimension", "standard error", *PARTS.values()]
     return markdown(heading, rows)
 
 

@@ -23,7 +23,7 @@ def table(result: dict) -> str:
         cells = [bound["nats_per_image"], weighted["gain"], weighted["gain_standard_error"], weighted["nats_per_image"]]
         plain, gain, error, total = (f"{nats:.2f}" for nats in cells)
         lines.append([f"{one['timesteps']}", f"{weighted['trajectories']:,}", plain, f"{gain} ± {error}", total])
-    return markdown([result["title"], "K", "plain bound", "gain", "importance-weighted"], lines)
+    return markdown([result["title"], "trajectories", "plain bound", "gain", "importance-weighted"], lines)
 
 
 def main() -> None:
@@ -36,10 +36,9 @@ def main() -> None:
     add_speed(add)
     args = p.parse_args()
     T, plan = load_checkpoint(args.checkpoint).timesteps, {}
-    every = [*digits_of(args), *speed_of(args), "--split", "validation", "--images", args.images, "--num-samples", 20]
+    every = [*digits_of(args), *speed_of(args), "--split", "validation", "--images", args.images, "--num-samples", 0]
     for n in (n for n in TIMESTEPS if n <= T):
-        row, K = f"{n} timesteps", args.passes // n
-        flags = [*every, "--timesteps", n, "--trajectories", K]
+        row, flags = f"{n} timesteps", [*every, "--timesteps", n, "--trajectories", args.passes // n]
         plan[row] = partial(evaluated, row, args.checkpoint, OUT / "trajectories" / f"{n}", flags)
     what = {"title": f"timesteps, {args.passes:,} passes", "images": args.images}
     what |= {"sha256": sha256(args.checkpoint), "data": args.data}

@@ -320,6 +320,16 @@ def test_weights_of_100_digits_by_default(monkeypatch):
     assert plotted == [{"no labels": (bound["nats_per_image"], weighted["by_trajectories"])}]
 
 
+def test_the_bound_alone():
+    """No samples, nor a picture of them that an earlier evaluation may have left."""
+    untrained("x.pth", timesteps=2)
+    before = report_of("x.pth")
+    out = succeed("evaluate.py", "x.pth", *FLAGS, "--num-samples", 0)
+    report = json.loads(Path("evaluation.json").read_text())
+    assert report["bound"] == before["bound"] and not {"samples", "real_digits"} & report.keys()
+    assert "nearest" not in out and not Path("nearest.png").exists() and Path("bound_terms.png").exists()
+
+
 def test_500_samples_by_default():
     untrained("x.pth", timesteps=2)
     succeed("evaluate.py", "x.pth", "--images", 2)

@@ -76,8 +76,7 @@ def commands(fresh_directory, tmp_path, monkeypatch):
 
     def command(script, arguments, log):
         done.append([script, *map(str, arguments)])
-        quick = (argument for argument in arguments if argument != "--compile")  # which takes longer than the rest
-        code, _, err = call(script, *quick, *SMALL[script].split())
+        code, _, err = call(script, *arguments, *SMALL[script].split())
         if code:
             raise RuntimeError(err.strip().splitlines()[-1])
 
@@ -86,6 +85,7 @@ def commands(fresh_directory, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "command", command)
     monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
     monkeypatch.setattr(dataset, "load_offline", load_offline)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
     return done
 
 
@@ -244,16 +244,15 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
     for line, one, bound in zip(lines, rows.values(), bounds, strict=True):
         weighted = bound and bound["importance_weighted"]["by_trajectories"][1]
         both = [f"{b['nats_per_image']:.1f} ± {b['standard_error']:.1f}" if b else "" for b in (bound, weighted)]
-        assert line[1:3] == both
+        assert line[1:4] == [str(one["samples"]["timesteps"]), *both]
         real = one["real_digits_of_these_classes" if one["samples"]["labels"] else "real_digits"]
-        assert line[3] == f"{one['samples']['frechet_distance']:.3f} ({real['frechet_distance']:.3f})"
+        assert line[4] == f"{one['samples']['frechet_distance']:.3f} ({real['frechet_distance']:.3f})"
     rows["thresholded, class given"]["real_digits_of_these_classes"]["precision"] = 7  # here as good as any others
     assert headline.table(result).count("(7.000)") == 1
 
 
 def test_trajectories(commands, conditional, tmp_path, monkeypatch):
-    """Timesteps times K is the same in each row; what evaluate.py says of the largest K."""
-    monkeypatch.setattr(torch, "compile", lambda network: network)
+    """Timesteps times trajectories are the same in each row; what evaluate.py says of the most trajectories."""
     monkeypatch.setattr(trajectories, "TIMESTEPS", (10, 20))
     out = succeed("experiments.trajectories", conditional, *TRIAL, "--passes", 1000, "--amp", "--compile")
     result = result_of("trajectories", tmp_path)
@@ -344,6 +343,16 @@ def test_evaluation_keeps_the_bound_and_the_samples_of_another_chain_apart():
     assert "| 500 samples in 50 timesteps, labels, guidance 0.25, the last step's mode |" in evaluation.table(mode)
 
 
+def test_evaluation_of_the_bound_alone():
+    """With labels, too, where the network takes them."""
+    both = {key: value for key, value in EVALUATION.items() if key not in ("samples", "real_digits")}
+    lines = evaluation.table(both | {"bound_with_labels": report("", 59)["bound"]}).splitlines()
+    assert lines[2:] == [
+        "| 200 timesteps, no labels | 60.0 ± 0.2 |",
+        "| 200 timesteps, the true label, ln 10 for it included | 59.0 ± 0.2 |",
+    ]
+
+
 def test_evaluation_tells_the_importance_weighted_bound_of_the_most_trajectories():
     rows = [
         {
@@ -357,7 +366,7 @@ def test_evaluation_tells_the_importance_weighted_bound_of_the_most_trajectories
     ]
     weighted = EVALUATION["bound"] | {"importance_weighted": {"images": 40, "by_trajectories": rows}}
     last = evaluation.table(EVALUATION | {"bound": weighted}).splitlines()[-1]
-    assert "K = 2, 200 timesteps, no labels: **58.25 ± 0.50 nats per image**" in last
+    assert "weighted, 2 trajectories, 200 timesteps, no labels: **58.25 ± 0.50 nats per image**" in last
     assert last.endswith("(plain: 60.04; gain 1.00 ± 0.12, from 40 digits)")
 
 
@@ -664,11 +673,11 @@ def test_levels(commands, cheap, tmp_path):
 
 def test_table_of_levels_in_bits():
     """By hand: the parts are in nats, of which each run has as many to a bit as its bound says."""
-    bounds = [(2, 10, 0, 9, 1), (4, 10, 0, 5, 5)]  # bits per dimension, nats, L_T, sum of L_(t-1), L_0
-    keys = "bits_per_dimension", "nats_per_image", "L_T", "sum_L_t_minus_1", "L_0"
+    bounds = [(2, 10, 1, 0, 9, 1), (4, 10, 2, 0, 5, 5)]
+    keys = "bits_per_dimension", "nats_per_image", "standard_error", "L_T", "sum_L_t_minus_1", "L_0"
     runs = {f"{seed}": {"row": "a", "bound": dict(zip(keys, bound, strict=True))} for seed, bound in enumerate(bounds)}
     last = levels.table({"title": "few", "rows": runs}).splitlines()[-1]
-    assert last == "| a | 2 | 3.000 (2.000 to 4.000) | 0.000 | 1.900 | 1.100 |"
+    assert last == "| a | 2 | 3.000 (2.000 to 4.000) | 0.500 | 0.000 | 1.900 | 1.100 |"
 
 
 def test_noise(commands, tmp_path):

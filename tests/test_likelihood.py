@@ -193,7 +193,7 @@ def test_evaluate_weighs_trajectories(empty):
         assert weighted["images"] == 5 and weighted["by_trajectories"][2]["gain"] > 0.1
         for row, by_hand in zip(weighted["by_trajectories"], expected["by_trajectories"], strict=True):
             assert row == pytest.approx(by_hand)
-            assert re.search(rf"K = {row['trajectories']} .*{row['nats_per_image']:.2f} \+-", out)
+            assert re.search(rf" {row['trajectories']} trajectories .*{row['nats_per_image']:.2f} \+-", out)
     assert report["bound"]["nats_per_image"] != report["bound_with_labels"]["nats_per_image"]
     Image.open("out/gain.png").verify()
 
