@@ -2,7 +2,7 @@
 
     python sample.py                                         # 16 digits from the model that ships with the repository
     python sample.py results_d3pm/checkpoints/last.pth --n 16
-    python sample.py CHECKPOINT --n 64 --timesteps 200       # every timestep of training: four times the default's
+    python sample.py CHECKPOINT --n 64 --timesteps 200       # the default is 30
     python sample.py CHECKPOINT --n 10000 --save-tensor digits.pt
     python sample.py CHECKPOINT --n 5000 --first 5000        # the second half of that, on another machine
     python sample.py CHECKPOINT --digit 0123456789           # one row a digit (checkpoints of train.py --conditional)

@@ -598,7 +598,6 @@ def test_benchmark(commands, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "peak_memory_mb", lambda command: 321.0)
     process = SimpleNamespace(run=lambda line, **_: started.append([str(word) for word in line]))
     monkeypatch.setattr(benchmark, "subprocess", process)
-    monkeypatch.setattr(torch, "compile", lambda network: network)
     monkeypatch.setattr(benchmark, "load_digits", lambda *_: random_digits())
     trainers, take_turns = [], benchmark.take_turns
 
