@@ -53,7 +53,7 @@ DEFAULTS = {
     "label_dropout": 0.1,
     "lr": None,  # by the digits in use: see LEARNING_RATE
     "decay": "late",
-    "optimizer": "adamw",
+    "optimizer": "muon",
     "output": "softmax",
     "channels": None,  # the network's own
     "blocks": 1,
@@ -112,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
         "images: the model then draws with and without a class")  # fmt: skip
     add("--label-dropout", type=number(0, 1), metavar="P", help="share of images whose class --conditional hides "
         "(default 0.1)")  # fmt: skip
-    add("--optimizer", choices=OPTIMIZERS, help="adamw (default), or muon, which needs about half the steps")
+    add("--optimizer", choices=OPTIMIZERS, help="muon (default), or adamw, which needs about twice the steps")
     add("--lr", type=number(0, above=True), help="peak learning rate (default 1e-4 on MNIST, 2e-3 on the offline "
         f"digits), after {WARMUP_STEPS} steps of warm-up (a tenth of shorter runs)")  # fmt: skip
     add("--decay", choices=DECAYS, help="late (default): the rate stays at its peak until the last 30 %% of the steps, "
@@ -176,8 +176,8 @@ def merge_settings(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     """What this run uses: flags first, then the recipe, the resumed run's settings, the defaults."""
     given = RECIPES.get(args.recipe, {}) | {name: v for name in DEFAULTS if (v := getattr(args, name)) is not None}
     saved = {}
-    if checkpoint:  # an older run may lack the newest settings: it was a cosine's
-        saved = DEFAULTS | {"decay": "cosine"} | checkpoint["settings"]
+    if checkpoint:  # an older run may lack the newest settings: it was AdamW's, with a cosine
+        saved = DEFAULTS | {"optimizer": "adamw", "decay": "cosine"} | checkpoint["settings"]
     for name in given.keys() & saved.keys() - FREE_ON_RESUME:
         if given[name] != saved[name]:
             raise ValueError(

@@ -15,7 +15,7 @@ from dataset import stream_seed
 from diffusion import DiscreteDiffusion
 from model import accelerated
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("muon", "adamw")
 DECAYS = ("late", "cosine")
 WARMUP_STEPS = 100
 LATE = 0.3  # the share of the steps over which the late decay goes down

@@ -85,7 +85,7 @@ def training(digits: Digits, device: torch.device, rounds: int, batch_size: int,
 
     def ours(loss: str = "cross_entropy", **options) -> tuple[Trainer, Iterator]:
         diffusion = DiscreteDiffusion(build_network({"name": "unet"}).to(device), loss_type=loss)
-        return Trainer(diffusion, 10**6, batch_size, **options), endless(digits, batch_size)
+        return Trainer(diffusion, 10**6, batch_size, optimizer="muon", **options), endless(digits, batch_size)
 
     loader = DataLoader(PerSample(digits), batch_size, shuffle=True, num_workers=WORKERS, drop_last=True)
     pairs = {

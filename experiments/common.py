@@ -119,7 +119,8 @@ def compare_trainings(
     args = p.parse_args()
     digits = digits_of(args)
     evaluate = [*digits, "--split", "validation", "--last-step", "draw"]  # of the model that is judged
-    plan = trainings(name, rows, range(args.seeds), args.steps, [*digits, "--lr", lr], evaluate)
+    train = [*digits, "--lr", lr, "--optimizer", "adamw"]  # but where a row says otherwise
+    plan = trainings(name, rows, range(args.seeds), args.steps, train, evaluate)
     collect(name, {"title": f"{args.steps} steps", "data": args.data}, plan, table, args.jobs)
 
 

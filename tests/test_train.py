@@ -85,7 +85,7 @@ def test_a_run_is_these_steps_on_these_batches(run):
     digits = take(load_digits("train", "offline"), 64)
     torch.manual_seed(0)
     network = build_network({"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8], "num_labels": 0})
-    t = Trainer(DiscreteDiffusion(network, timesteps=10), 16, 16, 2e-3)
+    t = Trainer(DiscreteDiffusion(network, timesteps=10), 16, 16, 2e-3, "muon")
     validation = to_levels(load_digits("validation", "offline").images)
     history = []
     for epoch in range(4):
@@ -155,7 +155,7 @@ def test_what_a_run_says():
     assert out[:3] == [
         "64 offline digits for training, 500 for validation",
         "15,300 weights on cpu; T = 10",
-        "8 steps of 16, 2 epochs; adamw with peak learning rate 0.002",
+        "8 steps of 16, 2 epochs; muon with peak learning rate 0.002",
     ]
     assert out[4].startswith(
         f"epoch   2/2  train loss {row['train_loss']:.4f} nats/pixel  "
@@ -318,7 +318,7 @@ def test_defaults(monkeypatch, cheap):
     assert total == 50 * (4500 // 128)
     options.pop("processes")
     assert options == {
-        "batch_size": 128, "lr": 2e-3, "optimizer": "adamw", "decay": "late", "label_dropout": 0.1, "seed": 0,
+        "batch_size": 128, "lr": 2e-3, "optimizer": "muon", "decay": "late", "label_dropout": 0.1, "seed": 0,
         "amp": False, "compiled": False,
     }  # fmt: skip
     assert diffusion.config == {
@@ -714,9 +714,11 @@ def test_resume_prefers_last_to_what_was_touched_later(my_run, cheap):
     assert "all its 16 steps" in line
 
 
-def test_resume_of_an_older_run_knows_what_its_settings_meant(my_run, cheap):
+def test_resume_of_an_older_run_knows_what_its_settings_meant(fresh_directory, cheap):
     """A run from before there was --optimizer was AdamW's, one from before --decay a cosine's; with its levels' old
     name and no steps per epoch it goes on."""
+    my_run = Path("run")
+    succeed("train.py", *TRAIN, "--optimizer", "adamw", "--epochs", 4, "--out-dir", my_run)
     last = my_run / "checkpoints" / "last.pth"
     checkpoint = read_checkpoint(last)
     for name in ("optimizer", "decay", "blocks"):
