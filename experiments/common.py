@@ -244,9 +244,13 @@ def quality_figure(curves: dict[str, list[dict]], x: str, xlabel: str, samples: 
     left.set(ylabel="bound, nats per image")
     right.set(ylabel=f"Fréchet distance of {samples}")
     for axis in (left, right):
-        axis.set(xlabel=xlabel, **dict.fromkeys(("xscale", "yscale"), "log" if axis.has_data() else "linear"))
+        low, high = axis.dataLim.intervaly
+        wide = high > 10 * low  # no data: -inf > inf
+        axis.set(xlabel=xlabel, xscale="log" if axis.has_data() else "linear", yscale="log" if wide else "linear")
         axis.grid(alpha=0.3, which="both")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_major_formatter("{x:g}")
+    if right.get_yscale() == "linear":
+        right.set_ylim(bottom=0)  # so that noise looks like noise
     right.legend()
     return figure
