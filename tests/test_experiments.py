@@ -119,7 +119,7 @@ def test_choices(commands, cheap, tmp_path):
     run = tmp_path / "out" / "choices" / "absorbing-mutual_info-variational-0"
     settings = read_checkpoint(run / "checkpoints" / "last.pth")["settings"]
     assert (settings["transition"], settings["loss"], settings["lr"]) == ("absorbing", "variational", 2e-3)
-    assert (settings["steps"], settings["seed"]) == (2, 0)
+    assert (settings["steps"], settings["seed"], settings["optimizer"]) == (2, 0, "adamw")
 
     commands.clear()
     assert succeed("experiments.choices", *TRIAL, "--steps", 2, "--seeds", 1) == out and not commands
@@ -282,6 +282,11 @@ def test_steps(commands, conditional, tmp_path):
     assert real.get_ydata()[0] == last["real_digits_of_these_classes"]["frechet_distance"]
     assert figure.axes[0].lines[0].get_ydata()[1] == last["bound"]["nats_per_image"]
     assert Image.open(tmp_path / "out" / "steps" / "steps.png").size[0] > 100
+    for distance, scale in ((0.2, "linear"), (0.01, "log")):  # against that of real digits, drawn to 0 or over decades
+        rows = {"5": report("5", 60, frechet_distance=distance) | {"timesteps": 5}}
+        rows["5"]["real_digits"] = QUALITY | {"frechet_distance": 0.5}
+        right = steps.plot({"title": "", "rows": rows}).axes[1]
+        assert right.get_yscale() == scale and (right.get_ylim()[0] == 0) == (scale == "linear")
     assert "other arguments" in fail("experiments.steps", *TRIAL)  # another checkpoint, the released one
     assert "is damaged" in fail("experiments.steps", __file__, *TRIAL)
     assert len(commands) == 2
@@ -621,11 +626,12 @@ def test_benchmark(commands, tmp_path, monkeypatch):
         assert list(one["shares"]) == list(benchmark.PARTS) and sum(one["shares"].values()) == pytest.approx(1)
         assert min(one["shares"].values()) > 0 and one["images_per_second"] == 4
         assert one["gflops"] == pytest.approx(3 * one["mflop_per_image"] * 4 / 1000)
+    muon = {"optimizer": "muon"}
     assert trainers == [
-        ("cross_entropy", 2, {}),
-        ("variational", 2, {}),
-        ("cross_entropy", 2, {"amp": True}),
-        ("cross_entropy", 2, {"compiled": True}),
+        ("cross_entropy", 2, muon),
+        ("variational", 2, muon),
+        ("cross_entropy", 2, muon | {"amp": True}),
+        ("cross_entropy", 2, muon | {"compiled": True}),
     ]
     assert result["training"]["matrix_product_gflops"] == pytest.approx(2 * 64**3 / 0.5 / 1e9)
     assert list(result["drawing"].values()) == [2, 4, 6, 6]
@@ -683,6 +689,9 @@ def test_noise(commands, tmp_path):
     out = succeed("experiments.noise", "--levels", 3, "--timesteps", 15)
     assert out.strip() == noise.table(result_of("noise", tmp_path)) and "absorbing, mutual_info" in out
     assert Image.open(tmp_path / "out" / "noise" / "noise.png").size[0] > 100
+    curves = {"a": {"changed": [0, 0, 0], "mutual_information": [1, 0.256, 0]}}
+    last = noise.table({"levels": 3, "timesteps": 2, "curves": curves}).splitlines()[-1]
+    assert last == "| a | 100 | 100 | 100 | 26 | 0 | 0 |"  # t = 0, 0, 0, 1, 2, 2 of 2: round takes the even one
 
 
 def metrics(folder, bounds, rates):
