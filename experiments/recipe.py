@@ -1,6 +1,6 @@
 """What is free under the four documented numbers of train.py, 50 epochs, batch 128, T = 200, rate 1e-4: 10 epochs each.
 
-python -m experiments.recipe --data-root data           # about 20 minutes on one core for each of four runs
+python -m experiments.recipe --data-root data           # about 20 minutes on one core for each of three runs
 """
 
 from cli import run
@@ -10,7 +10,6 @@ from experiments.common import compare_trainings, table  # noqa: F401 (the page'
 ROWS = {
     "AdamW, late decay": "--optimizer adamw --decay late",
     "Muon, late decay": "--optimizer muon --decay late",
-    "AdamW, cosine": "--optimizer adamw --decay cosine",
     "Muon, cosine": "--optimizer muon --decay cosine",
 }
 
