@@ -6,6 +6,7 @@ Bound and samples are those that evaluate.py gives on test digits.
 """
 
 import csv
+from functools import partial
 from pathlib import Path
 
 from cli import integer, run
@@ -36,9 +37,8 @@ def main() -> None:
     p.add_argument("--steps", type=integer(1), nargs=2, default=[*STEPS.values()], metavar="N", help="of the two runs "
                    f"(default {' '.join(map(str, STEPS.values()))})")  # fmt: skip
     args = p.parse_args()
-    digits, plan = digits_of(args), {}
-    for line, steps in zip(STEPS, args.steps, strict=True):
-        plan[line] = lambda line=line, steps=steps: trained(line, steps, digits)
+    digits = digits_of(args)
+    plan = {line: partial(trained, line, steps, digits) for line, steps in zip(STEPS, args.steps, strict=True)}
     collect("default", {"title": "trained by", "data": args.data, "steps": args.steps}, plan, table, args.jobs)
 
 
