@@ -20,9 +20,14 @@ def table(result: dict) -> str:
     lines = []
     for one in result["rows"].values():
         bound, weighted = one["bound"], one["bound"]["importance_weighted"]["by_trajectories"][-1]
-        cells = [bound["nats_per_image"], weighted["gain"], weighted["gain_standard_error"], weighted["nats_per_image"]]
-        plain, gain, error, total = (f"{nats:.2f}" for nats in cells)
-        lines.append([f"{one['timesteps']}", f"{weighted['trajectories']:,}", plain, f"{gain} ± {error}", total])
+        cells = [f"{one['timesteps']}", f"{weighted['trajectories']:,}"]
+        for of, value, error in (
+            (bound, "nats_per_image", "standard_error"),
+            (weighted, "gain", "gain_standard_error"),
+            (weighted, "nats_per_image", "standard_error"),
+        ):
+            cells.append(f"{of[value]:.2f} ± {of[error]:.2f}")
+        lines.append(cells)
     return markdown([result["title"], "trajectories", "plain bound", "gain", "importance-weighted"], lines)
 
 

@@ -262,8 +262,11 @@ def test_trajectories(commands, conditional, tmp_path, monkeypatch):
     assert weighted["trajectories"] == 100 and "--split validation" in " ".join(commands[0])
     assert "--amp" in commands[0] and "--compile" in commands[0]
     cells = [cell.strip() for cell in out.splitlines()[2].split("|")[1:-1]]
-    assert cells[:2] == ["10", "100"] and cells[4] == f"{weighted['nats_per_image']:.2f}"
-    assert float(cells[2]) - float(cells[3].split()[0]) == pytest.approx(float(cells[4]), abs=0.02)
+    assert cells[:2] == ["10", "100"]
+    assert cells[2].endswith(f" ± {one['bound']['standard_error']:.2f}")
+    assert cells[4] == f"{weighted['nats_per_image']:.2f} ± {weighted['standard_error']:.2f}"
+    plain, gain, total = (float(cell.split()[0]) for cell in cells[2:])
+    assert plain - gain == pytest.approx(total, abs=0.02)
 
 
 def test_steps(commands, conditional, tmp_path):
