@@ -129,5 +129,5 @@ def plot_gains(bounds: dict[str, tuple[float, list[dict]]]) -> Figure:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set(xlabel="trajectories", ylabel="bound, nats per image", title="Averaging weights before the logarithm")
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper right")  # the curves fall
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
