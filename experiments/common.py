@@ -247,9 +247,10 @@ def quality_figure(curves: dict[str, list[dict]], x: str, xlabel: str, samples: 
         low, high = axis.dataLim.intervaly
         wide = high > 10 * low  # no data: -inf > inf
         axis.set(xlabel=xlabel, xscale="log" if axis.has_data() else "linear", yscale="log" if wide else "linear")
-        axis.grid(alpha=0.3, which="both")
-        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xticks(ticks := [one[x] for one in next(iter(curves.values()), [])], [f"{x:.3g}" for x in ticks])
+        axis.set_xticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3, which="both")
     if right.get_yscale() == "linear":
         right.set_ylim(bottom=0)  # so that noise looks like noise
     right.legend()

@@ -290,6 +290,8 @@ def test_steps(commands, conditional, tmp_path):
         rows["5"]["real_digits"] = QUALITY | {"frechet_distance": 0.5}
         right = steps.plot({"title": "", "rows": rows}).axes[1]
         assert right.get_yscale() == scale and (right.get_ylim()[0] == 0) == (scale == "linear")
+        ticks = [label.get_text() for minor in (False, True) for label in right.get_xticklabels(minor=minor)]
+        assert ticks == [f"{one['timesteps']}" for one in rows.values()]
     assert "other arguments" in fail("experiments.steps", *TRIAL)  # another checkpoint, the released one
     assert "is damaged" in fail("experiments.steps", __file__, *TRIAL)
     assert len(commands) == 2
