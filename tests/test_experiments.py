@@ -264,6 +264,7 @@ def test_trajectories(commands, conditional, tmp_path, monkeypatch):
     cells = [cell.strip() for cell in out.splitlines()[2].split("|")[1:-1]]
     assert cells[:2] == ["10", "100"]
     assert cells[2].endswith(f" ± {one['bound']['standard_error']:.2f}")
+    assert cells[3] == f"{weighted['gain']:.2f} ± {weighted['gain_standard_error']:.2f}"
     assert cells[4] == f"{weighted['nats_per_image']:.2f} ± {weighted['standard_error']:.2f}"
     plain, gain, total = (float(cell.split()[0]) for cell in cells[2:])
     assert plain - gain == pytest.approx(total, abs=0.02)
@@ -280,6 +281,9 @@ def test_steps(commands, conditional, tmp_path):
     figure = steps.plot(result)
     curve, real = figure.axes[1].lines
     assert list(curve.get_xdata()) == [5, 10]
+    for axis in figure.axes:  # ticks where the points are, and none between them
+        labels = [label.get_text() for minor in (False, True) for label in axis.get_xticklabels(minor=minor)]
+        assert labels == ["5", "10"]
     last = result["rows"]["10 timesteps"]
     assert curve.get_ydata()[1] == last["samples"]["frechet_distance"]
     assert real.get_ydata()[0] == last["real_digits_of_these_classes"]["frechet_distance"]
@@ -290,8 +294,6 @@ def test_steps(commands, conditional, tmp_path):
         rows["5"]["real_digits"] = QUALITY | {"frechet_distance": 0.5}
         right = steps.plot({"title": "", "rows": rows}).axes[1]
         assert right.get_yscale() == scale and (right.get_ylim()[0] == 0) == (scale == "linear")
-        ticks = [label.get_text() for minor in (False, True) for label in right.get_xticklabels(minor=minor)]
-        assert ticks == [f"{one['timesteps']}" for one in rows.values()]
     assert "other arguments" in fail("experiments.steps", *TRIAL)  # another checkpoint, the released one
     assert "is damaged" in fail("experiments.steps", __file__, *TRIAL)
     assert len(commands) == 2
