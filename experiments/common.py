@@ -243,11 +243,12 @@ def quality_figure(curves: dict[str, list[dict]], x: str, xlabel: str, samples: 
         right.axhline(real["frechet_distance"], color="gray", linestyle="--", label="real digits")
     left.set(ylabel="bound, nats per image")
     right.set(ylabel=f"Fréchet distance of {samples}")
+    ticks = [one[x] for one in next(iter(curves.values()), [])]
     for axis in (left, right):
         low, high = axis.dataLim.intervaly
         wide = high > 10 * low  # no data: -inf > inf
         axis.set(xlabel=xlabel, xscale="log" if axis.has_data() else "linear", yscale="log" if wide else "linear")
-        axis.set_xticks(ticks := [one[x] for one in next(iter(curves.values()), [])], [f"{x:.3g}" for x in ticks])
+        axis.set_xticks(ticks, [f"{round(tick, 2):g}" for tick in ticks])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
