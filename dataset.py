@@ -55,6 +55,9 @@ class Digits:
     labels: Tensor
     source: str
 
+    def to(self, device: torch.device) -> "Digits":
+        return Digits(self.images.to(device), self.labels.to(device), self.source)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding and fetching
@@ -205,7 +208,7 @@ def to_levels(grey: Tensor, num_levels: int = 2, binarize: str = "threshold", ge
     """Grey values 0..255 to levels 0..num_levels-1: uint8 in, uint8 out, any shape.
 
     binarize="threshold" cuts the grey scale into equal intervals (at 0.5 for two levels); "dynamic" draws each pixel
-    from Bernoulli(grey / 255) with `generator`, the protocol of published likelihoods.
+    from Bernoulli(grey / 255) with `generator`, which is on the device of `grey`: the protocol of published likelihoods.
 
     Raises:
         ValueError: for an unknown protocol, levels outside 2..256, or dynamic with more than two levels.
@@ -217,7 +220,7 @@ def to_levels(grey: Tensor, num_levels: int = 2, binarize: str = "threshold", ge
     if binarize == "dynamic":
         if num_levels != 2:
             raise ValueError(f"dynamic binarization makes 2 levels, not {num_levels}")
-        return (torch.rand(grey.shape, generator=generator) * 255 < grey).to(torch.uint8)
+        return (torch.rand(grey.shape, generator=generator, device=grey.device) * 255 < grey).to(torch.uint8)
     return (grey.int() * num_levels // 256).to(torch.uint8)
 
 
@@ -242,8 +245,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled batches (x_0, label): uint8 [batch_size, 1, H, W] of levels and int64 [batch_size].
 
-    All is a function of (seed, epoch): a run that goes on takes up its epoch at batch number `start`. The last,
-    incomplete batch is left out. `num_levels` and `binarize` as for `to_levels`.
+    All is a function of (seed, epoch), and of the kind of device that the digits are on: a run that goes on takes up its
+    epoch at batch number `start`. The last, incomplete batch is left out. `num_levels` and `binarize` as for `to_levels`.
 
     Raises:
         DataError: if the digits are fewer than one batch.
@@ -252,9 +255,10 @@ def batches(
     if not 1 <= batch_size <= len(digits.images):
         raise DataError(f"batch size must be between 1 and {len(digits.images)}, the digits at hand, got {batch_size}")
     order = torch.randperm(len(digits.images), generator=torch.Generator().manual_seed(stream_seed(seed, 1, epoch)))
+    order = order.to(digits.images.device)
     for i in range(start, len(order) // batch_size):
         rows = order[i * batch_size : (i + 1) * batch_size]
-        noise = torch.Generator().manual_seed(stream_seed(seed, 2, epoch, i))
+        noise = torch.Generator(order.device).manual_seed(stream_seed(seed, 2, epoch, i))
         yield to_levels(digits.images[rows], num_levels, binarize, noise), digits.labels[rows]
 
 

@@ -202,6 +202,11 @@ class DiscreteDiffusion(nn.Module):
             self._tables[key] = getattr(self, table).to(like.dtype).to(like.device)
         return self._tables[key][t.long().to(like.device)]
 
+    def _network_t(self, t: Tensor, x: Tensor) -> Tensor:
+        """What the network is told for t, int64 [B] on the device of x."""
+        t = t.long().to(x.device)
+        return self._at("network_t", t, like=t)
+
     def q_x_t(self, x_0: Tensor, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """q(x_t | x_0) = row x_0 of bar_Q_t (equation 3), float [B, S, H, W]; t may be 0."""
         self._check_images("x_0", x_0, self.num_levels)
@@ -253,7 +258,7 @@ class DiscreteDiffusion(nn.Module):
         """
         self._check_images("x_t", x_t, self.num_states)
         self._check_t(t, x_t)
-        t = self.network_t.to(x_t.device)[t.long().to(x_t.device)]
+        t = self._network_t(t, x_t)
         if y is None:
             if guidance:
                 raise ValueError("guidance needs labels y")
@@ -291,7 +296,7 @@ class DiscreteDiffusion(nn.Module):
         # Weights p~ q(x_t | x_0) turn the mixture into equation 4; in logarithms, where products don't underflow.
         weights = torch.where(possible, logits + likelihood.log(), -torch.inf).softmax(1)
         p = self.q_posterior(x_t, weights, t)
-        last = self.network_t.to(x_t.device)[t.long().to(x_t.device)] == 1  # a respaced chain's t = 1 is not the last
+        last = self._network_t(t, x_t) == 1  # a respaced chain's t = 1 is not the last
         p_tilde = F.pad(logits.softmax(1), (0, 0, 0, 0, 0, self.num_states - self.num_levels))
         return torch.where(last.view(-1, 1, 1, 1), p_tilde, p)
 
@@ -338,9 +343,12 @@ class DiscreteDiffusion(nn.Module):
         return variational + self.timesteps * self.hybrid_weight * cross_entropy
 
     def draw_t(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n timesteps, each uniform on 1..T but spread evenly over the batch to cut variance; int64 [n] on the CPU."""
-        first = torch.rand((), generator=generator, dtype=torch.float64)
-        position = (first + torch.randperm(n, generator=generator) / n) % 1
+        """n timesteps, each uniform on 1..T but spread evenly over the batch to cut variance; int64 [n], on the
+        generator's device, which is the CPU by default.
+        """
+        device = generator.device if generator else "cpu"
+        first = torch.rand((), generator=generator, dtype=torch.float64, device=device)
+        position = (first + torch.randperm(n, generator=generator, device=device) / n) % 1
         return (position * self.timesteps).long().clamp(max=self.timesteps - 1) + 1
 
     # -- the variational bound (equation 1), in nats per image --------------------------------------------------------

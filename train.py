@@ -64,6 +64,7 @@ DEFAULTS = {
     "device": "auto",
     "compile": False,
     "amp": False,
+    "validate_every": 1,
     "out_dir": Path("results_d3pm"),
 }
 # What d3pm_mnist_dynamic.pth was trained with
@@ -78,7 +79,7 @@ RECIPES = {
 }
 LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # 1,750 steps on the offline digits are too few for 1e-4
 # What may differ from the run that goes on
-FREE_ON_RESUME = {"epochs", "steps", "data", "data_root", "device", "compile", "amp", "out_dir"}
+FREE_ON_RESUME = {"epochs", "steps", "data", "data_root", "device", "compile", "amp", "validate_every", "out_dir"}
 EVERY = 5  # epochs between kept checkpoints and sample sheets
 SAVE_SECONDS = 600  # at most so much work is lost
 TELL_SECONDS = 60  # a log without a progress bar shows life this often
@@ -127,6 +128,8 @@ def parse_arguments() -> argparse.Namespace:
     add_device(add)
     p.set_defaults(device=None)
     add_speed(add, None)
+    add("--validate-every", type=integer(1), metavar="N", help="epochs between validations, each with a row in "
+        "metrics.csv and last.pth (default 1; for GPUs, on which an epoch takes less time than that)")  # fmt: skip
     add("--out-dir", type=path(), help="where everything is written (default results_d3pm)")
     add("--init", type=path(), metavar="CHECKPOINT", help="start from this checkpoint's averaged weights; a "
         "--conditional run may start from one without classes")  # fmt: skip
@@ -260,10 +263,10 @@ class Run:
         """Go on to the last step, or until stop() is true; whether it was stopped before its time."""
         trainer, s = self.trainer, self.settings
         size, stopped = s["batch_size"], False
+        start, first_step = time.perf_counter(), trainer.steps
         while trainer.steps < trainer.total_steps and not stopped:
             epoch, done = divmod(trainer.steps, self.steps_per_epoch)
             self.loss_sum = self.loss_sum if done else 0.0
-            start, first_step = time.perf_counter(), trainer.steps
             with tqdm(total=self.steps_per_epoch * size, initial=done * size, desc=f"epoch {epoch + 1}", unit="img",
                       leave=False, disable=None if self.writes else True) as bar:  # fmt: skip
                 for x_0, y in batches(self.digits, size, s["seed"], epoch, done, s["levels"], s["binarize"]):
@@ -276,9 +279,11 @@ class Run:
                     if stopped or trainer.steps == trainer.total_steps:
                         break
             self.settle(epoch)
-            if trainer.steps % self.steps_per_epoch == 0 or trainer.steps == trainer.total_steps:
+            in_turn = trainer.steps % (self.steps_per_epoch * s["validate_every"]) == 0
+            if in_turn or trainer.steps == trainer.total_steps:
                 seconds = time.perf_counter() - start
                 self.end_epoch(epoch + 1, (trainer.steps - first_step) * size / seconds, seconds)
+                start, first_step = time.perf_counter(), trainer.steps
         return stopped and trainer.steps < trainer.total_steps
 
     def settle(self, epoch: int, *names: str) -> None:
@@ -309,7 +314,7 @@ class Run:
             "step": trainer.steps,
             "train_loss": self.loss_sum / (trainer.steps - (epoch - 1) * self.steps_per_epoch),
             "validation_bound": trainer.validate(self.validation),
-            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "lr": float(trainer.optimizer.param_groups[0]["lr"]),
             "images_per_second": images_per_second,
             "seconds": seconds,
         }
@@ -412,6 +417,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: RunFolder) -> 
     processes.share(settings["batch_size"])
     diffusion = build(settings, args.init)
     device = processes.start(pick_device(settings["device"]))
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     digits, validation = load_data(settings, checkpoint, processes)
     settings["lr"] = settings["lr"] or LEARNING_RATE[digits.source]
     settings |= {"schedule": diffusion.config["schedule"], "channels": diffusion.model.config["channels"]}
@@ -420,7 +426,7 @@ def train(args: argparse.Namespace, processes: Processes, folder: RunFolder) -> 
     names = ("batch_size", "lr", "optimizer", "decay", "label_dropout", "seed", "amp")
     options = {name: settings[name] for name in names} | {"compiled": settings["compile"], "processes": processes}
     trainer = Trainer(diffusion.to(device), total, **options)
-    run = Run(trainer, digits, validation, settings, folder, processes)
+    run = Run(trainer, digits.to(trainer.source), validation, settings, folder, processes)
     if checkpoint:
         trainer.load_state_dict(checkpoint)
         run.loss_sum, run.history = checkpoint["loss_sum"], checkpoint["history"]

@@ -1,14 +1,17 @@
 """One training step and all that it carries from step to step: weights, their average, the optimizer, the noise."""
 
+import copy
 import math
 import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
 from dataset import stream_seed
@@ -117,30 +120,52 @@ class Trainer:
         model = accelerated(self.network, amp, compiled)
         model = DistributedDataParallel(model) if processes.size > 1 else model
         self.diffusion = diffusion.around(model)
-        self.average = AveragedModel(self.network, multi_avg_fn=move_average, use_buffers=True)
-        self.averaged = diffusion.around(self.average.module).eval()
+        self.averaged = diffusion.around(copy.deepcopy(self.network)).eval()
         self.network.train()
+        device = next(self.network.parameters()).device
+        self.source = device if device.type == "cuda" else torch.device("cpu")  # of the noise
+        # A recorded step reads the rate where it was when it was recorded
+        self.records = device.type == "cuda" and processes.size == 1
+        if self.records:
+            torch.cuda.set_device(device)
+        options = {"lr": torch.tensor(lr, device=device) if self.records else lr, "capturable": self.records}
         if optimizer == "muon":
-            self.optimizer: torch.optim.Optimizer = Muon(self.network, lr, torch.bfloat16 if amp else torch.float32)
+            dtype = torch.bfloat16 if amp else torch.float32
+            self.optimizer: torch.optim.Optimizer = Muon(self.network, dtype, **options)
         else:
-            self.optimizer = torch.optim.AdamW(self.network.parameters(), lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+            parameters = self.network.parameters()
+            self.optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=WEIGHT_DECAY, **options)
+        self.update = Recorded(self._update) if self.records else self._update
 
     def step(self, x_0: Tensor, y: Tensor | None = None) -> Tensor:
         """Learn from one batch of all processes, x_0 [B, 1, H, W] and labels y [B]; the loss, a scalar, detached.
 
         The noise depends on (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn, and
-        processes that share a batch draw what one process would have drawn, and take their part of it.
+        processes that share a batch draw what one process would have drawn, and take their part of it. (CUDA draws its
+        own: the CPU's would take longer than the step.)
         """
         device = next(self.network.parameters()).device
         with record_function("noise"):
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, 0, self.steps))
+            generator = torch.Generator(self.source).manual_seed(stream_seed(self.seed, 0, self.steps))
             t = self.diffusion.draw_t(len(x_0), generator)
-            u = torch.rand(x_0.shape, generator=generator)
+            u = torch.rand(x_0.shape, generator=generator, device=self.source)
             if self.diffusion.num_labels and y is not None:
-                y = y.masked_fill(torch.rand(len(y), generator=generator) < self.label_dropout, -1)
+                hidden = torch.rand(len(y), generator=generator, device=self.source) < self.label_dropout
+                y = y.to(self.source).masked_fill(hidden, -1)
             else:
                 y = None
             x_0, t, u, y = (v if v is None else v[self.shard].to(device) for v in (x_0, t, u, y))
+        rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(rate) if self.records else rate
+        loss = self.update(x_0, t, u, y)
+        with record_function("average"):
+            move_average(self.averaged.model, self.network, self.steps)
+        self.steps += 1
+        return loss
+
+    def _update(self, x_0: Tensor, t: Tensor, u: Tensor, y: Tensor | None) -> Tensor:
+        """Loss, gradient, optimizer: what CUDA records. It waits for no result."""
         with record_function("forward"):
             loss = self.diffusion.loss(x_0, t, u, y)
         with record_function("backward"):
@@ -148,12 +173,7 @@ class Trainer:
             loss.backward()
         with record_function("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
             self.optimizer.step()
-        with record_function("average"):
-            self.average.update_parameters(self.network)
-        self.steps += 1
         return loss.detach()
 
     def validate(self, x_0: Tensor) -> float:
@@ -163,7 +183,7 @@ class Trainer:
     def state_dict(self) -> dict:
         return {
             "weights": self.network.state_dict(),
-            "averaged_weights": self.average.module.state_dict(),
+            "averaged_weights": self.averaged.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.steps,
         }
@@ -172,13 +192,16 @@ class Trainer:
         """Go on where `state_dict` was taken. Raises ValueError if it is another network's or optimizer's."""
         try:
             self.network.load_state_dict(state["weights"])
-            self.average.module.load_state_dict(state["averaged_weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.averaged.model.load_state_dict(state["averaged_weights"])
+            saved = state["optimizer"]  # perhaps on another kind of device
+            groups = [group | {"capturable": self.records} for group in saved["param_groups"]]
+            self.optimizer.load_state_dict(saved | {"param_groups": groups})
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the run to resume does not fit this version of the repository: {reason}") from None
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], device=self.source) if self.records else float(group["lr"])
         self.steps = state["step"]
-        self.average.n_averaged.fill_(self.steps)
 
 
 def learning_rate(peak: float, step: int, total: int, decay: str = "late") -> float:
@@ -194,11 +217,46 @@ def decay_start(total: int) -> int:
     return math.ceil((1 - LATE) * total)
 
 
-def move_average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-    """Exponential moving average over about the last ninth of the steps so far, at most 1,000 of them."""
-    decay = min(0.999, (1 + int(n)) / (10 + int(n)))
-    for a, c in zip(averaged, current, strict=True):
+@torch.no_grad()
+def move_average(averaged: nn.Module, current: nn.Module, n: int) -> None:
+    """Exponential moving average over about the last ninth of the n steps so far, at most 1,000 of them."""
+    decay = min(0.999, (1 + n) / (10 + n)) if n else 0.0
+    torch._foreach_lerp_(list(averaged.parameters()), list(current.parameters()), 1 - decay)
+    for a, c in zip(averaged.buffers(), current.buffers(), strict=True):
         a.lerp_(c, 1 - decay) if a.is_floating_point() else a.copy_(c)
+
+
+class Recorded:
+    """A function of CUDA tensors that does the same thing every time: recorded as a CUDA graph, then replayed.
+
+    The thousand kernels of a step take less time than it takes to ask for them one by one. The first calls are made as
+    usual: they compile, and find their memory. Each call's tensors have the shapes of the first one's, and the function
+    may not wait for a result.
+    """
+
+    USUAL = 3
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
+
+    def __call__(self, *given: Tensor | None) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.USUAL:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True")  # so it is, but not yet
+                result = self.function(*given)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.calls == self.USUAL + 1:
+            self.given, self.graph = [v if v is None else v.clone() for v in given], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.function(*self.given)
+        for mine, yours in zip(self.given, given, strict=True):
+            if mine is not None:
+                mine.copy_(yours)
+        self.graph.replay()
+        return self.result.clone()
 
 
 class Muon(torch.optim.AdamW):
@@ -210,33 +268,39 @@ class Muon(torch.optim.AdamW):
 
     MOMENTUM = 0.95
 
-    def __init__(self, network: nn.Module, lr: float, dtype: torch.dtype = torch.float32):
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, **options):
         if not hasattr(network, "hidden_matrices"):
             raise ValueError(f"muon needs a network with hidden_matrices(), which {type(network).__name__} has not")
-        super().__init__(network.parameters(), lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
-        self.matrices, self.dtype = network.hidden_matrices(), dtype
+        super().__init__(network.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, **options)
+        self.dtype = dtype
+        self.alike: dict[tuple, list[nn.Parameter]] = defaultdict(list)  # matrices of one shape, which go together
+        for p in network.hidden_matrices():
+            self.alike[p.flatten(1).shape].append(p)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for p in self.matrices:
-            if p not in self.state:  # AdamW wants a step in every state that it loads
-                self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
-            momentum = self.state[p]["momentum"]
-            momentum.lerp_(p.grad, 1 - self.MOMENTUM)
-            look_ahead = p.grad.lerp(momentum, self.MOMENTUM).flatten(1)  # Nesterov's
-            update = orthogonalized(look_ahead, self.dtype)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * math.sqrt(max(update.shape)))
-            p.grad = None  # AdamW passes over it
+        for shape, matrices in self.alike.items():
+            for p in matrices:
+                if p not in self.state:  # AdamW wants a step in every state that it loads
+                    self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+            gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+            ahead = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)  # Nesterov's
+            updates = orthogonalized(torch.stack([v.flatten(1) for v in ahead]), self.dtype)
+            updates = updates * (group["lr"] * 0.2 * math.sqrt(max(shape)))
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(matrices, [v.view_as(p) for p, v in zip(matrices, updates, strict=True)])
+            for p in matrices:
+                p.grad = None  # AdamW passes over it
         super().step()
 
 
-def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """U V^T of the matrix U S V^T, roughly: its singular values come out between 0.7 and 1.2 (Newton-Schulz)."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = (wide / (wide.norm() + 1e-7)).to(dtype)
+def orthogonalized(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """U V^T of each matrix U S V^T, [..., R, C], roughly: singular values come out between 0.7 and 1.2 (Newton-Schulz)."""
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x if wide is matrix else x.T).to(matrix.dtype)
+    return (x if wide is matrices else x.mT).to(matrices.dtype)

@@ -576,7 +576,7 @@ def test_race_judges_what_was_trained(rate, toy_race, monkeypatch):
     assert len(race.seconds) == 3 and trainer.steps == 3
     before = [p.clone() for p in trainer.network.parameters()]
     race.bound(x_0)
-    network = trainer.network if rate is None else trainer.average.module
+    network = trainer.network if rate is None else trainer.averaged.model
     assert race.judged.model is network and not network.training
     assert network.unfold[0].num_batches_tracked == 2  # those of NORM_BATCHES alone
     assert race.judged.loss_type == ("cross_entropy" if rate is None else "variational")

@@ -270,7 +270,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     flags = """--steps 2 --batch-size 8 --timesteps 12 --transition absorbing --schedule cosine --loss hybrid
         --hybrid-weight 0.5 --levels 4 --conditional --label-dropout 0.3 --optimizer muon --lr 0.003 --decay cosine
         --channels 8 16 24 --blocks 2 --data offline --data-root nowhere --limit 40 --seed 5 --device cpu --compile
-        --amp --reverse joint --output logistic --out-dir here"""
+        --amp --validate-every 3 --reverse joint --output logistic --out-dir here"""
     succeed("train.py", *flags.split())
     ((diffusion, total), options) = made[0]
     assert total == 2
@@ -304,7 +304,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
         "conditional": True, "label_dropout": 0.3,
         "optimizer": "muon", "lr": 0.003, "decay": "cosine", "channels": [8, 16, 24], "blocks": 2, "data": "offline",
         "data_root": "nowhere", "limit": 40, "seed": 5, "device": "cpu", "compile": True, "amp": True,
-        "out_dir": "here",
+        "validate_every": 3, "out_dir": "here",
     }  # fmt: skip
 
 

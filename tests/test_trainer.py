@@ -13,7 +13,7 @@ import trainer as trainer_module
 from dataset import stream_seed
 from diffusion import DiscreteDiffusion
 from model import Autocast, UNet
-from trainer import Muon, Processes, Trainer, decay_start, learning_rate, move_average, orthogonalized
+from trainer import Muon, Processes, Recorded, Trainer, decay_start, learning_rate, move_average, orthogonalized
 
 
 def small_diffusion(num_labels=10, **kwargs) -> DiscreteDiffusion:
@@ -197,6 +197,42 @@ def test_going_on_is_exact(optimizer):
     assert not equal(straight.state_dict()["weights"], straight.state_dict()["averaged_weights"])
 
 
+def test_going_on_after_another_kind_of_device():
+    """What CUDA's recorded steps leave in the optimizer, its flag and its tensor of a rate, means nothing elsewhere."""
+    straight = Trainer(small_diffusion(), 12, 8, 0.01)
+    steps(straight, 5)
+    state = copy(straight.state_dict())
+    state["optimizer"]["param_groups"][0] |= {"capturable": True, "lr": torch.tensor(0.3)}
+    losses = steps(straight, 7)
+    other = Trainer(small_diffusion(), 12, 8, 0.01)
+    other.load_state_dict(state)
+    assert state["optimizer"]["param_groups"][0]["capturable"]
+    assert steps(other, 7) == losses
+    assert isinstance(other.optimizer.param_groups[0]["lr"], float)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_recorded_steps_are_the_usual_ones(optimizer, monkeypatch):
+    """And a run may move between the devices; the noise is another then."""
+    trainers, options = [], {"lr": 0.01, "optimizer": optimizer}
+    for usual in (3, 100):
+        monkeypatch.setattr(Recorded, "USUAL", usual)
+        trainers.append(Trainer(small_diffusion().to("cuda"), 12, 8, **options))
+        assert trainers[-1].records
+    recorded, plain = ([loss.item() for loss in (t.step(*batch(i)) for i in range(12))] for t in trainers)
+    assert recorded == pytest.approx(plain, rel=1e-3) and len(set(recorded)) == 12
+    for p, q in zip(*(t.averaged.model.parameters() for t in trainers), strict=True):
+        assert torch.allclose(p, q, atol=1e-3)
+
+    there = Trainer(small_diffusion(), 20, 8, **options)
+    there.load_state_dict(trainers[0].state_dict())
+    assert all(map(math.isfinite, steps(there, 4)))
+    back = Trainer(small_diffusion().to("cuda"), 20, 8, **options)
+    back.load_state_dict(there.state_dict())
+    assert all(map(math.isfinite, steps(back, 4)))
+
+
 def copy(value):
     if isinstance(value, torch.Tensor):
         return value.clone()
@@ -244,11 +280,16 @@ def test_the_decay_starts_where_the_rate_leaves_its_peak(total):
 
 def test_moving_average_by_hand():
     """A ninth of the steps early on, a thousand late; whole numbers, of batch norm say, are copied."""
-    for n, keep in ((0, 0.1), (8, 0.5), (100, 101 / 110), (10**6, 0.999)):
-        averaged, current = [torch.tensor([1.0]), torch.tensor([3])], [torch.tensor([2.0]), torch.tensor([5])]
-        move_average(averaged, current, torch.tensor(n))
-        assert averaged[0].item() == pytest.approx(keep * 1 + (1 - keep) * 2)
-        assert averaged[1].item() == 5
+    for n, keep in ((0, 0), (1, 2 / 11), (8, 0.5), (100, 101 / 110), (10**6, 0.999)):
+        averaged, current = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+        nn.init.constant_(current.weight, 2)
+        current.running_mean += 1
+        current.num_batches_tracked += 5
+        move_average(averaged, current, n)
+        assert averaged.weight.item() == pytest.approx(keep * 1 + (1 - keep) * 2)
+        assert averaged.running_mean.item() == pytest.approx(1 - keep)
+        assert averaged.num_batches_tracked == 5
+        assert current.weight.item() == 2 and current.running_mean.item() == 1
 
 
 def test_buffers_are_averaged_too():
@@ -303,7 +344,7 @@ def test_muon_by_hand(dtype):
             p += 0.1 * torch.randn_like(p)
             q.copy_(p)
     muon, adamw = (
-        Muon(network, 0.05, dtype),
+        Muon(network, dtype, lr=0.05),
         torch.optim.AdamW(twin.parameters(), 0.05, betas=(0.9, 0.99), weight_decay=0.01),
     )
     by_hand = {i: p.detach().clone() for i, p in enumerate(network.parameters()) if id(p) in matrices}
