@@ -208,7 +208,7 @@ def to_levels(grey: Tensor, num_levels: int = 2, binarize: str = "threshold", ge
     """Grey values 0..255 to levels 0..num_levels-1: uint8 in, uint8 out, any shape.
 
     binarize="threshold" cuts the grey scale into equal intervals (at 0.5 for two levels); "dynamic" draws each pixel
-    from Bernoulli(grey / 255) with `generator`, which is on the device of `grey`: the protocol of published likelihoods.
+    from Bernoulli(grey / 255) with `generator`, on the device of `grey`: the protocol of published likelihoods.
 
     Raises:
         ValueError: for an unknown protocol, levels outside 2..256, or dynamic with more than two levels.
@@ -245,8 +245,9 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled batches (x_0, label): uint8 [batch_size, 1, H, W] of levels and int64 [batch_size].
 
-    All is a function of (seed, epoch), and of the kind of device that the digits are on: a run that goes on takes up its
-    epoch at batch number `start`. The last, incomplete batch is left out. `num_levels` and `binarize` as for `to_levels`.
+    All is a function of (seed, epoch), and of the kind of device that the digits are on: a run that goes on takes up
+    its epoch at batch number `start`. The last, incomplete batch is left out. `num_levels` and `binarize` as for
+    `to_levels`.
 
     Raises:
         DataError: if the digits are fewer than one batch.

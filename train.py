@@ -67,7 +67,7 @@ DEFAULTS = {
     "validate_every": 1,
     "out_dir": Path("results_d3pm"),
 }
-# What d3pm_mnist_dynamic.pth was trained with
+# What d3pm_mnist.pth was trained with, beside its data and classes
 RECIPES = {
     "released": {
         "loss": "variational",
@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     # Flags default to None so that --resume can tell what was asked for from what was not.
     add = p.add_argument
     add("--recipe", choices=RECIPES, help="several of these at once; others beside it win. released: those of the "
-        "released model of dynamically binarized MNIST, --loss variational --optimizer muon --lr 1e-3 --timesteps 1000 "
+        "released model that sample.py uses, --loss variational --optimizer muon --lr 1e-3 --timesteps 1000 "
         "--channels 64 128 192")  # fmt: skip
     add("--epochs", type=integer(1), help="passes over the training digits (default 50)")
     add("--steps", type=integer(1), metavar="N", help="optimizer steps in all, in place of --epochs")

@@ -297,7 +297,7 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """U V^T of each matrix U S V^T, [..., R, C], roughly: singular values come out between 0.7 and 1.2 (Newton-Schulz)."""
+    """U V^T of each matrix U S V^T, [..., R, C], roughly: its singular values are 0.7 to 1.2 (Newton-Schulz)."""
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     x = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):

@@ -355,9 +355,9 @@ def test_a_recipe_is_several_flags(monkeypatch, cheap, my_run):
 
 
 def test_the_recipe_is_that_of_what_is_released():
-    dynamic = load_checkpoint(RELEASED.with_name("d3pm_mnist_dynamic.pth"))
+    released = load_checkpoint(RELEASED)
     recipe = train.RECIPES["released"]
-    assert (dynamic.timesteps, dynamic.model.config["channels"]) == (recipe["timesteps"], recipe["channels"])
+    assert (released.timesteps, released.model.config["channels"]) == (recipe["timesteps"], recipe["channels"])
 
 
 def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
