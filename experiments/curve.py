@@ -1,9 +1,10 @@
 """The learning curve of a run and of the runs that branched from it to bring the rate to 0, and where it tends.
 
-    python -m experiments.curve results_d3pm/dynamic results_d3pm/decay
+    python -m experiments.curve results_d3pm/dynamic
+    python -m experiments.curve results_d3pm/thresholded results_d3pm/thresholded_decay
 
-Of the `metrics.csv` of these folders. a + b / step^c is fitted to the first run's validation bounds, but for the first
-epochs, and prolonged.
+Of the `metrics.csv` of these folders. a + b / step^c is fitted to the validation bounds of the first run, from after its
+first epochs to where its rate begins to go down, and prolonged.
 """
 
 import csv
@@ -17,6 +18,7 @@ from checkpoint import atomic_write, write_json
 from experiments.common import OUT, markdown, render
 from pictures import new_figure, save_figure
 
+COLUMNS = ("epoch", "step", "validation_bound", "lr", "seconds")
 FROM_EPOCH = 6  # before, the curve is of another shape
 
 
@@ -26,12 +28,17 @@ def read_metrics(folder: Path) -> dict[str, list[float]]:
     with open(file, newline="") as lines:
         rows = list(csv.DictReader(lines))
     try:
-        columns = {key: [float(row[key]) for row in rows] for key in ("step", "validation_bound", "lr", "seconds")}
+        columns = {key: [float(row[key]) for row in rows] for key in COLUMNS}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no metrics.csv of train.py ({error!r})") from None
-    if len(rows) < FROM_EPOCH + 3:
-        raise ValueError(f"{file} has {len(rows)} epochs; {FROM_EPOCH + 3} are needed")
     return columns
+
+
+def constant_part(one: dict[str, list[float]]) -> tuple[list[float], list[float]]:
+    """Steps and bounds of a run at its peak rate, after the first epochs."""
+    rows = zip(one["epoch"], one["lr"], one["step"], one["validation_bound"], strict=True)
+    kept = [(step, bound) for epoch, rate, step, bound in rows if epoch > FROM_EPOCH and rate == max(one["lr"])]
+    return tuple(map(list, zip(*kept, strict=True))) if kept else ([], [])
 
 
 def power_law(steps: list[float], bounds: list[float]) -> tuple[float, float, float]:
@@ -64,8 +71,8 @@ def figure(result: dict):
         start = i and max(0, next(n for n, rate in enumerate(one["lr"]) if rate < max(one["lr"])) - 1)
         axis.plot(one["step"][start:], one["validation_bound"][start:], label=name)
     a, b, c = result["fit"]
-    first = next(iter(result["rows"].values()))["step"]
-    steps = torch.linspace(first[FROM_EPOCH], 4 * first[-1], 200).tolist()
+    first = next(iter(result["rows"].values()))
+    steps = torch.linspace(constant_part(first)[0][0], 4 * first["step"][-1], 200).tolist()
     fit = [a + b / step**c for step in steps]
     axis.plot(steps, fit, color="gray", linestyle="--", label=f"{a:.1f} + {b:.0f} / step$^{{{c:g}}}$")
     axis.set(xscale="log", xlabel="optimizer steps", ylabel="validation bound, nats per image")
@@ -77,17 +84,19 @@ def figure(result: dict):
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("runs", nargs="+", type=path(), metavar="RUN", help="folders; the first of a constant rate")
+    p.add_argument("runs", nargs="+", type=path(), metavar="RUN", help="folders; after the first, of its branches")
     args = p.parse_args()
     rows = {folder.name: read_metrics(folder) for folder in args.runs}
     if len(rows) < len(args.runs):
         raise ValueError("two folders of one name")
-    first = next(iter(rows.values()))
+    steps, bounds = constant_part(next(iter(rows.values())))
+    if len(steps) < 3:
+        found = f"{len(steps)} validations at a constant rate after epoch {FROM_EPOCH}"
+        raise ValueError(f"{args.runs[0]} has {found}; 3 are needed")
     if any(min(one["lr"]) == max(one["lr"]) for one in list(rows.values())[1:]):
         raise ValueError("only the first run may be at a constant rate")
     file = OUT / "curve" / "curve.json"
-    fit = power_law(first["step"][FROM_EPOCH:], first["validation_bound"][FROM_EPOCH:])
-    write_json(file, {"fit": fit, "rows": rows})
+    write_json(file, {"fit": power_law(steps, bounds), "rows": rows})
     with atomic_write(file.with_suffix(".png")) as picture:
         save_figure(render(figure, file), picture)
     print(render(table, file))
