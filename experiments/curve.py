@@ -3,8 +3,8 @@
     python -m experiments.curve results_d3pm/dynamic
     python -m experiments.curve results_d3pm/thresholded results_d3pm/thresholded_decay
 
-Of the `metrics.csv` of these folders. a + b / step^c is fitted to the validation bounds of the first run, from after its
-first epochs to where its rate begins to go down, and prolonged.
+Of the `metrics.csv` of these folders. a + b / step^c is fitted to the validation bounds of the first run, but for its
+first epochs and those in which its rate goes down, and prolonged.
 """
 
 import csv

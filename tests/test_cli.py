@@ -235,6 +235,9 @@ def test_provenance(monkeypatch):
     head = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     if head:
         assert head.startswith(origin["commit"].removesuffix("-dirty")) and len(origin["commit"]) >= 7
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    assert provenance()["machine"].startswith("A GPU, ")
     monkeypatch.setattr(cli, "REPOSITORY", Path("/"))
     assert provenance()["commit"] == "unknown"
     monkeypatch.setenv("PATH", "")

@@ -176,6 +176,16 @@ def test_what_is_kept(monkeypatch, cheap):
     assert checkpoint_of("out", "model_epoch_2")["step"] == 8
 
 
+def test_epochs_between_validations(cheap):
+    """And the last one. Speed and loss: of all the epochs since the last row, and of the epoch that ends with it."""
+    succeed("train.py", *TRAIN, "--epochs", 7, "--validate-every", 3, "--out-dir", "out")
+    rows = checkpoint_of("out")["history"]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(3, 12), (6, 24), (7, 28)]
+    assert [row["images_per_second"] * row["seconds"] for row in rows] == pytest.approx([192, 192, 64])
+    succeed("train.py", *TRAIN, "--epochs", 7, "--out-dir", "each")
+    assert [row["train_loss"] for row in rows] == [checkpoint_of("each")["history"][i]["train_loss"] for i in (2, 5, 6)]
+
+
 class Clock:
     """A clock on which every look takes so many seconds."""
 

@@ -1,8 +1,9 @@
 """The training step against the same step written out by hand; and each of its parts."""
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,6 +210,37 @@ def test_going_on_after_another_kind_of_device():
     assert state["optimizer"]["param_groups"][0]["capturable"]
     assert steps(other, 7) == losses
     assert isinstance(other.optimizer.param_groups[0]["lr"], float)
+
+
+def test_recorded_calls(monkeypatch):
+    """Three as usual; then one recording, replayed on what each call gives. This graph only remembers what to do."""
+    asked, recordings = [], []
+
+    def function(x, nothing):
+        asked.append(x)
+        return x.sum()
+
+    @contextmanager
+    def graph(it, stream):
+        recordings.append(stream)
+        asked.clear()
+        yield
+
+    class Graph:
+        def replay(self):
+            recorded.result.copy_(function(*recorded.given))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext(),
+                       "graph": graph, "CUDAGraph": Graph}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    recorded = Recorded(function)
+    given = [torch.full((2,), float(i)) for i in range(7)]
+    results = [recorded(x, None) for x in given]
+    assert [r.item() for r in results] == [0, 2, 4, 6, 8, 10, 12]
+    assert recordings == [stream]
+    assert all(x is asked[0] for x in asked) and all(asked[0] is not x for x in given)
+    assert [x[0].item() for x in given] == list(range(7))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
