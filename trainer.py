@@ -93,6 +93,7 @@ class Trainer:
     Attributes:
         network: what is trained. averaged: the diffusion around the average of its weights, in eval mode.
         steps: how many steps are done.
+        source: the device that the noise is drawn on, and that batches are best served from.
 
     Raises:
         ValueError: for Muon and a network without `hidden_matrices`, or a batch that can't be shared equally.
@@ -123,12 +124,12 @@ class Trainer:
         self.averaged = diffusion.around(copy.deepcopy(self.network)).eval()
         self.network.train()
         device = next(self.network.parameters()).device
-        self.source = device if device.type == "cuda" else torch.device("cpu")  # of the noise
-        # A recorded step reads the rate where it was when it was recorded
+        self.source = device if device.type == "cuda" else torch.device("cpu")
         self.records = device.type == "cuda" and processes.size == 1
         if self.records:
             torch.cuda.set_device(device)
-        options = {"lr": torch.tensor(lr, device=device) if self.records else lr, "capturable": self.records}
+        self.rate = torch.tensor(lr, device=device)  # a recorded step reads it from where it was
+        options = {"lr": self.rate if self.records else lr, "capturable": self.records}
         if optimizer == "muon":
             dtype = torch.bfloat16 if amp else torch.float32
             self.optimizer: torch.optim.Optimizer = Muon(self.network, dtype, **options)
@@ -157,7 +158,7 @@ class Trainer:
             x_0, t, u, y = (v if v is None else v[self.shard].to(device) for v in (x_0, t, u, y))
         rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"].fill_(rate) if self.records else rate
+            group["lr"] = self.rate.fill_(rate) if self.records else rate
         loss = self.update(x_0, t, u, y)
         with record_function("average"):
             move_average(self.averaged.model, self.network, self.steps)
@@ -199,9 +200,8 @@ class Trainer:
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the run to resume does not fit this version of the repository: {reason}") from None
-        for group in self.optimizer.param_groups:
-            group["lr"] = torch.as_tensor(group["lr"], device=self.source) if self.records else float(group["lr"])
         self.steps = state["step"]
+        self.update = Recorded(self._update) if self.records else self._update  # of other tensors from here on
 
 
 def learning_rate(peak: float, step: int, total: int, decay: str = "late") -> float:

@@ -80,5 +80,5 @@ def usual_trainer(batch_size: int, device: torch.device | str = "cpu") -> Traine
     """
     network = PlainUNet().to(device, memory_format=torch.channels_last)
     trainer = Trainer(DiscreteDiffusion(network, schedule="linear"), 1, batch_size, max_grad_norm=math.inf)
-    trainer.optimizer = ConstantAdam(network.parameters())
+    trainer.optimizer = ConstantAdam(network.parameters(), capturable=trainer.records)
     return trainer
