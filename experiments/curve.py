@@ -1,6 +1,6 @@
-"""The learning curve of a run and of the runs that branched from it to bring the rate to 0, and where it tends.
+"""The learning curve of a run, and where it tends; beside it others, or branches of it that bring the rate to 0.
 
-    python -m experiments.curve results_d3pm/dynamic
+    python -m experiments.curve results_d3pm/dynamic results_d3pm/one_block
     python -m experiments.curve results_d3pm/thresholded results_d3pm/thresholded_decay
 
 Of the `metrics.csv` of these folders. a + b / step^c is fitted to the validation bounds of the first run, but for its
@@ -64,11 +64,11 @@ def table(result: dict) -> str:
 
 
 def figure(result: dict):
-    """The first run and what was fitted to it; the others from where their rate falls."""
+    """The first run and what was fitted to it; the others whole, or from where their rate falls."""
     plot = new_figure(8, 4.5)
     axis = plot.subplots()
     for i, (name, one) in enumerate(result["rows"].items()):
-        start = i and max(0, next(n for n, rate in enumerate(one["lr"]) if rate < max(one["lr"])) - 1)
+        start = i and max(0, next((n for n, rate in enumerate(one["lr"]) if rate < max(one["lr"])), 0) - 1)
         axis.plot(one["step"][start:], one["validation_bound"][start:], label=name)
     a, b, c = result["fit"]
     first = next(iter(result["rows"].values()))
@@ -84,7 +84,7 @@ def figure(result: dict):
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("runs", nargs="+", type=path(), metavar="RUN", help="folders; after the first, of its branches")
+    p.add_argument("runs", nargs="+", type=path(), metavar="RUN", help="folders; after the first, to compare with it")
     args = p.parse_args()
     rows = {folder.name: read_metrics(folder) for folder in args.runs}
     if len(rows) < len(args.runs):
@@ -93,8 +93,6 @@ def main() -> None:
     if len(steps) < 3:
         found = f"{len(steps)} validations at a constant rate after epoch {FROM_EPOCH}"
         raise ValueError(f"{args.runs[0]} has {found}; 3 are needed")
-    if any(min(one["lr"]) == max(one["lr"]) for one in list(rows.values())[1:]):
-        raise ValueError("only the first run may be at a constant rate")
     file = OUT / "curve" / "curve.json"
     write_json(file, {"fit": power_law(steps, bounds), "rows": rows})
     with atomic_write(file.with_suffix(".png")) as picture:

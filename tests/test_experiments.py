@@ -744,10 +744,12 @@ def test_curve(commands, tmp_path):
 def test_curve_of_a_run_that_brings_its_rate_down_itself(commands, tmp_path):
     """Which is drawn to its end, but says nothing about where a longer one would be."""
     bounds = [79 + 30 / (100 * n) ** 0.25 for n in range(1, 21)]
-    succeed("experiments.curve", metrics(tmp_path / "run", [*bounds[:14], *[70] * 6], [1] * 14 + [0.5] * 6))
+    run = metrics(tmp_path / "run", [*bounds[:14], *[70] * 6], [1] * 14 + [0.5] * 6)
+    succeed("experiments.curve", run, metrics(tmp_path / "other", range(9), [1] * 9))
     result = result_of("curve", tmp_path)
     assert result["fit"] == pytest.approx([79, 30, 0.25])
-    run, fit = curve.figure(result).axes[0].lines
+    run, other, fit = curve.figure(result).axes[0].lines
+    assert len(other.get_xdata()) == 9  # another run of a constant rate is drawn whole
     assert list(run.get_ydata()) == result["rows"]["run"]["validation_bound"] and run.get_ydata()[-1] == 70
     assert (fit.get_xdata()[0], fit.get_xdata()[-1]) == pytest.approx((700, 8000))
 
@@ -759,7 +761,6 @@ def test_curve_refuses_what_is_no_run(commands, tmp_path):
         short = metrics(tmp_path / name, range(len(rates)), rates)
         assert "2 validations at a constant rate" in fail("experiments.curve", short)
     assert "of one name" in fail("experiments.curve", run, run)
-    assert "only the first" in fail("experiments.curve", run, metrics(tmp_path / "other", range(20), [1] * 20))
     (tmp_path / "short" / "metrics.csv").write_text("a,b\n1,2\n")
     assert "no metrics.csv" in fail("experiments.curve", tmp_path / "short")
 
