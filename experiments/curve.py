@@ -57,7 +57,8 @@ def table(result: dict) -> str:
     lines, last = [], next(iter(result["rows"].values()))["step"][-1]
     for name, one in result["rows"].items():
         hours = sum(one["seconds"]) / 3600
-        lines.append([name, f"{one['step'][-1]:,.0f}", f"{hours:.2g}", f"{one['validation_bound'][-1]:.2f}"])
+        time = f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
+        lines.append([name, f"{one['step'][-1]:,.0f}", time, f"{one['validation_bound'][-1]:.2f}"])
     for steps in (2 * last, 4 * last):
         lines.append(["*the first, prolonged*", f"{steps:,.0f}", "", f"{a + b / steps**c:.2f}"])
     return markdown([f"{a:.1f} + {b:.0f} / step^{c:g}", "steps", "hours", "validation bound, nats per image"], lines)

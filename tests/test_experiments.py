@@ -727,8 +727,8 @@ def test_curve(commands, tmp_path):
     assert out.splitlines() == [
         "| 79.0 + 30 / step^0.25 | steps | hours | validation bound, nats per image |",
         "| --- | ---: | ---: | ---: |",
-        f"| run | 2,000 | 20 | {bounds[-1]:.2f} |",
-        "| branch | 1,000 | 10 | 80.00 |",
+        f"| run | 2,000 | 20.0 | {bounds[-1]:.2f} |",
+        "| branch | 1,000 | 10.0 | 80.00 |",
         f"| *the first, prolonged* | 4,000 |  | {79 + 30 / 4000**0.25:.2f} |",
         f"| *the first, prolonged* | 8,000 |  | {79 + 30 / 8000**0.25:.2f} |",
     ]
