@@ -161,8 +161,8 @@ def provenance() -> dict[str, str]:
     with contextlib.suppress(OSError, StopIteration):  # Linux keeps the name that people know here
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    if torch.cuda.is_available():
-        processor = f"{torch.cuda.get_device_name()}, {processor}"
+    with contextlib.suppress(RuntimeError):  # somebody else's, perhaps
+        processor = f"{torch.cuda.get_device_name()}, {processor}" if torch.cuda.is_available() else processor
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "machine": f"{processor}, {torch.get_num_threads()} of {os.cpu_count()} cores",

@@ -204,8 +204,7 @@ class DiscreteDiffusion(nn.Module):
 
     def _network_t(self, t: Tensor, x: Tensor) -> Tensor:
         """What the network is told for t, int64 [B] on the device of x."""
-        t = t.long().to(x.device)
-        return self._at("network_t", t, like=t)
+        return self._at("network_t", t, torch.empty(0, dtype=torch.long, device=x.device))
 
     def q_x_t(self, x_0: Tensor, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """q(x_t | x_0) = row x_0 of bar_Q_t (equation 3), float [B, S, H, W]; t may be 0."""

@@ -5,8 +5,9 @@
     y        optional labels, int64 [B] in 0..num_labels-1, -1 for none; only for networks with num_labels > 0
     output   float [B, num_levels, H, W]
 
-A network of your own works everywhere if it keeps to this and has `config`, plain values that rebuild it. `num_labels`
-says how many labels it takes, `hidden_matrices()` which of its weights Muon may orthogonalise.
+A network of your own works everywhere if it keeps to this and has `config`, plain values that rebuild it; in training
+on CUDA it waits for no result, as `.item()` would. `num_labels` says how many labels it takes, `hidden_matrices()`
+which of its weights Muon may orthogonalise.
 """
 
 import math
@@ -55,7 +56,7 @@ def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
     half_bin = 1 / (num_levels - 1)
     upper, lower = (per_scale * (centres + side * half_bin - mean) for side in (1, -1))
     logits = F.logsigmoid(upper) + F.logsigmoid(-lower)
-    return torch.logaddexp(logits.log_softmax(1), logits.new_tensor(math.log(FLOOR / num_levels)))
+    return torch.logaddexp(logits.log_softmax(1), logits.new_full((), math.log(FLOOR / num_levels)))
 
 
 class ResBlock(nn.Module):

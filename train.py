@@ -80,7 +80,7 @@ RECIPES = {
 LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # 1,750 steps on the offline digits are too few for 1e-4
 # What may differ from the run that goes on
 FREE_ON_RESUME = {"epochs", "steps", "data", "data_root", "device", "compile", "amp", "validate_every", "out_dir"}
-EVERY = 5  # epochs between kept checkpoints and sample sheets
+EVERY = 5  # epochs, at least, between kept checkpoints and sample sheets
 SAVE_SECONDS = 600  # at most so much work is lost
 TELL_SECONDS = 60  # a log without a progress bar shows life this often
 CHECK_STEPS = 20  # steps between looks at the loss
@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     p.set_defaults(device=None)
     add_speed(add, None)
     add("--validate-every", type=integer(1), metavar="N", help="epochs between validations, each with a row in "
-        "metrics.csv and last.pth (default 1; for GPUs, on which an epoch takes less time than that)")  # fmt: skip
+        "metrics.csv and last.pth (default 1; for GPUs, on which an epoch takes less time)")  # fmt: skip
     add("--out-dir", type=path(), help="where everything is written (default results_d3pm)")
     add("--init", type=path(), metavar="CHECKPOINT", help="start from this checkpoint's averaged weights; a "
         "--conditional run may start from one without classes")  # fmt: skip
@@ -320,7 +320,8 @@ class Run:
         }
         self.history = [earlier for earlier in self.history if earlier["epoch"] < epoch] + [row]
         at_end = trainer.steps == trainer.total_steps
-        if keep := epoch % EVERY == 0 or at_end:
+        before = self.history[-2]["epoch"] if len(self.history) > 1 else 0
+        if keep := epoch // EVERY > before // EVERY or at_end:
             self.save(f"model_epoch_{epoch}.pth")
         self.save("last.pth")
         if at_end:

@@ -128,8 +128,8 @@ class Trainer:
         self.records = device.type == "cuda" and processes.size == 1
         if self.records:
             torch.cuda.set_device(device)
-        self.rate = torch.tensor(lr, device=device)  # a recorded step reads it from where it was
-        options = {"lr": self.rate if self.records else lr, "capturable": self.records}
+        self.rate = torch.tensor(lr, device=device) if self.records else lr  # recorded: read from where it was
+        options = {"lr": self.rate, "capturable": self.records}
         if optimizer == "muon":
             dtype = torch.bfloat16 if amp else torch.float32
             self.optimizer: torch.optim.Optimizer = Muon(self.network, dtype, **options)
@@ -150,8 +150,9 @@ class Trainer:
             generator = torch.Generator(self.source).manual_seed(stream_seed(self.seed, 0, self.steps))
             t = self.diffusion.draw_t(len(x_0), generator)
             u = torch.rand(x_0.shape, generator=generator, device=self.source)
-            if self.diffusion.num_labels and y is not None:
-                hidden = torch.rand(len(y), generator=generator, device=self.source) < self.label_dropout
+            if self.diffusion.num_labels:
+                hidden = torch.rand(len(x_0), generator=generator, device=self.source) < self.label_dropout
+                y = torch.full((len(x_0),), -1) if y is None else y
                 y = y.to(self.source).masked_fill(hidden, -1)
             else:
                 y = None

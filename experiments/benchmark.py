@@ -35,7 +35,7 @@ from diffusion import DiscreteDiffusion
 from experiments.baseline import PerSample, PlainUNet, usual_trainer
 from experiments.common import OUT, endless, experiment_parser, markdown, render
 from model import build_network
-from trainer import Trainer
+from trainer import Recorded, Trainer
 
 PARTS = ("data", "noise", "forward", "backward", "optimizer", "average")  # labels: the first here, others in Trainer
 PRODUCT = 2048  # the side of the matrices whose product shows what the machine can do at best
@@ -53,16 +53,17 @@ def mflop(network: torch.nn.Module) -> float:
 
 
 def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """The median seconds of each over so many rounds, after one that warms up."""
+    """The median seconds of each over so many rounds, after those that warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
+    warm_up = 1 if device.type == "cpu" else Recorded.USUAL + 1
+    for _ in range(rounds + warm_up):
         for name, work in contestants.items():
             start = time.perf_counter()
             work()
             if device.type != "cpu":  # which may still be at work
                 getattr(torch, device.type).synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(turns[1:]) for name, turns in seconds.items()}
+    return {name: statistics.median(turns[warm_up:]) for name, turns in seconds.items()}
 
 
 def step(trainer: Trainer, stream: Iterator) -> None:

@@ -18,7 +18,7 @@ from checkpoint import atomic_write, write_json
 from experiments.common import OUT, markdown, render
 from pictures import new_figure, save_figure
 
-COLUMNS = ("epoch", "step", "validation_bound", "lr", "seconds")
+COLUMNS = ("epoch", "step", "train_loss", "validation_bound", "lr", "seconds")
 FROM_EPOCH = 6  # before, the curve is of another shape
 
 
@@ -31,6 +31,8 @@ def read_metrics(folder: Path) -> dict[str, list[float]]:
         columns = {key: [float(row[key]) for row in rows] for key in COLUMNS}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no metrics.csv of train.py ({error!r})") from None
+    if not rows:
+        raise ValueError(f"{file} is of a run that has validated nothing")
     return columns
 
 
@@ -65,14 +67,15 @@ def table(result: dict) -> str:
 
 
 def figure(result: dict):
-    """The first run and what was fitted to it; the others whole, or from where their rate falls."""
+    """The first run and what was fitted to it; the others from where they left it, if they did."""
     plot = new_figure(8, 4.5)
     axis = plot.subplots()
+    first = next(iter(result["rows"].values()))
     for i, (name, one) in enumerate(result["rows"].items()):
-        start = i and max(0, next((n for n, rate in enumerate(one["lr"]) if rate < max(one["lr"])), 0) - 1)
+        shared = [a == b for a, b in zip(one["validation_bound"], first["validation_bound"], strict=False)]
+        start = i and max(0, [*shared, False].index(False) - 1)
         axis.plot(one["step"][start:], one["validation_bound"][start:], label=name)
     a, b, c = result["fit"]
-    first = next(iter(result["rows"].values()))
     steps = torch.linspace(constant_part(first)[0][0], 4 * first["step"][-1], 200).tolist()
     fit = [a + b / step**c for step in steps]
     axis.plot(steps, fit, color="gray", linestyle="--", label=f"{a:.1f} + {b:.0f} / step$^{{{c:g}}}$")

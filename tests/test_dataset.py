@@ -445,6 +445,16 @@ def test_batches_of_the_training_split(offline):
     assert count == len(seen) == 35 * 128
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_batches_are_served_where_the_digits_are(offline):
+    """The same digits in the same order; only the noise of dynamic binarization is the device's own."""
+    there = offline.to(torch.device("cuda"))
+    for (x_0, labels), (there_x_0, there_labels) in zip(batches(offline, 512), batches(there, 512), strict=True):
+        assert there_x_0.is_cuda and torch.equal(there_x_0.cpu(), x_0) and torch.equal(there_labels.cpu(), labels)
+    ink = [torch.cat([x_0.cpu() for x_0, _ in batches(digits, 512, binarize="dynamic")]) for digits in (offline, there)]
+    assert ink[1].float().mean() == pytest.approx(ink[0].float().mean(), rel=0.01) and not torch.equal(*ink)
+
+
 def numbered(n: int) -> Digits:
     """Digits that show their own number in grey, which is their label, too."""
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 32, 32)

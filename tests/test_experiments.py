@@ -654,10 +654,14 @@ def test_benchmark_looks_before_it_measures(commands, monkeypatch):
 
 
 def test_median_of_turns(monkeypatch):
-    """The first turn warms up and does not count."""
+    """The first turn warms up and does not count; on CUDA the first four, the last of which records the step."""
     clock = iter([0, 100, 0, 1, 0, 5, 0, 3])
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
     assert benchmark.take_turns({"a": lambda: None}, 3, torch.device("cpu")) == {"a": 3}
+    clock = iter([*[0, 100] * 4, 0, 1, 0, 5, 0, 3])
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    assert benchmark.take_turns({"a": lambda: None}, 3, torch.device("cuda")) == {"a": 3} and len(waits) == 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
@@ -715,7 +719,7 @@ def metrics(folder, bounds, rates):
 
 
 def test_curve(commands, tmp_path):
-    """A power law is found and prolonged; the branch is drawn from its last epoch at the peak rate."""
+    """A power law is found and prolonged; the branch is drawn from the last epoch that it shares."""
     bounds = [90, 90, *(79 + 30 / (100 * n) ** 0.25 for n in range(3, 21))]
     run, branch = (
         metrics(tmp_path / "run", bounds, [1] * 20),
@@ -760,6 +764,9 @@ def test_curve_refuses_what_is_no_run(commands, tmp_path):
     for name, rates in (("short", [1] * 8), ("low", [1] * 8 + [0] * 12)):
         short = metrics(tmp_path / name, range(len(rates)), rates)
         assert "2 validations at a constant rate" in fail("experiments.curve", short)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "metrics.csv").write_text("epoch,step,train_loss,validation_bound,lr,seconds\n")
+    assert "validated nothing" in fail("experiments.curve", run, tmp_path / "none")
     assert "of one name" in fail("experiments.curve", run, run)
     (tmp_path / "short" / "metrics.csv").write_text("a,b\n1,2\n")
     assert "no metrics.csv" in fail("experiments.curve", tmp_path / "short")

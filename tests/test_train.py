@@ -182,6 +182,8 @@ def test_epochs_between_validations(cheap):
     rows = checkpoint_of("out")["history"]
     assert [(row["epoch"], row["step"]) for row in rows] == [(3, 12), (6, 24), (7, 28)]
     assert [row["images_per_second"] * row["seconds"] for row in rows] == pytest.approx([192, 192, 64])
+    assert files(Path("out/checkpoints")) >= {"model_epoch_6.pth", "model_epoch_7.pth"}  # the fifth was not looked at
+    assert "model_epoch_3.pth" not in files(Path("out/checkpoints"))
     succeed("train.py", *TRAIN, "--epochs", 7, "--out-dir", "each")
     assert [row["train_loss"] for row in rows] == [checkpoint_of("each")["history"][i]["train_loss"] for i in (2, 5, 6)]
 
@@ -704,7 +706,7 @@ def test_what_may_differ_on_resume(my_run, cheap, monkeypatch):
     """Place, machine and length; the settings of the checkpoint are then the new ones, the default place among them."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
     shutil.move(my_run, "results_d3pm")
-    flags = "--epochs 5 --data auto --data-root elsewhere --device cpu --compile --amp"
+    flags = "--epochs 5 --data auto --data-root elsewhere --device cpu --compile --amp --validate-every 2"
     monkeypatch.setattr(train, "load_digits", lambda split, *_: load_digits(split, "offline"))
     succeed("train.py", "--resume", *flags.split())
     settings = checkpoint_of("results_d3pm")["settings"]
