@@ -202,7 +202,8 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the run to resume does not fit this version of the repository: {reason}") from None
         self.steps = state["step"]
-        self.update = Recorded(self._update) if self.records else self._update  # of other tensors from here on
+        if self.records:
+            self.update = Recorded(self._update)  # the optimizer's tensors are others now
 
 
 def learning_rate(peak: float, step: int, total: int, decay: str = "late") -> float:
