@@ -62,12 +62,13 @@ def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
 class ResBlock(nn.Module):
     """Pre-activation residual block; the time embedding scales and shifts between its two convolutions."""
 
-    def __init__(self, channels: int, emb_dim: int):
+    def __init__(self, channels: int, emb_dim: int, dropout: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.scale_shift = nn.Linear(emb_dim, 2 * channels)
         self.norm2 = nn.GroupNorm(8, channels)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)  # every block starts as the identity
         nn.init.zeros_(self.conv2.bias)
@@ -76,7 +77,7 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
-        return x + self.conv2(F.silu(h))
+        return x + self.conv2(self.dropout(F.silu(h)))
 
 
 class Attention(nn.Module):
@@ -102,9 +103,9 @@ class Attention(nn.Module):
 class Stage(nn.Module):
     """The blocks of one resolution: residual blocks, each followed by attention where that is affordable."""
 
-    def __init__(self, channels: int, blocks: int, emb_dim: int, attention: bool):
+    def __init__(self, channels: int, blocks: int, emb_dim: int, dropout: float, attention: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(channels, emb_dim) for _ in range(blocks))
+        self.blocks = nn.ModuleList(ResBlock(channels, emb_dim, dropout) for _ in range(blocks))
         self.attention = nn.ModuleList(Attention(channels) if attention else nn.Identity() for _ in range(blocks))
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
@@ -132,9 +133,11 @@ class UNet(nn.Module):
             the hyperbolic tangent of that mean; without it, no correction at all says that x_0 is x_t.
         ordinal: beside its one-hot form, show x_t as a number from -1 to 1 (a mask as 0), as the authors do: what a
             level has in common with its neighbours need not be learned for each of 256.
+        dropout: the share of each residual block's activations that training hides, against overfitting.
 
     Raises:
-        ValueError: for other widths; by `forward` for images whose sides are not multiples of 8, or with colours.
+        ValueError: for widths, blocks or a dropout out of range; by `forward` for images whose sides are not multiples
+            of 8, or with colours.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class UNet(nn.Module):
         num_labels: int = 0,
         output: str = "softmax",
         ordinal: bool = False,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if output not in OUTPUTS:
@@ -154,6 +158,8 @@ class UNet(nn.Module):
             raise ValueError(f"channels must be three multiples of 8, got {', '.join(map(str, channels))}")
         if not 1 <= blocks <= 16:
             raise ValueError(f"blocks must be in 1..16, got {blocks}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         num_states = num_states or num_levels
         self.config = {
             "name": "unet",
@@ -164,6 +170,7 @@ class UNet(nn.Module):
             "num_labels": num_labels,
             "output": output,
             "ordinal": ordinal,
+            "dropout": dropout,
         }
         self.num_labels, self.output, self.ordinal = num_labels, output, ordinal
         self.num_levels, self.num_states, self.time_dim = num_levels, num_states, channels[0]
@@ -175,15 +182,15 @@ class UNet(nn.Module):
         self.fold = nn.Conv2d(4 * num_states, high, 3, padding=1)
         if ordinal:
             self.fold_level = nn.Conv2d(4, high, 3, padding=1)
-        self.down1 = Stage(high, blocks, emb_dim, attention=False)
+        self.down1 = Stage(high, blocks, emb_dim, dropout, attention=False)
         self.shrink1 = nn.Conv2d(high, middle, 2, stride=2)
-        self.down2 = Stage(middle, blocks, emb_dim, attention=True)
+        self.down2 = Stage(middle, blocks, emb_dim, dropout, attention=True)
         self.shrink2 = nn.Conv2d(middle, low, 2, stride=2)
-        self.bottom = Stage(low, 2 * blocks, emb_dim, attention=True)
+        self.bottom = Stage(low, 2 * blocks, emb_dim, dropout, attention=True)
         self.grow2 = nn.ConvTranspose2d(low, middle, 2, stride=2)
-        self.up2 = Stage(middle, blocks, emb_dim, attention=True)
+        self.up2 = Stage(middle, blocks, emb_dim, dropout, attention=True)
         self.grow1 = nn.ConvTranspose2d(middle, high, 2, stride=2)
-        self.up1 = Stage(high, blocks, emb_dim, attention=False)
+        self.up1 = Stage(high, blocks, emb_dim, dropout, attention=False)
         out = num_levels if output == "softmax" else 2
         self.unfold = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * out, 3, padding=1))
         self.own_state = nn.Linear(emb_dim, out * num_states)

@@ -57,6 +57,7 @@ DEFAULTS = {
     "output": "softmax",
     "channels": None,  # the network's own
     "blocks": 1,
+    "dropout": 0.0,
     "data": "auto",
     "data_root": Path("data"),
     "limit": None,
@@ -122,6 +123,8 @@ def parse_arguments() -> argparse.Namespace:
         "a scale, for many grey levels")  # fmt: skip
     add("--channels", type=integer(1), nargs=3, metavar="C", help="widths of the network, multiples of 8")
     add("--blocks", type=integer(1, 16), help="residual blocks at each resolution (default 1)")
+    add("--dropout", type=number(0, 1), metavar="P", help="share of each block's activations that training hides, "
+        "against overfitting (default 0)")  # fmt: skip
     add_data(add, (None, None))
     add("--limit", type=integer(1), metavar="N", help="train on N digits only")
     add("--seed", type=SEED, help="of weights, batches and noise (default 0)")
@@ -200,7 +203,7 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
     config = {"name": "unet", "num_levels": K, "num_states": K + FAMILIES[settings["transition"]].extra_states}
     config |= {"channels": settings["channels"]} if settings["channels"] else {}
     config |= {"blocks": settings["blocks"], "num_labels": 10 if settings["conditional"] else 0}
-    config |= {"output": settings["output"], "ordinal": K > 2}
+    config |= {"output": settings["output"], "ordinal": K > 2, "dropout": settings["dropout"]}
     torch.manual_seed(settings["seed"])
     network = build_network(config)
     diffusion = DiscreteDiffusion(
@@ -215,7 +218,7 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
     )
     if init:
         source = build_diffusion(read_checkpoint(init), init).model
-        differing = [key for key, value in network.config.items() if source.config[key] != value]
+        differing = [key for key, v in network.config.items() if key != "dropout" and source.config[key] != v]
         if differing == ["num_labels"] and not source.num_labels:
             torch.nn.init.zeros_(network.embed_y.weight)  # which such a network does without: they say nothing at first
         elif differing:
@@ -355,7 +358,7 @@ class Run:
         state |= {"data": self.digits.source, "binarize": self.settings["binarize"]} | self.trainer.state_dict()
         if name == "weights.pth":
             state = {key: value for key, value in state.items() if key not in ("weights", "optimizer")}
-            state["averaged_weights"] = {key: w.half() for key, w in state["averaged_weights"].items()}
+            state["averaged_weights"] = {key: w.half().cpu() for key, w in state["averaged_weights"].items()}
         else:
             state |= {
                 "settings": {key: str(v) if isinstance(v, Path) else v for key, v in self.settings.items()},

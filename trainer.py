@@ -157,6 +157,7 @@ class Trainer:
             else:
                 y = None
             x_0, t, u, y = (v if v is None else v[self.shard].to(device) for v in (x_0, t, u, y))
+            torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))  # of the network's dropout
         rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.fill_(rate) if self.records else rate

@@ -17,6 +17,7 @@ from checkpoint import load_checkpoint
 from dataset import load_digits, to_levels
 from diffusion import DiscreteDiffusion, draw, importance_weighted
 from metrics import spread, summarize_gain
+from model import UNet
 
 pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
 
@@ -117,6 +118,21 @@ def test_what_the_model_rules_out_has_weight_zero():
     log_w = d.log_weights(x_0, 5)
     assert log_w[0].isfinite().all() and (log_w[1] == -math.inf).all()
     assert importance_weighted(log_w)[1] == math.inf
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("reverse", ["mixture", "joint"])
+def test_weights_on_cuda_are_those_on_the_cpu(reverse):
+    """The walk and its float64 are where the network is; the noise is the CPU's."""
+    torch.manual_seed(0)
+    d = DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=10), timesteps=20, reverse=reverse)
+    x_0, y = torch.randint(0, 2, (6, 1, 16, 16)), torch.arange(6)
+    there = d.log_weights(x_0, 3, torch.Generator().manual_seed(0), y, batch_size=4)
+    here = d.cuda().log_weights(x_0.cuda(), 3, torch.Generator().manual_seed(0), y, batch_size=4)
+    assert here.device.type == "cpu" and torch.allclose(here, there, rtol=1e-3)
+    known = x_0.masked_fill(torch.rand(x_0.shape) < 0.5, -1).cuda()
+    filled = d.sample(6, y=y, known=known, particles=3)
+    assert torch.equal(torch.where(known.cpu() < 0, filled, known.cpu()), filled)
 
 
 def test_weights_are_drawn_in_double_precision(monkeypatch):

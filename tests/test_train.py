@@ -281,8 +281,8 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     made, loaded, served = (spy(monkeypatch, train, name) for name in ("Trainer", "load_digits", "batches"))
     flags = """--steps 2 --batch-size 8 --timesteps 12 --transition absorbing --schedule cosine --loss hybrid
         --hybrid-weight 0.5 --levels 4 --conditional --label-dropout 0.3 --optimizer muon --lr 0.003 --decay cosine
-        --channels 8 16 24 --blocks 2 --data offline --data-root nowhere --limit 40 --seed 5 --device cpu --compile
-        --amp --validate-every 3 --reverse joint --output logistic --out-dir here"""
+        --channels 8 16 24 --blocks 2 --dropout 0.2 --data offline --data-root nowhere --limit 40 --seed 5
+        --device cpu --compile --amp --validate-every 3 --reverse joint --output logistic --out-dir here"""
     succeed("train.py", *flags.split())
     ((diffusion, total), options) = made[0]
     assert total == 2
@@ -297,7 +297,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     }  # fmt: skip
     assert diffusion.model.config == {
         "name": "unet", "num_levels": 4, "num_states": 5, "channels": [8, 16, 24], "blocks": 2, "num_labels": 10,
-        "output": "logistic", "ordinal": True,
+        "output": "logistic", "ordinal": True, "dropout": 0.2,
     }  # fmt: skip
     assert [args for args, _ in loaded] == [
         ("train", "offline", Path("nowhere")),
@@ -313,8 +313,8 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     assert settings == {
         "steps": 2, "batch_size": 8, "timesteps": 12, "transition": "absorbing", "schedule": "cosine", "loss": "hybrid",
         "hybrid_weight": 0.5, "reverse": "joint", "output": "logistic", "levels": 4, "binarize": "threshold",
-        "conditional": True, "label_dropout": 0.3,
-        "optimizer": "muon", "lr": 0.003, "decay": "cosine", "channels": [8, 16, 24], "blocks": 2, "data": "offline",
+        "conditional": True, "label_dropout": 0.3, "optimizer": "muon", "lr": 0.003, "decay": "cosine",
+        "channels": [8, 16, 24], "blocks": 2, "dropout": 0.2, "data": "offline",
         "data_root": "nowhere", "limit": 40, "seed": 5, "device": "cpu", "compile": True, "amp": True,
         "validate_every": 3, "out_dir": "here",
     }  # fmt: skip
@@ -339,7 +339,7 @@ def test_defaults(monkeypatch, cheap):
     }  # fmt: skip
     assert diffusion.model.config == {
         "name": "unet", "num_levels": 2, "num_states": 2, "channels": [24, 64, 96], "blocks": 1, "num_labels": 0,
-        "output": "softmax", "ordinal": False,
+        "output": "softmax", "ordinal": False, "dropout": 0.0,
     }  # fmt: skip
 
 
@@ -475,7 +475,8 @@ def test_init_starts_from_averaged_weights(name, run, monkeypatch, cheap):
 
     monkeypatch.setattr(train, "Trainer", Watched)
     path = run / "checkpoints" / f"{name}.pth"
-    succeed("train.py", *STEP, "--init", path, "--seed", 9, "--transition", "uniform", "--schedule", "linear")
+    flags = "--seed 9 --transition uniform --schedule linear --dropout 0.1"
+    succeed("train.py", *STEP, "--init", path, *flags.split())
     weights, steps = made[0]
     assert steps == 0 and checkpoint_of("out")["step"] == 1 and len(checkpoint_of("out")["history"]) == 1
     for key, weight in read_checkpoint(path)["averaged_weights"].items():

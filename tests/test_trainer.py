@@ -100,6 +100,19 @@ def test_gradients_are_clipped_to_norm_1(monkeypatch):
     assert norm == pytest.approx(1, rel=1e-3)
 
 
+@pytest.mark.parametrize("part", ["seed", "step", "share"])
+def test_dropout_is_a_function_of_seed_step_and_share(part, monkeypatch):
+    """What comes before makes no difference; and it is none of the streams that noise is drawn from."""
+    drawn = []
+    monkeypatch.setattr(Trainer, "_update", lambda self, *given: drawn.append(torch.rand(3)) or torch.zeros(()))
+    for i in (0, 0, 1):
+        trainer = Trainer(small_diffusion(), 9, 8, seed=i * (part == "seed"))
+        trainer.steps, trainer.shard = i * (part == "step"), slice(4 * i * (part == "share"), 8)
+        torch.rand(len(drawn))
+        trainer.step(*batch(0))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 def test_noise_is_a_function_of_seed_and_step(monkeypatch):
     """The same in a run that goes on, and another in every step and for every seed. Without labels, none are told."""
     seen = []
@@ -180,16 +193,21 @@ def test_validation_is_the_bound_of_the_average():
     assert torch.equal(trainer.network.fold.weight, before)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_going_on_is_exact(optimizer):
+@pytest.mark.parametrize("optimizer, dropout", [("adamw", 0.0), ("muon", 0.0), ("muon", 0.3)])
+def test_going_on_is_exact(optimizer, dropout):
     """Saved in the middle and loaded into a new trainer of other weights: as if nothing had happened."""
     options = {"lr": 0.01, "optimizer": optimizer, "seed": 3}
-    straight = Trainer(small_diffusion(), 12, 8, **options)
+
+    def small():
+        return DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=10, dropout=dropout), timesteps=10)
+
+    torch.manual_seed(0)
+    straight = Trainer(small(), 12, 8, **options)
     losses = steps(straight, 5)
     halfway = {key: copy(value) for key, value in straight.state_dict().items()}
     losses += steps(straight, 7)
     torch.manual_seed(1)
-    other = Trainer(DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=10), timesteps=10), 12, 8, **options)
+    other = Trainer(small(), 12, 8, **options)
     other.load_state_dict(halfway)
     assert other.steps == 5
     assert steps(other, 7) == losses[5:]
@@ -247,12 +265,13 @@ def test_recorded_calls(monkeypatch):
 @pytest.mark.parametrize("optimizer, output, loss", [
     ("adamw", "softmax", "cross_entropy"), ("muon", "softmax", "variational"), ("muon", "logistic", "hybrid"),
 ])  # fmt: skip
-def test_recorded_steps_are_the_usual_ones(optimizer, output, loss):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recorded_steps_are_the_usual_ones(optimizer, output, loss, dropout):
     """Also after a state is loaded into a trainer that has recorded; and a run may move between the devices."""
 
     def make(device, usual=Recorded.USUAL):
         torch.manual_seed(0)
-        network = UNet(channels=(8, 8, 8), num_labels=10, output=output).to(device)
+        network = UNet(channels=(8, 8, 8), num_labels=10, output=output, dropout=dropout).to(device)
         trainer = Trainer(DiscreteDiffusion(network, timesteps=10, loss_type=loss), 40, 8, 0.01, optimizer)
         if device == "cuda":
             trainer.update.USUAL = usual
