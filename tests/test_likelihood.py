@@ -126,7 +126,7 @@ def test_weights_on_cuda_are_those_on_the_cpu(reverse):
     """The walk and its float64 are where the network is; the noise is the CPU's."""
     torch.manual_seed(0)
     d = DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=10), timesteps=20, reverse=reverse)
-    x_0, y = torch.randint(0, 2, (6, 1, 16, 16)), torch.arange(6)
+    x_0, y = torch.randint(0, 2, (6, 1, 32, 32)), torch.arange(6)
     there = d.log_weights(x_0, 3, torch.Generator().manual_seed(0), y, batch_size=4)
     here = d.cuda().log_weights(x_0.cuda(), 3, torch.Generator().manual_seed(0), y, batch_size=4)
     assert here.device.type == "cpu" and torch.allclose(here, there, rtol=1e-3)

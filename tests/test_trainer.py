@@ -282,16 +282,16 @@ def test_recorded_steps_are_the_usual_ones(optimizer, output, loss, dropout):
     assert hasattr(recorded.update, "graph") and not hasattr(plain.update, "graph")
     middle = copy(plain.state_dict())
     steps(recorded, 3)
-    recorded.load_state_dict(middle)
+    recorded.load_state_dict(copy(middle))
     expected = steps(plain, 6)
     assert steps(recorded, 6) == pytest.approx(expected, rel=0.01) and hasattr(recorded.update, "graph")
     for p, q in zip(*(t.averaged.model.parameters() for t in (recorded, plain)), strict=True):
         assert torch.allclose(p, q, atol=0.01)
 
     there, back = make("cpu"), make("cuda")
-    there.load_state_dict(middle)
+    there.load_state_dict(copy(middle))
     assert all(map(math.isfinite, steps(there, 2)))  # of another noise
-    there.load_state_dict(middle)
+    there.load_state_dict(copy(middle))
     back.load_state_dict(there.state_dict())
     assert steps(back, 6) == pytest.approx(expected, rel=0.01)
 
