@@ -433,16 +433,19 @@ class DiscreteDiffusion(nn.Module):
         """Yields x_T, ..., x_0, each with the log-weight so far: given pixels follow q, the others the model.
 
         Given pixels draw x_T ~ q(x_T | x_0) and x_{t-1} ~ q(x_{t-1} | x_t, x_0), the others p(x_T) and p_theta. The
-        log-weight is the sum over the given pixels of log p - log q at what they drew, float64 [B]. There q > 0: where
-        p is exactly zero it is -inf, and it is never NaN.
+        log-weight is the sum over the given pixels of log p - log q at what they drew, float64 [B] on the
+        `_exact_device`. There q > 0: where p is exactly zero it is -inf, and it is never NaN.
 
         Args:
-            known: integers [B, 1, H, W] on the `_exact_device`: levels, or -1 where the model draws.
+            known: integers [B, 1, H, W]: levels, or -1 where the model draws.
             uniforms: gives those of the next draw, [B, 1, H, W], which is made on their device, in their precision.
             y, guidance: as in `x_0_logits`. last_step: as in `reverse_process`.
+
+        Raises:
+            ValueError: if the network's output is not finite.
         """
-        B, device, given, x_0 = len(known), self._device(), known >= 0, known.long().clamp(min=0)
-        exactly = {"device": known.device, "dtype": torch.float64}
+        B, device, known = len(known), self._device(), known.to(self._exact_device())
+        given, x_0 = known >= 0, known.long().clamp(min=0)
         one_hot = F.one_hot(x_0[:, 0], self.num_levels).movedim(-1, 1)
         y = None if y is None else y.to(device)
 
@@ -463,12 +466,14 @@ class DiscreteDiffusion(nn.Module):
         for step in range(self.timesteps, 0, -1):
             u, t = uniforms(), torch.full((B,), step, device=known.device)
             logits = self.x_0_logits(x_t.to(device), t.to(device), y, guidance)
-            exact, noisy = logits.to(**exactly), x_t.to(known.device)
+            exact, noisy = logits.to(known.device).double(), x_t.to(known.device)
             p, q = self.p_theta(noisy, t, exact), q_step(noisy, t, exact)
             mode = last_step == "mode" and step == 1
             x_t = draw(q if u.dtype == torch.float64 else q_step(x_t, t, logits.to(u)), u, mode)
             log_w = log_w + log_ratio(p, q, x_t.to(known.device))
             yield x_t, log_w
+        if log_w.isnan().any():  # seen earlier on the CPU
+            raise ValueError("the network's output is not finite")
 
     @torch.no_grad()
     def log_weights(
@@ -490,26 +495,28 @@ class DiscreteDiffusion(nn.Module):
             trajectories: N, how many for each image.
             generator: a CPU generator that all is drawn from.
             y: labels, int64 [B], as in `x_0_logits`.
-            batch_size: trajectories at a time (default: what suits the device).
+            batch_size: trajectories at a time (default: `suitable_batch`). With another, a generator draws others.
         """
-        batch_size = self._batch_size() if batch_size is None else batch_size
+        batch_size = self.suitable_batch() if batch_size is None else batch_size
         if trajectories < 1 or batch_size < 1:
             raise ValueError("trajectories and batch_size must be at least 1")
-        self._check_images("x_0", x_0.cpu(), self.num_levels)
-        x_0 = x_0.to(self._exact_device())
+        x_0 = x_0.cpu()
+        self._check_images("x_0", x_0, self.num_levels)
 
-        def uniforms(like: Tensor) -> Tensor:
-            return torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+        def uniforms(n: int) -> Tensor:
+            u = torch.rand(n, *x_0.shape[1:], generator=generator, dtype=torch.float64)
+            return u.to(self._exact_device())
 
         log_w = torch.empty(len(x_0) * trajectories, dtype=torch.float64)
         total = len(log_w) * (self.timesteps + 1)
         with tqdm(total=total, desc="weights", unit="step", unit_scale=True, disable=not progress) as bar:
             for pairs in torch.arange(len(log_w)).split(batch_size):
                 rows = pairs // trajectories
-                known, label = x_0[rows], None if y is None else y[rows]
-                for _, so_far in self._walk(known, partial(uniforms, known), label):
-                    log_w[pairs] = so_far.cpu()
+                walk = self._walk(x_0[rows], partial(uniforms, len(rows)), None if y is None else y[rows])
+                for _, so_far in walk:
+                    whole = so_far
                     bar.update(len(pairs))
+                log_w[pairs] = whole.cpu()
         return log_w.view(len(x_0), trajectories)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
@@ -583,7 +590,6 @@ class DiscreteDiffusion(nn.Module):
         Walk 0 of image i is of the stream (seed, i), like the ordinary one, walk j of (seed, i, j). A stream ends with
         the walk's Gumbel variable: the walk of the largest log-weight plus Gumbel variable is a draw by the weights.
         """
-        known = known.to(self._exact_device())
         n, states = len(known), torch.uint8 if self.num_states <= 256 else torch.int16
         chain, chosen = (torch.empty(self.timesteps + 1, *known.shape, dtype=states) for _ in range(2))
         best = torch.full((n,), -math.inf, dtype=torch.float64)
@@ -591,11 +597,11 @@ class DiscreteDiffusion(nn.Module):
             streams = [np.random.default_rng((seed, i, j) if j else (seed, i)) for i in range(first, first + n)]
             score = torch.zeros_like(best)
             for k, (x_t, log_w) in enumerate(self._walk(known, self._uniforms(streams), y, guidance, last_step)):
-                chain[k], score = x_t, log_w.cpu()
+                chain[k], score = x_t, log_w
                 bar.update(n)
-            score = score + torch.tensor([stream.gumbel() for stream in streams], dtype=torch.float64)
+            score = score.cpu() + torch.tensor([stream.gumbel() for stream in streams], dtype=torch.float64)
             if j == 0:
-                score[(known < 0).flatten(1).all(1).cpu()] = math.inf  # nothing to weigh: the ordinary walk
+                score[(known < 0).flatten(1).all(1)] = math.inf  # nothing to weigh: the ordinary walk
             better = score >= best
             best, chosen[:, better] = torch.where(better, score, best), chain[:, better]
         return chosen
@@ -618,11 +624,12 @@ class DiscreteDiffusion(nn.Module):
 
         Any n takes the memory of one batch beside the result. See `reverse_process` for `seed` and `first`, for `known`
         and `particles`, and for `last_step`; `x_0_logits` for `guidance` and the labels `y`, int64 [n].
+        By default the `batch_size` is `suitable_batch`.
 
         Raises:
             ValueError: if an argument is out of range.
         """
-        batch_size = self._batch_size() if batch_size is None else batch_size
+        batch_size = self.suitable_batch() if batch_size is None else batch_size
         if n < 1 or batch_size < 1 or first < 0 or not 0 <= seed < 2**32:
             raise ValueError("n and batch_size must be at least 1, first at least 0, seed in 0..2^32-1")
         if y is not None:
@@ -649,12 +656,14 @@ class DiscreteDiffusion(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _exact_device(self) -> torch.device:
-        """Where float64 is computed: MPS has none."""
-        return self._device() if self._device().type == "cuda" else torch.device("cpu")
+        """Where walks are weighed, in float64: with the network, but for MPS, which has none."""
+        return torch.device("cpu") if self._device().type == "mps" else self._device()
 
-    def _batch_size(self) -> int:
-        """How many images at a time: those that a CPU's caches hold, or enough to keep a GPU busy."""
-        return 512 if self._device().type == "cuda" else 64
+    def suitable_batch(self) -> int:
+        """How many images at a time suit the device: few enough for a CPU's caches, or enough to keep a GPU busy."""
+        if self._device().type != "cuda":
+            return 64
+        return max(1, min(512, 2**24 // (self.num_states * math.prod(self.image_shape))))
 
     def _check_images(self, name: str, x: Tensor, states: int) -> None:
         check_integers(name, x, (None, 1, None, None), 0, states - 1)

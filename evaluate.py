@@ -152,13 +152,14 @@ def measure_weights(
 def announce_cost(diffusion: DiscreteDiffusion, x_0: Tensor, args: argparse.Namespace) -> None:
     """Say what the weights will cost, going by a few passes."""
     short, seconds = diffusion.respaced(min(4, diffusion.timesteps)), 0.0
+    n = diffusion.suitable_batch()
     for _ in range(2):  # the first time is slower
         start = time.perf_counter()
-        short.log_weights(x_0[:8], 8)
+        short.log_weights(x_0[:1], n)
         seconds = time.perf_counter() - start
     each = min(args.images or WEIGHED, len(x_0)) * args.trajectories * (2 if diffusion.num_labels else 1)
     passes = each * diffusion.timesteps
-    minutes = passes * seconds / (len(x_0[:8]) * 8 * short.timesteps) / 60
+    minutes = passes * seconds / (n * short.timesteps) / 60
     print(f"Weights of {each:,} trajectories: {passes:,} network passes, about {minutes:.3g} minutes")
 
 

@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         "white on black, 28x28 or 32x32, shown first; of any class unless --digit says which")  # fmt: skip
     add("--particles", type=integer(1), metavar="N", help=f"choose each --fill from N walks by their weights (default "
         f"{PARTICLES}; 1 is the usual overwriting): N times the work, nearer to what the model thinks")  # fmt: skip
-    add("--batch-size", type=integer(1), default=64, help="images at a time (default 64)")
+    add("--batch-size", type=integer(1), help="images at a time (default 64, and up to 512 on CUDA)")
     add_device(add)
     args = p.parse_args()
     if args.n is None:

@@ -68,7 +68,8 @@ DEFAULTS = {
     "validate_every": 1,
     "out_dir": Path("results_d3pm"),
 }
-# What d3pm_mnist.pth was trained with, beside its data and classes; but in batches of 512, at twice the rate
+# What d3pm_mnist.pth was trained with, beside its data and classes; but in batches of 512, at twice the rate, and from
+# another model's weights
 RECIPES = {
     "released": {
         "loss": "variational",
@@ -91,9 +92,9 @@ def parse_arguments() -> argparse.Namespace:
     p = parser(__doc__)
     # Flags default to None so that --resume can tell what was asked for from what was not.
     add = p.add_argument
-    add("--recipe", choices=RECIPES, help="several of these at once; others beside it win. released: those of the "
-        "released model that sample.py uses, --loss variational --optimizer muon --lr 1e-3 --timesteps 1000 "
-        "--channels 64 128 192")  # fmt: skip
+    add("--recipe", choices=RECIPES, help="several of these at once; others beside it win. released: --loss "
+        "variational --optimizer muon --lr 1e-3 --timesteps 1000 --channels 64 128 192, as the released model that "
+        "sample.py uses, but for its larger batches, its rate, and where it started")  # fmt: skip
     add("--epochs", type=integer(1), help="passes over the training digits (default 50)")
     add("--steps", type=integer(1), metavar="N", help="optimizer steps in all, in place of --epochs")
     add("--batch-size", type=integer(1), help="images per step (default 128)")

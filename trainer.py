@@ -86,7 +86,8 @@ class Trainer:
         lr: the peak learning rate; see `learning_rate` for its course with `decay`.
         optimizer: "adamw" or "muon".
         label_dropout: the share of images whose label is hidden from a network that takes labels.
-        seed: of the noise; with the number of the step it decides all that is random here.
+        seed: of the noise; with the number of the step it decides all that is random here, but for a network's dropout,
+            whose masks also depend on this process's share of the batch.
         amp: run the network in bfloat16. compiled: compile it first.
         max_grad_norm: the gradient is clipped to this norm.
 
@@ -143,7 +144,8 @@ class Trainer:
 
         The noise depends on (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn, and
         processes that share a batch draw what one process would have drawn, and take their part of it. (CUDA draws its
-        own: the CPU's would take longer than the step.)
+        own: the CPU's would take longer than the step.) What the network draws, dropout's masks, comes from torch's
+        global generator, which is seeded here; it depends on the process's share, too.
         """
         device = next(self.network.parameters()).device
         with record_function("noise"):
@@ -157,7 +159,7 @@ class Trainer:
             else:
                 y = None
             x_0, t, u, y = (v if v is None else v[self.shard].to(device) for v in (x_0, t, u, y))
-            torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))  # of the network's dropout
+            torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))  # for a network that draws
         rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.fill_(rate) if self.records else rate

@@ -1,7 +1,7 @@
 """The learning curve of a run, and where it tends; beside it others, or branches of it that bring the rate to 0.
 
-    python -m experiments.curve results_d3pm/dynamic results_d3pm/one_block
-    python -m experiments.curve results_d3pm/thresholded results_d3pm/thresholded_decay
+    python -m experiments.curve results_d3pm/dynamic results_d3pm/dynamic_dropout results_d3pm/one_block
+    python -m experiments.curve results_d3pm/thresholded
 
 Of the `metrics.csv` of these folders. a + b / step^c is fitted to the validation bounds of the first run, but for its
 first epochs and those in which its rate goes down, and prolonged.

@@ -1,6 +1,7 @@
 """The table of the front page: each way to draw from the models that ship, with bound and samples of the same chain.
 
-    python -m experiments.headline --data-root data --amp --compile     # about an hour on one core with AMX
+    python -m experiments.headline --data-root data --amp --compile     # hours on one core
+    python -m experiments.headline --data-root data --amp --jobs 4      # minutes on a GPU
 
 On test digits. With classes given, the bound is that given the true one, plus ln 10 for it. What sample.py draws by
 default has no bound: the mode of the last step is no draw from the model.

@@ -968,3 +968,11 @@ def test_images_that_the_network_can_not_fold_are_refused():
     d = DiscreteDiffusion(UNet(channels=(8, 8, 8)), timesteps=2, image_shape=(1, 28, 28))
     with pytest.raises(ValueError, match=r"multiples of 8, got .*28, 28"):
         d.sample(1)
+
+
+@pytest.mark.parametrize("device, levels, batch", [("cpu", 2, 64), ("mps", 2, 64), ("cuda", 2, 512), ("cuda", 256, 64)])
+def test_suitable_batch(device, levels, batch, monkeypatch):
+    """Of 256 levels on a GPU, 64 images are 2**24 probabilities."""
+    d = DiscreteDiffusion(torch.nn.Identity(), num_levels=levels, timesteps=2)
+    monkeypatch.setattr(DiscreteDiffusion, "_device", lambda self: torch.device(device))
+    assert d.suitable_batch() == batch

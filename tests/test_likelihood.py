@@ -125,14 +125,22 @@ def test_what_the_model_rules_out_has_weight_zero():
 def test_weights_on_cuda_are_those_on_the_cpu(reverse):
     """The walk and its float64 are where the network is; the noise is the CPU's."""
     torch.manual_seed(0)
-    d = DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=10), timesteps=20, reverse=reverse)
+    network = UNet(channels=(8, 8, 8), num_labels=10)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    d = DiscreteDiffusion(network, timesteps=20, reverse=reverse)
     x_0, y = torch.randint(0, 2, (6, 1, 32, 32)), torch.arange(6)
     there = d.log_weights(x_0, 3, torch.Generator().manual_seed(0), y, batch_size=4)
+    other = d.log_weights(x_0, 3, torch.Generator().manual_seed(0), y + 1, batch_size=4)
     here = d.cuda().log_weights(x_0.cuda(), 3, torch.Generator().manual_seed(0), y, batch_size=4)
     assert here.device.type == "cpu" and torch.allclose(here, there, rtol=1e-3)
+    assert not torch.allclose(here, other, rtol=1e-2)
     known = x_0.masked_fill(torch.rand(x_0.shape) < 0.5, -1).cuda()
     filled = d.sample(6, y=y, known=known, particles=3)
     assert torch.equal(torch.where(known.cpu() < 0, filled, known.cpu()), filled)
+    network.unfold[-1].bias.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        d.log_weights(x_0, 1)
 
 
 def test_weights_are_drawn_in_double_precision(monkeypatch):

@@ -100,6 +100,9 @@ def test_what_the_network_refuses():
     for blocks in (0, 17):
         with pytest.raises(ValueError, match=r"blocks must be in 1\.\.16"):
             UNet(blocks=blocks)
+    for dropout in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="dropout must be at least 0 and below 1"):
+            UNet(dropout=dropout)
     network, t = UNet(channels=(8, 8, 8)), torch.ones(2, dtype=torch.long)
     for shape in ((2, 1, 28, 32), (2, 1, 32, 12), (2, 3, 32, 32), (2, 32, 32)):
         with pytest.raises(ValueError, match=r"multiples of 8, got \[2, ") as error:

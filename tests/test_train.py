@@ -481,6 +481,14 @@ def test_init_starts_from_averaged_weights(name, run, monkeypatch, cheap):
     assert steps == 0 and checkpoint_of("out")["step"] == 1 and len(checkpoint_of("out")["history"]) == 1
     for key, weight in read_checkpoint(path)["averaged_weights"].items():
         assert torch.equal(weights[key], weight.float())
+    assert checkpoint_of("out")["network"]["dropout"] == 0.1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_weights_made_on_a_gpu_load_anywhere(fresh_directory):
+    succeed("train.py", *STEP, "--device", "cuda")
+    weights = torch.load("out/checkpoints/weights.pth", weights_only=True)["averaged_weights"]
+    assert {w.device.type for w in weights.values()} == {"cpu"}
 
 
 def test_conditional_run_starts_from_a_network_without_classes(run):
@@ -734,11 +742,11 @@ def test_resume_of_an_older_run_knows_what_its_settings_meant(fresh_directory, c
     succeed("train.py", *TRAIN, "--optimizer", "adamw", "--epochs", 4, "--out-dir", my_run)
     last = my_run / "checkpoints" / "last.pth"
     checkpoint = read_checkpoint(last)
-    for name in ("optimizer", "decay", "blocks"):
+    for name in ("optimizer", "decay", "blocks", "dropout"):
         del checkpoint["settings"][name]
     for name in ("steps_per_epoch", "total_steps"):
         del checkpoint[name]
-    del checkpoint["network"]["blocks"], checkpoint["diffusion"]["image_shape"]
+    del checkpoint["network"]["blocks"], checkpoint["network"]["dropout"], checkpoint["diffusion"]["image_shape"]
     checkpoint["settings"]["network"] = "unet"
     checkpoint["diffusion"]["num_classes"] = checkpoint["diffusion"].pop("num_levels")
     (my_run / "checkpoints" / "constant.pth").unlink()
@@ -1127,6 +1135,7 @@ def test_bad_checkpoint(flag, name, bad_files):
     ("--blocks 0", "at least 1"),
     ("--blocks 17", "at most 16"),
     ("--label-dropout 0.5", "goes with --conditional"),
+    ("--dropout 1", "below 1"),
     ("--conditional --label-dropout 1.5", "at most 1"),
     ("--optimizer sgd", "invalid choice"),
     ("--decay linear", "invalid choice"),

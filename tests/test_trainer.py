@@ -111,6 +111,7 @@ def test_dropout_is_a_function_of_seed_step_and_share(part, monkeypatch):
         torch.rand(len(drawn))
         trainer.step(*batch(0))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(stream_seed(0, 0, 0))))
 
 
 def test_noise_is_a_function_of_seed_and_step(monkeypatch):
