@@ -198,10 +198,18 @@ def test_evaluate_weighs_trajectories(empty, monkeypatch):
     true labels, plus ln 10. It says of which chain, and what it will cost."""
     save_untrained("x.pth", num_labels=10, binarize="dynamic")
     flags = "--data offline --trajectories 3 --images 5 --binarizations 2 --timesteps 4 --repeats 1 --num-samples 20"
+    asked, weigh = [], DiscreteDiffusion.log_weights
+
+    def log_weights(self, x_0, n, *args, **kwargs):
+        asked.append((len(x_0), n))
+        return weigh(self, x_0, n, *args, **kwargs)
+
+    monkeypatch.setattr(DiscreteDiffusion, "log_weights", log_weights)
     monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=iter([0, 100, 200, 215.36]).__next__))
     out = succeed("evaluate.py", "x.pth", *flags.split(), "--device", "cpu", "--out-dir", "out")
     assert "Weights of 30 trajectories: 120 network passes, about 0.12 minutes" in out  # 0.06 s for each of 64 x 4
     assert "4 of 6 timesteps" in out
+    assert asked == [(1, 64), (1, 64), (3, 3), (2, 3), (3, 3), (2, 3)]
     report = json.loads(Path("out/evaluation.json").read_text())
     d, digits = load_checkpoint("x.pth").respaced(4), load_digits("validation", "offline")
     rows = spread(torch.arange(500), 5)
