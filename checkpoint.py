@@ -36,7 +36,9 @@ LAST_STEP = "mode"  # as in the authors' code; see `DiscreteDiffusion.reverse_pr
 
 
 @contextmanager
-def atomic_writes(*paths: str | Path, inputs: Iterable[str | Path] = ()) -> Iterator[list[BinaryIO]]:
+def atomic_writes(
+    *paths: str | Path, inputs: Iterable[str | Path] = ()
+) -> Iterator[list[BinaryIO]]:
     """Yield binary files that become `paths`, all together, when the block ends well; a failure leaves what was there.
 
     Folders are made as needed and symbolic links followed; a new file has the mode that the umask gives, a replaced one
@@ -51,7 +53,9 @@ def atomic_writes(*paths: str | Path, inputs: Iterable[str | Path] = ()) -> Iter
     for path, target in zip(paths, targets, strict=True):
         for other, done in taken:
             if target == other or (target.exists() and other.exists() and target.samefile(other)):
-                raise ValueError(f"{path} can't be written: the same file is {done} by this command")
+                raise ValueError(
+                    f"{path} can't be written: the same file is {done} by this command"
+                )
         taken.append((target, "written"))
     opened: list[tuple[BinaryIO, Path]] = []
     try:
@@ -101,9 +105,14 @@ def json_bytes(value: dict) -> bytes:
             return {str(key): plain(item) for key, item in x.items()}
         if isinstance(x, list | tuple):
             return [plain(item) for item in x]
-        return str(x) if isinstance(x, Path) or (isinstance(x, float) and not math.isfinite(x)) else x
+        return (
+            str(x) if isinstance(x, Path) or (isinstance(x, float) and not math.isfinite(x)) else x
+        )
 
-    return json.dumps(plain({"provenance": provenance()} | value), indent=2, allow_nan=False).encode() + b"\n"
+    return (
+        json.dumps(plain({"provenance": provenance()} | value), indent=2, allow_nan=False).encode()
+        + b"\n"
+    )
 
 
 def write_json(path: str | Path, value: dict) -> None:
@@ -127,7 +136,9 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     try:
         torch.load(io.BytesIO(buffer.getbuffer()), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here, with pages of text
-        raise ValueError(f"{path}: this checkpoint could not be read back ({type(error).__name__})") from None
+        raise ValueError(
+            f"{path}: this checkpoint could not be read back ({type(error).__name__})"
+        ) from None
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
@@ -143,10 +154,17 @@ def read_checkpoint(path: str | Path) -> dict:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen types here, with pages of text
-            raise ValueError(f"{path} is damaged or is not a checkpoint (torch.load: {type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"network", "diffusion", "averaged_weights"} <= checkpoint.keys():
+            raise ValueError(
+                f"{path} is damaged or is not a checkpoint (torch.load: {type(error).__name__})"
+            ) from None
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"network", "diffusion", "averaged_weights"} <= checkpoint.keys()
+    ):
         raise ValueError(f"{path} is not a checkpoint of this repository")
-    if not all(isinstance(checkpoint[key], dict) for key in ("network", "diffusion", "averaged_weights")):
+    if not all(
+        isinstance(checkpoint[key], dict) for key in ("network", "diffusion", "averaged_weights")
+    ):
         raise ValueError(f"{path} is not a checkpoint of this repository")
     config = checkpoint["diffusion"]
     if "num_classes" in config:  # written before num_levels had its name
@@ -169,17 +187,33 @@ def load_checkpoint(
     return build_diffusion(read_checkpoint(path), path, device, timesteps)
 
 
-def build_diffusion(checkpoint: dict, path: str | Path, device="cpu", timesteps=None) -> DiscreteDiffusion:
+def build_diffusion(
+    checkpoint: dict, path: str | Path, device="cpu", timesteps=None
+) -> DiscreteDiffusion:
     """`load_checkpoint` of what `read_checkpoint` gave; `path` is for messages."""
     weights = checkpoint["averaged_weights"]
     try:
-        claimed = [n for v in checkpoint["network"].values() for n in (v if isinstance(v, list | tuple) else [v])]
+        claimed = [
+            n
+            for v in checkpoint["network"].values()
+            for n in (v if isinstance(v, list | tuple) else [v])
+        ]
         held = max([len(weights), *(n for p in weights.values() for n in p.shape)])
         if any(isinstance(n, int) and n > held for n in claimed):  # before memory is asked for
             raise ValueError("it describes a larger network than its weights are of")
-        diffusion = DiscreteDiffusion(build_network(checkpoint["network"]), **checkpoint["diffusion"])
+        diffusion = DiscreteDiffusion(
+            build_network(checkpoint["network"]), **checkpoint["diffusion"]
+        )
         diffusion.model.load_state_dict(weights)
-    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError, OverflowError, MemoryError) as error:
+    except (
+        RuntimeError,
+        TypeError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit this version of the repository: {reason}") from None
     if not all(p.isfinite().all() for p in weights.values()):
@@ -197,8 +231,20 @@ class RunFolder:
     """checkpoints/, samples/ and the reports of one run, by their names; one live process owns it."""
 
     CHECKPOINTS = ("last.pth", "constant.pth", "weights.pth", "model_epoch_*.pth")
-    NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what some network shares answer
-    REPORTS = ("metrics.csv", "loss_curve.png", "evaluation.json", "bound_terms.png", "gain.png", "nearest.png")
+    NO_LOCKS = (
+        errno.ENOSYS,
+        errno.ENOLCK,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+    )  # what some network shares answer
+    REPORTS = (
+        "metrics.csv",
+        "loss_curve.png",
+        "evaluation.json",
+        "bound_terms.png",
+        "gain.png",
+        "nearest.png",
+    )
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -218,11 +264,15 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise ValueError(f"another run is alive in {self.path}: wait for it, or take another --out-dir") from None
+            raise ValueError(
+                f"another run is alive in {self.path}: wait for it, or take another --out-dir"
+            ) from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in self.NO_LOCKS:
                 raise OSError(f"can't write {self.path}: {error.strerror}") from None
-            print(f"warning: {self.path} can't be locked: start no second run there", file=sys.stderr)
+            print(
+                f"warning: {self.path} can't be locked: start no second run there", file=sys.stderr
+            )
         try:
             yield
         finally:
@@ -234,11 +284,17 @@ class RunFolder:
                         self.path.rmdir()
 
     def holds_a_run(self) -> bool:
-        return (self.path / "metrics.csv").exists() or bool(self._own(self.checkpoints, self.CHECKPOINTS))
+        return (self.path / "metrics.csv").exists() or bool(
+            self._own(self.checkpoints, self.CHECKPOINTS)
+        )
 
     def newest(self) -> Path:
         """last.pth, or the youngest of the others. Raises ValueError if there is none."""
-        found = [path for path in self._own(self.checkpoints, self.CHECKPOINTS) if path.name != "weights.pth"]
+        found = [
+            path
+            for path in self._own(self.checkpoints, self.CHECKPOINTS)
+            if path.name != "weights.pth"
+        ]
         if not found:
             raise ValueError(f"--resume: there is no checkpoint in {self.checkpoints}")
         return max(found, key=lambda path: (path.name == "last.pth", path.stat().st_mtime))

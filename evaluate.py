@@ -17,7 +17,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cli import SEED, add_data, add_device, add_last_step, add_speed, integer, number, parser, path, pick_device, run
+from cli import (
+    SEED,
+    add_data,
+    add_device,
+    add_last_step,
+    add_speed,
+    integer,
+    number,
+    parser,
+    path,
+    pick_device,
+    run,
+)
 
 import torch
 from torch import Tensor
@@ -55,7 +67,12 @@ FEWEST = 20  # samples that are judged
 def parse_arguments() -> argparse.Namespace:
     p = parser(__doc__)
     add = p.add_argument
-    add("checkpoint", nargs="?", type=path(), help="a .pth file written by train.py (default: the released model)")
+    add(
+        "checkpoint",
+        nargs="?",
+        type=path(),
+        help="a .pth file written by train.py (default: the released model)",
+    )
     add("--split", choices=["test", "validation"], default="test", help="of MNIST, to judge by (default test); choices "
         "are made on validation digits. The offline digits have no test split")  # fmt: skip
     add("--timesteps", type=int, metavar="N", help="from noise to digits (default: those of sample.py for the "
@@ -66,13 +83,26 @@ def parse_arguments() -> argparse.Namespace:
         f"--trajectories, the bound is on all and the weights are of N (default {WEIGHED})")  # fmt: skip
     add("--trajectories", type=integer(1), metavar="N", help="also the importance-weighted bound, the average of N "
         "weights inside the logarithm: N passes for every timestep and digit")  # fmt: skip
-    add("--repeats", type=integer(1), default=4, help="timesteps drawn per digit for the bound (default 4)")
-    add("--exact", action="store_true", help="every timestep for the bound: T passes over the digits")
+    add(
+        "--repeats",
+        type=integer(1),
+        default=4,
+        help="timesteps drawn per digit for the bound (default 4)",
+    )
+    add(
+        "--exact",
+        action="store_true",
+        help="every timestep for the bound: T passes over the digits",
+    )
     add("--num-samples", type=integer(0), default=500, help=f"images drawn to judge (default 500; at least {FEWEST}: "
         "fewer say nothing about a distribution; 0: the bound alone)")  # fmt: skip
     add("--guidance", type=number(0), metavar="W", help="of the samples (default 0)")
     add_last_step(add, LAST_STEPS, LAST_STEP)
-    add("--no-labels", action="store_true", help="draw them without classes from a conditional checkpoint")
+    add(
+        "--no-labels",
+        action="store_true",
+        help="draw them without classes from a conditional checkpoint",
+    )
     add("--seed", type=SEED, default=0, help="of the samples, as for sample.py (default 0)")
     add_data(add)
     add("--out-dir", type=path(), help="where to write (default: the folder of the run; results_d3pm/evaluation for "
@@ -85,7 +115,9 @@ def parse_arguments() -> argparse.Namespace:
     if args.checkpoint and args.train_classifier:
         p.error("give a checkpoint or --train-classifier")
     if 0 < args.num_samples < FEWEST:
-        p.error(f"--num-samples must be at least {FEWEST}, or 0 to draw none, got {args.num_samples}")
+        p.error(
+            f"--num-samples must be at least {FEWEST}, or 0 to draw none, got {args.num_samples}"
+        )
     if args.guidance is not None and args.no_labels:
         p.error("--guidance needs labels, --no-labels has none")
     if args.out_dir is None and not args.train_classifier:
@@ -130,7 +162,9 @@ def measure_bound(
     n, num_t = None if args.trajectories else args.images, None if args.exact else args.repeats
     grey, y = spread(digits.images, n), spread(digits.labels, n) if labelled else None
     return [
-        diffusion.bound_terms(levels(grey, seed), num_t, torch.Generator().manual_seed(seed), y, progress=True)
+        diffusion.bound_terms(
+            levels(grey, seed), num_t, torch.Generator().manual_seed(seed), y, progress=True
+        )
         for seed in range(args.binarizations)
     ]
 
@@ -157,10 +191,16 @@ def announce_cost(diffusion: DiscreteDiffusion, x_0: Tensor, args: argparse.Name
         start = time.perf_counter()
         short.log_weights(x_0[:1], n)
         seconds = time.perf_counter() - start
-    each = min(args.images or WEIGHED, len(x_0)) * args.trajectories * (2 if diffusion.num_labels else 1)
+    each = (
+        min(args.images or WEIGHED, len(x_0))
+        * args.trajectories
+        * (2 if diffusion.num_labels else 1)
+    )
     passes = each * diffusion.timesteps
     minutes = passes * seconds / (n * short.timesteps) / 60
-    print(f"Weights of {each:,} trajectories: {passes:,} network passes, about {minutes:.3g} minutes")
+    print(
+        f"Weights of {each:,} trajectories: {passes:,} network passes, about {minutes:.3g} minutes"
+    )
 
 
 def measure_likelihood(
@@ -173,10 +213,15 @@ def measure_likelihood(
     for labelled in [False, True] if diffusion.num_labels else [False]:
         name = "with the label" if labelled else "no labels"
         draws = measure_bound(diffusion, levels, digits, labelled, args)
-        bound = summarize_bound(*draws, label_cost=math.log(diffusion.num_labels) if labelled else 0.0)
+        bound = summarize_bound(
+            *draws, label_cost=math.log(diffusion.num_labels) if labelled else 0.0
+        )
         show_bound(bound, f"{of}, {name}")
         if not labelled:
-            t, terms = (torch.cat([getattr(draw, key).flatten() for draw in draws]) for key in ("t", "terms"))
+            t, terms = (
+                torch.cat([getattr(draw, key).flatten() for draw in draws])
+                for key in ("t", "terms")
+            )
             figures["bound_terms.png"] = plot_terms(diffusion.network_t, t, terms)
         if args.trajectories:
             log_w = measure_weights(diffusion, levels, digits, labelled, args)
@@ -190,7 +235,11 @@ def measure_likelihood(
 
 
 def measure_samples(
-    diffusion: DiscreteDiffusion, levels, digits: RealDigits, classifier: Classifier, args: argparse.Namespace
+    diffusion: DiscreteDiffusion,
+    levels,
+    digits: RealDigits,
+    classifier: Classifier,
+    args: argparse.Namespace,
 ) -> tuple[dict, Tensor]:
     """The quality of samples beside that of as many real digits, at random and of the samples' classes; the samples."""
     K, n = diffusion.num_levels, args.num_samples
@@ -198,14 +247,18 @@ def measure_samples(
     guidance = args.guidance or 0.0
     if args.timesteps is None:
         diffusion = diffusion.respaced(min(TIMESTEPS, diffusion.timesteps))
-    samples = diffusion.sample(n, args.seed, progress=True, y=asked, guidance=guidance, last_step=args.last_step)
+    samples = diffusion.sample(
+        n, args.seed, progress=True, y=asked, guidance=guidance, last_step=args.last_step
+    )
     reference, _ = judge(classifier, levels(digits.test.images, 0), K)
     other = levels(digits.other.images, 1)
     how = {"timesteps": diffusion.timesteps, "guidance": guidance}
     how |= {"last_step": args.last_step, "labels": asked is not None}
     report = {"samples": how | quality(samples, reference, classifier, K, asked)}
     report["real_digits"] = quality(spread(other, n), reference, classifier, K)
-    if asked is not None:  # MNIST has not as many of each class: real digits with the samples' classes
+    if (
+        asked is not None
+    ):  # MNIST has not as many of each class: real digits with the samples' classes
         rows = rows_of_classes(digits.other.labels, asked.bincount(minlength=10))
         report["real_digits_of_these_classes"] = quality(other[rows], reference, classifier, K)
     return report, samples
@@ -235,12 +288,18 @@ def show_gain(weighted: dict) -> None:
 
 
 def show_samples(report: dict) -> None:
-    columns = {"samples": "samples", "real_digits": "real digits", "real_digits_of_these_classes": "of these classes"}
+    columns = {
+        "samples": "samples",
+        "real_digits": "real digits",
+        "real_digits_of_these_classes": "of these classes",
+    }
     columns = {column: heading for column, heading in columns.items() if column in report}
     print(" " * 18 + "".join(f"{heading:>17}" for heading in columns.values()))
     for key in ("frechet_distance", "precision", "recall", "mean_confidence", "isolated_white", "isolated_black",
                 "ink_in_border", "ink", "label_accuracy"):  # fmt: skip
-        shown = "".join(f"{report[column][key]:17.3f}" for column in columns if key in report[column])
+        shown = "".join(
+            f"{report[column][key]:17.3f}" for column in columns if key in report[column]
+        )
         if shown:
             print(f"{key.replace('_', ' '):18}{shown}")
     for column in ("samples", "real_digits"):
@@ -263,14 +322,20 @@ def main() -> None:
     diffusion = build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
     diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
     classifier = load_classifier(device)
-    K, protocol, trained_on = diffusion.num_levels, checkpoint.get("binarize", "threshold"), checkpoint.get("data")
+    K, protocol, trained_on = (
+        diffusion.num_levels,
+        checkpoint.get("binarize", "threshold"),
+        checkpoint.get("data"),
+    )
     if trained_on not in ("mnist", "offline"):
         raise ValueError(f"{args.checkpoint} does not say which digits it was trained on")
     if not diffusion.num_labels and (args.no_labels or args.guidance is not None):
         flag = "--no-labels" if args.no_labels else "--guidance"
         raise ValueError(f"{flag}: {args.checkpoint} was trained without classes")
     if args.binarizations > 1 and protocol != "dynamic":
-        raise ValueError(f"--binarizations: {args.checkpoint} was trained on digits that are not drawn at random")
+        raise ValueError(
+            f"--binarizations: {args.checkpoint} was trained on digits that are not drawn at random"
+        )
 
     def levels(grey: Tensor, seed: int) -> Tensor:
         return to_levels(grey, K, protocol, torch.Generator().manual_seed(seed))
@@ -279,14 +344,22 @@ def main() -> None:
     outputs, pictures = [args.out_dir / name for name in names], {}
     with atomic_writes(*outputs, inputs=[args.checkpoint]) as (json_file, *picture_files):
         digits = real_digits(args, trained_on)
-        report = {"checkpoint": str(args.checkpoint), "sha256": sha256(args.checkpoint), "digits": digits.name}
+        report = {
+            "checkpoint": str(args.checkpoint),
+            "sha256": sha256(args.checkpoint),
+            "digits": digits.name,
+        }
         report |= {"levels": K, "binarization": protocol, "timesteps": diffusion.timesteps}
         report["digits_were_in_training"] = digits.seen
         if digits.seen:
-            print("No bound: the offline digits are part of MNIST's training split, which this model was trained on.")
+            print(
+                "No bound: the offline digits are part of MNIST's training split, which this model was trained on."
+            )
         else:
             whole = checkpoint["diffusion"]["timesteps"]
-            steps = f"{whole}" if diffusion.timesteps == whole else f"{diffusion.timesteps} of {whole}"
+            steps = (
+                f"{whole}" if diffusion.timesteps == whole else f"{diffusion.timesteps} of {whole}"
+            )
             of = f"{digits.name}, {f'{K} levels' if K > 2 else f'{protocol} binarization'}, {steps} timesteps"
             bounds, figures = measure_likelihood(diffusion, levels, digits.test, of, args)
             report |= bounds

@@ -12,7 +12,9 @@ from dataset import load_digits, to_levels
 from diffusion import BoundTerms, importance_weighted
 
 CLASSIFIER = RELEASED.with_name("classifier.pth")
-REAL_PIXELS = 28 * 28  # bits per dimension count these; the terms of the padded border stay in the sum
+REAL_PIXELS = (
+    28 * 28
+)  # bits per dimension count these; the terms of the padded border stay in the sum
 BATCH = 250
 
 
@@ -58,7 +60,9 @@ def summarize_gain(log_w: Tensor, bound: dict) -> dict:
     """
     K, rows = log_w.shape[1], []
     for k in [*(2**i for i in range(K.bit_length()) if 2**i < K), K]:
-        weighted = importance_weighted(log_w[:, : K // k * k].reshape(-1, k)).view(len(log_w), -1).mean(1)
+        weighted = (
+            importance_weighted(log_w[:, : K // k * k].reshape(-1, k)).view(len(log_w), -1).mean(1)
+        )
         gain = -log_w.mean(1) - weighted
         error = gain.std().item() / len(gain) ** 0.5
         rows.append({
@@ -86,10 +90,17 @@ class Classifier(nn.Module):
         super().__init__()
 
         def layer(i: int, o: int, stride: int = 1) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+            return nn.Sequential(
+                nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
+            )
 
         self.body = nn.Sequential(
-            layer(1, 16, 2), layer(16, 16), layer(16, 32, 2), layer(32, 32), layer(32, 64, 2), layer(64, 64)
+            layer(1, 16, 2),
+            layer(16, 16),
+            layer(16, 32, 2),
+            layer(32, 32),
+            layer(32, 64, 2),
+            layer(64, 64),
         )
         self.head = nn.Linear(64, 10)
 
@@ -103,7 +114,9 @@ class Classifier(nn.Module):
 def load_classifier(device: torch.device | str = "cpu") -> Classifier:
     """The released judge in eval mode. Raises FileNotFoundError or ValueError in one line."""
     if not CLASSIFIER.exists():
-        raise FileNotFoundError(f"{CLASSIFIER} is missing: restore it, or make it with evaluate.py --train-classifier")
+        raise FileNotFoundError(
+            f"{CLASSIFIER} is missing: restore it, or make it with evaluate.py --train-classifier"
+        )
     classifier = Classifier()
     try:
         classifier.load_state_dict(torch.load(CLASSIFIER, map_location="cpu", weights_only=True))
@@ -123,12 +136,16 @@ def train_classifier(data_root, out, epochs: int = 12, batch_size: int = 128) ->
     with atomic_write(out) as file:
         for epoch in range(epochs):
             order = torch.randperm(len(digits.images))
-            for rows in tqdm(order.split(batch_size)[:steps], desc=f"epoch {epoch + 1}/{epochs}", disable=None):
+            for rows in tqdm(
+                order.split(batch_size)[:steps], desc=f"epoch {epoch + 1}/{epochs}", disable=None
+            ):
                 grey = digits.images[rows]
                 protocols = [to_levels(grey, 2, "threshold"), to_levels(grey, 2, "dynamic")]
                 x = torch.where(torch.rand(len(rows), 1, 1, 1) < 0.5, *protocols).float()
                 dy, dx = torch.randint(-2, 3, (2,)).tolist()
-                loss = F.cross_entropy(classifier(x.roll((dy, dx), (2, 3))), digits.labels[rows], label_smoothing=0.05)
+                loss = F.cross_entropy(
+                    classifier(x.roll((dy, dx), (2, 3))), digits.labels[rows], label_smoothing=0.05
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -138,14 +155,18 @@ def train_classifier(data_root, out, epochs: int = 12, batch_size: int = 128) ->
     for protocol in ("threshold", "dynamic"):
         x = to_levels(test.images, 2, protocol, torch.Generator().manual_seed(0))
         _, logits = judge(classifier, x, 2)
-        print(f"{(logits.argmax(1) == test.labels).double().mean():.4f} of {protocol} test digits read right")
+        print(
+            f"{(logits.argmax(1) == test.labels).double().mean():.4f} of {protocol} test digits read right"
+        )
 
 
 @torch.no_grad()
 def judge(classifier: Classifier, x: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
     """Features float64 [N, 64] and logits [N, 10] of images of levels [N, 1, 32, 32], both on the CPU."""
     device = classifier.head.weight.device
-    features = [classifier.features(batch.to(device).float() / (num_levels - 1)) for batch in x.split(BATCH)]
+    features = [
+        classifier.features(batch.to(device).float() / (num_levels - 1)) for batch in x.split(BATCH)
+    ]
     features = torch.cat(features)
     return features.cpu().double(), classifier.head(features).cpu()
 
@@ -178,7 +199,10 @@ def share_within(points: Tensor, reference: Tensor, k: int = 3) -> float:
     Of samples in test digits this is precision, of test digits in samples recall (Kynkaanniemi et al. 2019, k = 3).
     In blocks: all distances at once would take 20 GB for 50,000 points.
     """
-    radius = [torch.cdist(block, reference).kthvalue(k + 1, dim=1).values for block in reference.split(1000)]
+    radius = [
+        torch.cdist(block, reference).kthvalue(k + 1, dim=1).values
+        for block in reference.split(1000)
+    ]
     radius = torch.cat(radius)  # k + 1: the nearest is the point itself
     within = [(torch.cdist(block, reference) <= radius).any(1) for block in points.split(1000)]
     return torch.cat(within).double().mean().item()
@@ -191,7 +215,13 @@ def isolated(x: Tensor) -> Tensor:
     return ((white == 1) & (neighbours == 0)).flatten(1).any(1)
 
 
-def quality(x: Tensor, reference: Tensor, classifier: Classifier, num_levels: int, asked: Tensor | None = None) -> dict:
+def quality(
+    x: Tensor,
+    reference: Tensor,
+    classifier: Classifier,
+    num_levels: int,
+    asked: Tensor | None = None,
+) -> dict:
     """How like real digits the images x [N, 1, 32, 32] are; `reference` are real digits' features [M, D].
 
     `asked` are the labels that the images were drawn for, int64 [N]. Isolated pixels and ink in the border of 2, where

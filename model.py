@@ -24,7 +24,9 @@ FLOOR = 1e-6  # the authors' code, too, has log(p + 1e-6), but there the p no lo
 
 def time_features(t: Tensor, dim: int) -> Tensor:
     """Sines and cosines of t at geometrically spaced frequencies: [B] -> float [B, dim]."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
+    )
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -51,8 +53,12 @@ def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
     difference to cancel. As in the authors' code a log-scale of 0 stands for exp(-2). A logistic narrow enough for
     black paper calls every other level impossible, and no bound survives that: FLOOR of the mass is uniform.
     """
-    centres = torch.linspace(-1, 1, num_levels, dtype=mean.dtype, device=mean.device).view(1, -1, 1, 1)
-    per_scale = torch.exp(2 - log_scale.clamp(min=-8))  # narrower than a hundredth of 256 bins makes no difference
+    centres = torch.linspace(-1, 1, num_levels, dtype=mean.dtype, device=mean.device).view(
+        1, -1, 1, 1
+    )
+    per_scale = torch.exp(
+        2 - log_scale.clamp(min=-8)
+    )  # narrower than a hundredth of 256 bins makes no difference
     half_bin = 1 / (num_levels - 1)
     upper, lower = (per_scale * (centres + side * half_bin - mean) for side in (1, -1))
     logits = F.logsigmoid(upper) + F.logsigmoid(-lower)
@@ -106,7 +112,9 @@ class Stage(nn.Module):
     def __init__(self, channels: int, blocks: int, emb_dim: int, dropout: float, attention: bool):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(channels, emb_dim, dropout) for _ in range(blocks))
-        self.attention = nn.ModuleList(Attention(channels) if attention else nn.Identity() for _ in range(blocks))
+        self.attention = nn.ModuleList(
+            Attention(channels) if attention else nn.Identity() for _ in range(blocks)
+        )
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         for block, attention in zip(self.blocks, self.attention, strict=True):
@@ -155,7 +163,9 @@ class UNet(nn.Module):
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: choose from {', '.join(OUTPUTS)}")
         if len(channels) != 3 or any(c < 8 or c % 8 for c in channels):
-            raise ValueError(f"channels must be three multiples of 8, got {', '.join(map(str, channels))}")
+            raise ValueError(
+                f"channels must be three multiples of 8, got {', '.join(map(str, channels))}"
+            )
         if not 1 <= blocks <= 16:
             raise ValueError(f"blocks must be in 1..16, got {blocks}")
         if not 0 <= dropout < 1:
@@ -176,9 +186,13 @@ class UNet(nn.Module):
         self.num_levels, self.num_states, self.time_dim = num_levels, num_states, channels[0]
         high, middle, low = channels
         emb_dim = 4 * high
-        self.embed_t = nn.Sequential(nn.Linear(high, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
+        self.embed_t = nn.Sequential(
+            nn.Linear(high, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU()
+        )
         if num_labels:
-            self.embed_y = nn.Embedding(num_labels + 1, emb_dim)  # the last row stands for "no label"
+            self.embed_y = nn.Embedding(
+                num_labels + 1, emb_dim
+            )  # the last row stands for "no label"
         self.fold = nn.Conv2d(4 * num_states, high, 3, padding=1)
         if ordinal:
             self.fold_level = nn.Conv2d(4, high, 3, padding=1)
@@ -192,7 +206,9 @@ class UNet(nn.Module):
         self.grow1 = nn.ConvTranspose2d(middle, high, 2, stride=2)
         self.up1 = Stage(high, blocks, emb_dim, dropout, attention=False)
         out = num_levels if output == "softmax" else 2
-        self.unfold = nn.Sequential(nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * out, 3, padding=1))
+        self.unfold = nn.Sequential(
+            nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * out, 3, padding=1)
+        )
         self.own_state = nn.Linear(emb_dim, out * num_states)
         # Start from uniform probabilities, or a wide logistic around the noisy level
         for layer in (self.unfold[-1], self.own_state):
@@ -202,11 +218,17 @@ class UNet(nn.Module):
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between embeddings and output: what Muon orthogonalises."""
         edges = ("embed_t", "embed_y", "fold", "fold_level", "unfold", "own_state")
-        return [p for name, p in self.named_parameters() if p.ndim > 1 and name.split(".")[0] not in edges]
+        return [
+            p
+            for name, p in self.named_parameters()
+            if p.ndim > 1 and name.split(".")[0] not in edges
+        ]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if x_t.ndim != 4 or x_t.shape[1] != 1 or x_t.shape[2] % 8 or x_t.shape[3] % 8:
-            raise ValueError(f"images must be [B, 1, H, W] with H and W multiples of 8, got {list(x_t.shape)}")
+            raise ValueError(
+                f"images must be [B, 1, H, W] with H and W multiples of 8, got {list(x_t.shape)}"
+            )
         emb = self.embed_t(time_features(t, self.time_dim).to(self.fold.weight))
         if self.num_labels:
             y = torch.full_like(t, -1, dtype=torch.long) if y is None else y.long()
@@ -216,7 +238,9 @@ class UNet(nn.Module):
         x = one_hot(x_t, self.num_states).to(emb)  # [B, S, H, W]
         h = self.fold(F.pixel_unshuffle(x, 2))
         if self.ordinal:
-            h = h + self.fold_level(F.pixel_unshuffle(as_numbers(x_t, self.num_levels).to(self.fold.weight), 2))
+            h = h + self.fold_level(
+                F.pixel_unshuffle(as_numbers(x_t, self.num_levels).to(self.fold.weight), 2)
+            )
         h1 = self.down1(h, emb)  # [B, high, H/2, W/2]
         h2 = self.down2(self.shrink1(h1), emb)  # [B, middle, H/4, W/4]
         h = self.bottom(self.shrink2(h2), emb)  # [B, low, H/8, W/8]
@@ -224,7 +248,9 @@ class UNet(nn.Module):
         h = self.up1(self.grow1(h) + h1, emb)
         if self.output == "softmax":
             return self.head(h, emb, x)
-        with torch.autocast(h.device.type, enabled=False):  # half precision is too coarse for 256 levels
+        with torch.autocast(
+            h.device.type, enabled=False
+        ):  # half precision is too coarse for 256 levels
             shift, log_scale = self.head(h.float(), emb.float(), x.float()).chunk(2, dim=1)
         return logistic_logits(as_numbers(x_t, self.num_levels) + shift, log_scale, self.num_levels)
 
@@ -255,7 +281,9 @@ class Autocast(nn.Module):
 
     def forward(self, x_t: Tensor, *args) -> Tensor:
         # On CPUs the fused attention is several times slower than two products for images as small as these.
-        plain_attention = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext()
+        plain_attention = (
+            sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext()
+        )
         with torch.autocast(x_t.device.type, torch.bfloat16), plain_attention:
             return self.network(x_t, *args).float()
 

@@ -30,11 +30,15 @@ def image_grid(x: Tensor, num_levels: int = 2, columns: int | None = None) -> Im
     rows, gap = -(-n // columns), 2
     grey = np.append(np.linspace(0, 255, num_levels).round(), GROUND).astype(np.uint8)
     sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap), GROUND, dtype=np.uint8)
-    for i, image in enumerate(x[:, 0].cpu().long().clamp(max=num_levels).numpy()):  # -1 is the ground, too
+    for i, image in enumerate(
+        x[:, 0].cpu().long().clamp(max=num_levels).numpy()
+    ):  # -1 is the ground, too
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         sheet[top : top + H, left : left + W] = grey[image]
     scale = 2 if n <= 1024 else 1
-    return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)
+    return Image.fromarray(sheet).resize(
+        (sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST
+    )
 
 
 def read_partial_digit(path: str | Path, num_levels: int = 2) -> Tensor:
@@ -53,7 +57,9 @@ def read_partial_digit(path: str | Path, num_levels: int = 2) -> Tensor:
             if fits := picture.size in ((28, 28), (32, 32)):  # before it is unpacked
                 pixels = np.array(picture.convert("RGBA").convert("LA"))
         except Exception as error:  # Pillow raises half a dozen types here
-            raise ValueError(f"{path} is damaged or is not a PNG ({type(error).__name__})") from None
+            raise ValueError(
+                f"{path} is damaged or is not a PNG ({type(error).__name__})"
+            ) from None
     if not fits:
         raise ValueError(f"{path} is {picture.width}x{picture.height} pixels: give 28x28 or 32x32")
     grey, alpha = torch.from_numpy(pixels).unbind(2)
@@ -107,7 +113,10 @@ def plot_terms(network_t: Tensor, t: Tensor, terms: Tensor) -> Figure:
     axis = figure.subplots()
     axis.plot(network_t[seen], (sums / counts)[seen], marker=".", linewidth=0.8)
     axis.set(
-        xlabel="t", ylabel="mean term of the bound, nats per image", yscale="log", title="Where the bound comes from"
+        xlabel="t",
+        ylabel="mean term of the bound, nats per image",
+        yscale="log",
+        title="Where the bound comes from",
     )
     axis.grid(alpha=0.3, which="both")
     return figure
@@ -119,15 +128,27 @@ def plot_gains(bounds: dict[str, tuple[float, list[dict]]]) -> Figure:
     figure = new_figure(7, 4)
     axis = figure.subplots()
     for i, (name, (plain, rows)) in enumerate(bounds.items()):
-        axis.axhline(plain, color=f"C{i}", linestyle="--", linewidth=0.8, label=f"plain bound, {name}: {plain:.2f}")
-        values = [[row[key] for row in rows] for key in ("trajectories", "gain", "gain_standard_error")]
+        axis.axhline(
+            plain,
+            color=f"C{i}",
+            linestyle="--",
+            linewidth=0.8,
+            label=f"plain bound, {name}: {plain:.2f}",
+        )
+        values = [
+            [row[key] for row in rows] for key in ("trajectories", "gain", "gain_standard_error")
+        ]
         axis.errorbar(
             values[0], [plain - gain for gain in values[1]], values[2], marker=".", color=f"C{i}",
             label=f"importance-weighted, {name}: {plain - values[1][-1]:.2f}",
         )  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="trajectories", ylabel="bound, nats per image", title="Averaging weights before the logarithm")
+    axis.set(
+        xlabel="trajectories",
+        ylabel="bound, nats per image",
+        title="Averaging weights before the logarithm",
+    )
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -28,13 +28,32 @@ def parse_arguments() -> argparse.Namespace:
     add = p.add_argument
     add("checkpoint", nargs="?", type=path(), default=RELEASED, help="a .pth file written by train.py; it knows its "
         "network, T and schedule (default: the released model)")  # fmt: skip
-    add("--n", type=integer(1), help="how many images (default 16; 10 a class with --digit 0123456789)")
+    add(
+        "--n",
+        type=integer(1),
+        help="how many images (default 16; 10 a class with --digit 0123456789)",
+    )
     add("--timesteps", type=int, metavar="N", help=f"from noise to digits, at most those of training (default "
         f"{TIMESTEPS}: more hardly show)")  # fmt: skip
-    add("--out", type=path(".png"), help="the picture, .png (default d3pm_generated_samples_<checkpoint name>.png)")
-    add("--save-tensor", type=path(), metavar="FILE.pt", help="also write the images as a uint8 tensor [n, 1, 32, 32]")
+    add(
+        "--out",
+        type=path(".png"),
+        help="the picture, .png (default d3pm_generated_samples_<checkpoint name>.png)",
+    )
+    add(
+        "--save-tensor",
+        type=path(),
+        metavar="FILE.pt",
+        help="also write the images as a uint8 tensor [n, 1, 32, 32]",
+    )
     add("--seed", type=SEED, default=0, help="which sequence of images to draw from (default 0)")
-    add("--first", type=integer(0, 2**62), default=0, metavar="I", help="start at image number I of it (default 0)")
+    add(
+        "--first",
+        type=integer(0, 2**62),
+        default=0,
+        metavar="I",
+        help="start at image number I of it (default 0)",
+    )
     add("--digit", choices=[*"0123456789", "0123456789", "none"], metavar="D", help="draw --n images of class D; "
         "0123456789 draws a row of --n images of each class; none draws without a class. For checkpoints of train.py "
         "--conditional, where by default image i is of class i mod 10")  # fmt: skip
@@ -45,7 +64,9 @@ def parse_arguments() -> argparse.Namespace:
         "white on black, 28x28 or 32x32, shown first; of any class unless --digit says which")  # fmt: skip
     add("--particles", type=integer(1), metavar="N", help=f"choose each --fill from N walks by their weights (default "
         f"{PARTICLES}; 1 is the usual overwriting): N times the work, nearer to what the model thinks")  # fmt: skip
-    add("--batch-size", type=integer(1), help="images at a time (default 64, and up to 512 on CUDA)")
+    add(
+        "--batch-size", type=integer(1), help="images at a time (default 64, and up to 512 on CUDA)"
+    )
     add_device(add)
     args = p.parse_args()
     if args.n is None:
@@ -60,11 +81,15 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def labels_to_draw(diffusion: DiscreteDiffusion, args: argparse.Namespace) -> tuple[Tensor | None, int | None]:
+def labels_to_draw(
+    diffusion: DiscreteDiffusion, args: argparse.Namespace
+) -> tuple[Tensor | None, int | None]:
     """The labels [n] that the arguments ask for, or None, and the columns of the picture, or None for a square."""
     if not diffusion.num_labels and (args.digit or args.guidance is not None):
         flag = "--digit" if args.digit else "--guidance"
-        raise ValueError(f"{flag}: {args.checkpoint} was trained without classes (train.py --conditional)")
+        raise ValueError(
+            f"{flag}: {args.checkpoint} was trained without classes (train.py --conditional)"
+        )
     if args.digit == "none" or (args.fill and args.digit is None):
         return None, None
     if args.digit is None:
@@ -86,7 +111,9 @@ def main() -> None:
     how = {"y": y, "guidance": args.guidance or 0.0, "last_step": args.last_step}
     if known is not None:
         how |= {"known": known, "particles": args.particles or PARTICLES}
-    with atomic_writes(*outputs, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as files:  # opened now
+    with atomic_writes(
+        *outputs, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]
+    ) as files:  # opened now
         n = args.n if y is None else len(y)
         images = diffusion.sample(n, args.seed, args.first, args.batch_size, progress=True, **how)
         sheet = images

@@ -24,12 +24,31 @@ import sys
 import time
 from pathlib import Path
 
-from cli import SEED, add_data, add_device, add_speed, integer, number, parser, path, pick_device, run
+from cli import (
+    SEED,
+    add_data,
+    add_device,
+    add_speed,
+    integer,
+    number,
+    parser,
+    path,
+    pick_device,
+    run,
+)
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import LAST_STEP, TIMESTEPS, RunFolder, atomic_write, build_diffusion, read_checkpoint, save_checkpoint
+from checkpoint import (
+    LAST_STEP,
+    TIMESTEPS,
+    RunFolder,
+    atomic_write,
+    build_diffusion,
+    read_checkpoint,
+    save_checkpoint,
+)
 from dataset import Digits, batches, load_digits, take, to_levels
 from diffusion import LOSSES, REVERSES, DiscreteDiffusion
 from model import OUTPUTS, build_network
@@ -79,9 +98,22 @@ RECIPES = {
         "channels": [64, 128, 192],
     },
 }
-LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # 1,750 steps on the offline digits are too few for 1e-4
+LEARNING_RATE = {
+    "mnist": 1e-4,
+    "offline": 2e-3,
+}  # 1,750 steps on the offline digits are too few for 1e-4
 # What may differ from the run that goes on
-FREE_ON_RESUME = {"epochs", "steps", "data", "data_root", "device", "compile", "amp", "validate_every", "out_dir"}
+FREE_ON_RESUME = {
+    "epochs",
+    "steps",
+    "data",
+    "data_root",
+    "device",
+    "compile",
+    "amp",
+    "validate_every",
+    "out_dir",
+}
 EVERY = 5  # epochs, at least, between kept checkpoints and sample sheets
 SAVE_SECONDS = 600  # at most so much work is lost
 TELL_SECONDS = 60  # a log without a progress bar shows life this often
@@ -96,7 +128,9 @@ def parse_arguments() -> argparse.Namespace:
         "variational --optimizer muon --lr 1e-3 --timesteps 1000 --channels 64 128 192, as the released model that "
         "sample.py uses, but for its larger batches, its rate, and where it started")  # fmt: skip
     add("--epochs", type=integer(1), help="passes over the training digits (default 50)")
-    add("--steps", type=integer(1), metavar="N", help="optimizer steps in all, in place of --epochs")
+    add(
+        "--steps", type=integer(1), metavar="N", help="optimizer steps in all, in place of --epochs"
+    )
     add("--batch-size", type=integer(1), help="images per step (default 128)")
     add("--timesteps", type=integer(1), help="T, the length of the chain (default 200)")
     add("--transition", choices=FAMILIES, help="how noise acts: uniform (default) draws a level anew, absorbing masks, "
@@ -115,14 +149,24 @@ def parse_arguments() -> argparse.Namespace:
         "images: the model then draws with and without a class")  # fmt: skip
     add("--label-dropout", type=number(0, 1), metavar="P", help="share of images whose class --conditional hides "
         "(default 0.1)")  # fmt: skip
-    add("--optimizer", choices=OPTIMIZERS, help="muon (default), or adamw, which needs about twice the steps")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="muon (default), or adamw, which needs about twice the steps",
+    )
     add("--lr", type=number(0, above=True), help="peak learning rate (default 1e-4 on MNIST, 2e-3 on the offline "
         f"digits), after {WARMUP_STEPS} steps of warm-up (a tenth of shorter runs)")  # fmt: skip
     add("--decay", choices=DECAYS, help="late (default): the rate stays at its peak until the last 30 %% of the steps, "
         "which bring it to 0; or cosine")  # fmt: skip
     add("--output", choices=OUTPUTS, help="of the network, for each pixel: softmax (default), or logistic, a mean and "
         "a scale, for many grey levels")  # fmt: skip
-    add("--channels", type=integer(1), nargs=3, metavar="C", help="widths of the network, multiples of 8")
+    add(
+        "--channels",
+        type=integer(1),
+        nargs=3,
+        metavar="C",
+        help="widths of the network, multiples of 8",
+    )
     add("--blocks", type=integer(1, 16), help="residual blocks at each resolution (default 1)")
     add("--dropout", type=number(0, 1), metavar="P", help="share of each block's activations that training hides, "
         "against overfitting (default 0)")  # fmt: skip
@@ -139,7 +183,11 @@ def parse_arguments() -> argparse.Namespace:
         "--conditional run may start from one without classes")  # fmt: skip
     add("--resume", nargs="?", type=path(), const=True, metavar="CHECKPOINT", help="go on from the newest "
         "checkpoint in --out-dir, or this one; with more --epochs, from where the rate was still constant")  # fmt: skip
-    add("--overwrite", action="store_true", help="delete the run that is in --out-dir and start anew")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="delete the run that is in --out-dir and start anew",
+    )
     args = p.parse_args()
     if args.epochs and args.steps:
         p.error("--epochs and --steps exclude each other")
@@ -166,7 +214,10 @@ def find_run(args: argparse.Namespace, folder: RunFolder) -> dict | None:
     if source is None:
         return None
     checkpoint = read_checkpoint(source)
-    if not {"weights", "optimizer", "settings", "step", "loss_sum", "history", "data"} <= checkpoint.keys():
+    if (
+        not {"weights", "optimizer", "settings", "step", "loss_sum", "history", "data"}
+        <= checkpoint.keys()
+    ):
         raise ValueError(f"--resume: {source} is not a run that can go on (weights only, perhaps)")
     constant = folder.checkpoints / "constant.pth"
     if args.resume is True and (args.epochs or args.steps) and constant.exists():
@@ -181,7 +232,9 @@ def find_run(args: argparse.Namespace, folder: RunFolder) -> dict | None:
 
 def merge_settings(args: argparse.Namespace, checkpoint: dict | None) -> dict:
     """What this run uses: flags first, then the recipe, the resumed run's settings, the defaults."""
-    given = RECIPES.get(args.recipe, {}) | {name: v for name in DEFAULTS if (v := getattr(args, name)) is not None}
+    given = RECIPES.get(args.recipe, {}) | {
+        name: v for name in DEFAULTS if (v := getattr(args, name)) is not None
+    }
     saved = {}
     if checkpoint:  # an older run may lack the newest settings: it was AdamW's, with a cosine
         saved = DEFAULTS | {"optimizer": "adamw", "decay": "cosine"} | checkpoint["settings"]
@@ -201,7 +254,11 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
     """The diffusion around a fresh network, or one with the weights of `init`. ValueError if they don't go together."""
     K = settings["levels"]
     to_levels(torch.zeros(1, dtype=torch.uint8), K, settings["binarize"])
-    config = {"name": "unet", "num_levels": K, "num_states": K + FAMILIES[settings["transition"]].extra_states}
+    config = {
+        "name": "unet",
+        "num_levels": K,
+        "num_states": K + FAMILIES[settings["transition"]].extra_states,
+    }
     config |= {"channels": settings["channels"]} if settings["channels"] else {}
     config |= {"blocks": settings["blocks"], "num_labels": 10 if settings["conditional"] else 0}
     config |= {"output": settings["output"], "ordinal": K > 2, "dropout": settings["dropout"]}
@@ -219,16 +276,24 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
     )
     if init:
         source = build_diffusion(read_checkpoint(init), init).model
-        differing = [key for key, v in network.config.items() if key != "dropout" and source.config[key] != v]
+        differing = [
+            key for key, v in network.config.items() if key != "dropout" and source.config[key] != v
+        ]
         if differing == ["num_labels"] and not source.num_labels:
-            torch.nn.init.zeros_(network.embed_y.weight)  # which such a network does without: they say nothing at first
+            torch.nn.init.zeros_(
+                network.embed_y.weight
+            )  # which such a network does without: they say nothing at first
         elif differing:
-            raise ValueError(f"--init: {init} is another network, by its {', '.join(differing)}: {source.config}")
+            raise ValueError(
+                f"--init: {init} is another network, by its {', '.join(differing)}: {source.config}"
+            )
         network.load_state_dict(source.state_dict(), strict=False)
     return diffusion
 
 
-def load_data(settings: dict, checkpoint: dict | None, processes: Processes) -> tuple[Digits, torch.Tensor]:
+def load_data(
+    settings: dict, checkpoint: dict | None, processes: Processes
+) -> tuple[Digits, torch.Tensor]:
     """The training digits, and the validation images as levels. The first process on a machine fetches them for all."""
     if processes.local_rank > 0:
         processes.mean(0)
@@ -236,12 +301,20 @@ def load_data(settings: dict, checkpoint: dict | None, processes: Processes) -> 
     if processes.local_rank == 0:
         processes.mean(0)
     if processes.mean(digits.source == "mnist")[0] not in (0, 1):
-        raise ValueError("some machines have MNIST and some only the offline digits: choose with --data")
+        raise ValueError(
+            "some machines have MNIST and some only the offline digits: choose with --data"
+        )
     if checkpoint and checkpoint["data"] != digits.source:
-        raise ValueError(f"the run was trained on {checkpoint['data']} digits, but these are {digits.source} digits")
-    most = 200 if settings["levels"] > 32 else None  # a digit of 256 levels takes a tenth of a second
+        raise ValueError(
+            f"the run was trained on {checkpoint['data']} digits, but these are {digits.source} digits"
+        )
+    most = (
+        200 if settings["levels"] > 32 else None
+    )  # a digit of 256 levels takes a tenth of a second
     grey = take(load_digits("validation", digits.source, settings["data_root"]), most).images
-    validation = to_levels(grey, settings["levels"], settings["binarize"], torch.Generator().manual_seed(0))
+    validation = to_levels(
+        grey, settings["levels"], settings["binarize"], torch.Generator().manual_seed(0)
+    )
     digits = take(digits, settings["limit"])
     next(batches(digits, settings["batch_size"]))  # raises now if the batch is too large
     return digits, validation
@@ -273,12 +346,21 @@ class Run:
             self.loss_sum = self.loss_sum if done else 0.0
             with tqdm(total=self.steps_per_epoch * size, initial=done * size, desc=f"epoch {epoch + 1}", unit="img",
                       leave=False, disable=None if self.writes else True) as bar:  # fmt: skip
-                for x_0, y in batches(self.digits, size, s["seed"], epoch, done, s["levels"], s["binarize"]):
+                for x_0, y in batches(
+                    self.digits, size, s["seed"], epoch, done, s["levels"], s["binarize"]
+                ):
                     self.losses.append(trainer.step(x_0, y))
                     bar.update(size)
                     stopped = stop()
-                    decays = trainer.decay == "late" and trainer.steps == decay_start(trainer.total_steps)
-                    if stopped or decays or trainer.steps == trainer.total_steps or len(self.losses) == CHECK_STEPS:
+                    decays = trainer.decay == "late" and trainer.steps == decay_start(
+                        trainer.total_steps
+                    )
+                    if (
+                        stopped
+                        or decays
+                        or trainer.steps == trainer.total_steps
+                        or len(self.losses) == CHECK_STEPS
+                    ):
                         self.settle(epoch, *["constant.pth"] * decays, *["last.pth"] * stopped)
                     if stopped or trainer.steps == trainer.total_steps:
                         break
@@ -337,11 +419,19 @@ class Run:
         )
         self.report("metrics.csv", lambda file: file.write(metrics_csv(self.history)))
         if keep:
-            self.report("loss_curve.png", lambda file: save_figure(plot_history(self.history), file))
-            drawn = trainer.averaged.respaced(min(TIMESTEPS, trainer.averaged.timesteps))  # as sample.py does
-            images = drawn.sample(64, self.settings["seed"], y=drawn.labels(64), last_step=LAST_STEP)
+            self.report(
+                "loss_curve.png", lambda file: save_figure(plot_history(self.history), file)
+            )
+            drawn = trainer.averaged.respaced(
+                min(TIMESTEPS, trainer.averaged.timesteps)
+            )  # as sample.py does
+            images = drawn.sample(
+                64, self.settings["seed"], y=drawn.labels(64), last_step=LAST_STEP
+            )
             sheet = image_grid(images, self.settings["levels"], columns=8)
-            self.report(f"samples/sample_epoch_{epoch}.png", lambda file: sheet.save(file, format="png"))
+            self.report(
+                f"samples/sample_epoch_{epoch}.png", lambda file: sheet.save(file, format="png")
+            )
 
     def report(self, name: str, write) -> None:
         """Write a file that training can do without."""
@@ -356,13 +446,22 @@ class Run:
         if not self.writes:
             return
         state = {"network": self.trainer.network.config, "diffusion": self.trainer.averaged.config}
-        state |= {"data": self.digits.source, "binarize": self.settings["binarize"]} | self.trainer.state_dict()
+        state |= {
+            "data": self.digits.source,
+            "binarize": self.settings["binarize"],
+        } | self.trainer.state_dict()
         if name == "weights.pth":
-            state = {key: value for key, value in state.items() if key not in ("weights", "optimizer")}
-            state["averaged_weights"] = {key: w.half().cpu() for key, w in state["averaged_weights"].items()}
+            state = {
+                key: value for key, value in state.items() if key not in ("weights", "optimizer")
+            }
+            state["averaged_weights"] = {
+                key: w.half().cpu() for key, w in state["averaged_weights"].items()
+            }
         else:
             state |= {
-                "settings": {key: str(v) if isinstance(v, Path) else v for key, v in self.settings.items()},
+                "settings": {
+                    key: str(v) if isinstance(v, Path) else v for key, v in self.settings.items()
+                },
                 "epoch": self.trainer.steps // self.steps_per_epoch,
                 "steps_per_epoch": self.steps_per_epoch,
                 "total_steps": self.trainer.total_steps,
@@ -377,7 +476,9 @@ def metrics_csv(history: list[dict]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
+    writer.writerows(
+        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history
+    )
     return text.getvalue().encode()
 
 
@@ -400,7 +501,9 @@ def plan(settings: dict, steps_per_epoch: int, done: int) -> int:
     """How many steps there are to be in all. Raises ValueError if they are done already."""
     total = settings["steps"] or settings["epochs"] * steps_per_epoch
     if done >= total:
-        raise ValueError(f"the run to resume has all its {total} steps: give more with --epochs or --steps")
+        raise ValueError(
+            f"the run to resume has all its {total} steps: give more with --epochs or --steps"
+        )
     return total
 
 
@@ -425,11 +528,17 @@ def train(args: argparse.Namespace, processes: Processes, folder: RunFolder) -> 
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     digits, validation = load_data(settings, checkpoint, processes)
     settings["lr"] = settings["lr"] or LEARNING_RATE[digits.source]
-    settings |= {"schedule": diffusion.config["schedule"], "channels": diffusion.model.config["channels"]}
+    settings |= {
+        "schedule": diffusion.config["schedule"],
+        "channels": diffusion.model.config["channels"],
+    }
     steps_per_epoch = len(digits.images) // settings["batch_size"]
     total = plan(settings, steps_per_epoch, checkpoint["step"] if checkpoint else 0)
     names = ("batch_size", "lr", "optimizer", "decay", "label_dropout", "seed", "amp")
-    options = {name: settings[name] for name in names} | {"compiled": settings["compile"], "processes": processes}
+    options = {name: settings[name] for name in names} | {
+        "compiled": settings["compile"],
+        "processes": processes,
+    }
     trainer = Trainer(diffusion.to(device), total, **options)
     run = Run(trainer, digits.to(trainer.source), validation, settings, folder, processes)
     if checkpoint:
@@ -448,7 +557,9 @@ def train(args: argparse.Namespace, processes: Processes, folder: RunFolder) -> 
     )
     received = catch_signals()
     if run.train(lambda: processes.mean(bool(received))[0] > 0):
-        number = received[0] if received else signal.SIGTERM  # perhaps only another process was told
+        number = (
+            received[0] if received else signal.SIGTERM
+        )  # perhaps only another process was told
         if processes.rank == 0:
             print(f"Stopped by {signal.Signals(number).name} after step {trainer.steps} of {total}, saved in "
                   f"{folder.checkpoints / 'last.pth'}; go on with --resume", file=sys.stderr)  # fmt: skip

@@ -72,7 +72,9 @@ class Processes:
     def share(self, batch_size: int) -> slice:
         """This process's part of a batch. Raises ValueError if it can't be shared equally."""
         if batch_size % self.size:
-            raise ValueError(f"the batch of {batch_size} can't be shared equally by {self.size} processes")
+            raise ValueError(
+                f"the batch of {batch_size} can't be shared equally by {self.size} processes"
+            )
         return slice(self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size)
 
 
@@ -129,14 +131,18 @@ class Trainer:
         self.records = device.type == "cuda" and processes.size == 1
         if self.records:
             torch.cuda.set_device(device)
-        self.rate = torch.tensor(lr, device=device) if self.records else lr  # recorded: read from where it was
+        self.rate = (
+            torch.tensor(lr, device=device) if self.records else lr
+        )  # recorded: read from where it was
         options = {"lr": self.rate, "capturable": self.records}
         if optimizer == "muon":
             dtype = torch.bfloat16 if amp else torch.float32
             self.optimizer: torch.optim.Optimizer = Muon(self.network, dtype, **options)
         else:
             parameters = self.network.parameters()
-            self.optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=WEIGHT_DECAY, **options)
+            self.optimizer = torch.optim.AdamW(
+                parameters, betas=BETAS, weight_decay=WEIGHT_DECAY, **options
+            )
         self.update = Recorded(self._update) if self.records else self._update
 
     def step(self, x_0: Tensor, y: Tensor | None = None) -> Tensor:
@@ -149,17 +155,24 @@ class Trainer:
         """
         device = next(self.network.parameters()).device
         with record_function("noise"):
-            generator = torch.Generator(self.source).manual_seed(stream_seed(self.seed, 0, self.steps))
+            generator = torch.Generator(self.source).manual_seed(
+                stream_seed(self.seed, 0, self.steps)
+            )
             t = self.diffusion.draw_t(len(x_0), generator)
             u = torch.rand(x_0.shape, generator=generator, device=self.source)
             if self.diffusion.num_labels:
-                hidden = torch.rand(len(x_0), generator=generator, device=self.source) < self.label_dropout
+                hidden = (
+                    torch.rand(len(x_0), generator=generator, device=self.source)
+                    < self.label_dropout
+                )
                 y = torch.full((len(x_0),), -1) if y is None else y
                 y = y.to(self.source).masked_fill(hidden, -1)
             else:
                 y = None
             x_0, t, u, y = (v if v is None else v[self.shard].to(device) for v in (x_0, t, u, y))
-            torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))  # for a network that draws
+            torch.manual_seed(
+                stream_seed(self.seed, 3, self.steps, self.shard.start)
+            )  # for a network that draws
         rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.fill_(rate) if self.records else rate
@@ -183,7 +196,9 @@ class Trainer:
 
     def validate(self, x_0: Tensor) -> float:
         """The averaged network's bound in nats per image, L_0 and one t a digit: the same noise each time."""
-        return self.averaged.variational_bound(x_0, 1, torch.Generator().manual_seed(0)).mean().item()
+        return (
+            self.averaged.variational_bound(x_0, 1, torch.Generator().manual_seed(0)).mean().item()
+        )
 
     def state_dict(self) -> dict:
         return {
@@ -203,7 +218,9 @@ class Trainer:
             self.optimizer.load_state_dict(saved | {"param_groups": groups})
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"the run to resume does not fit this version of the repository: {reason}") from None
+            raise ValueError(
+                f"the run to resume does not fit this version of the repository: {reason}"
+            ) from None
         self.steps = state["step"]
         if self.records:
             self.update = Recorded(self._update)  # the optimizer's tensors are others now
@@ -254,7 +271,10 @@ class Recorded:
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.calls == self.USUAL + 1:
-            self.given, self.graph = [v if v is None else v.clone() for v in given], torch.cuda.CUDAGraph()
+            self.given, self.graph = (
+                [v if v is None else v.clone() for v in given],
+                torch.cuda.CUDAGraph(),
+            )
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.function(*self.given)
         for mine, yours in zip(self.given, given, strict=True):
@@ -275,10 +295,14 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, **options):
         if not hasattr(network, "hidden_matrices"):
-            raise ValueError(f"muon needs a network with hidden_matrices(), which {type(network).__name__} has not")
+            raise ValueError(
+                f"muon needs a network with hidden_matrices(), which {type(network).__name__} has not"
+            )
         super().__init__(network.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, **options)
         self.dtype = dtype
-        self.alike: dict[tuple, list[nn.Parameter]] = defaultdict(list)  # matrices of one shape, which go together
+        self.alike: dict[tuple, list[nn.Parameter]] = defaultdict(
+            list
+        )  # matrices of one shape, which go together
         for p in network.hidden_matrices():
             self.alike[p.flatten(1).shape].append(p)
 
@@ -289,13 +313,18 @@ class Muon(torch.optim.AdamW):
             for p in matrices:
                 if p not in self.state:  # AdamW wants a step in every state that it loads
                     self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
-            gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
+            gradients, momenta = (
+                [p.grad for p in matrices],
+                [self.state[p]["momentum"] for p in matrices],
+            )
             torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
             ahead = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)  # Nesterov's
             updates = orthogonalized(torch.stack([v.flatten(1) for v in ahead]), self.dtype)
             updates = updates * (group["lr"] * 0.2 * math.sqrt(max(shape)))
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(matrices, [v.view_as(p) for p, v in zip(matrices, updates, strict=True)])
+            torch._foreach_sub_(
+                matrices, [v.view_as(p) for p, v in zip(matrices, updates, strict=True)]
+            )
             for p in matrices:
                 p.grad = None  # AdamW passes over it
         super().step()

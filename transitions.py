@@ -102,7 +102,9 @@ def information_betas(T: int, K: int) -> Tensor:
 
     few = min(K, 8)
     rows = np.eye(K)[((np.arange(few) + 0.5) * K / few).astype(int)]  # a few x_0 that stand for all
-    narrowest = math.log(4 / ((K - 1) ** 2 * math.log(2e9)))  # a pixel moves once in a thousand million times
+    narrowest = math.log(
+        4 / ((K - 1) ** 2 * math.log(2e9))
+    )  # a pixel moves once in a thousand million times
     log_betas = []
     for t in range(1, T - 11):
         target = math.cos(math.pi / 2 * t / (T - 12)) ** 2
@@ -111,7 +113,9 @@ def information_betas(T: int, K: int) -> Tensor:
     return torch.tensor([*log_betas, *[WIDEST] * 12], dtype=torch.float64).exp()
 
 
-def bisect(f: Callable[[float], float], target: float, low: float, high: float, steps: int) -> float:
+def bisect(
+    f: Callable[[float], float], target: float, low: float, high: float, steps: int
+) -> float:
     """Where the falling f comes down to the target, or just beyond; `high` if it doesn't."""
     for _ in range(steps):
         middle = (low + high) / 2
@@ -139,7 +143,9 @@ def absorbing_transitions(K: int, betas: Tensor) -> Tensor:
         ValueError: if a pixel can survive to T, where the prior is all mask: L_T would be infinite.
     """
     if betas.max() < 1:
-        raise ValueError("absorbing transitions need a schedule that ends with every pixel masked (some beta_t = 1)")
+        raise ValueError(
+            "absorbing transitions need a schedule that ends with every pixel masked (some beta_t = 1)"
+        )
     beta = betas[:, None, None]
     mask = F.one_hot(torch.tensor(K), K + 1).double()
     return (1 - beta) * torch.eye(K + 1, dtype=torch.float64) + beta * mask
@@ -200,12 +206,17 @@ class Family:
 
 FAMILIES = {
     "uniform": Family(
-        uniform_transitions, {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas}
+        uniform_transitions,
+        {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas},
     ),
     "absorbing": Family(
-        absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}, extra_states=1
+        absorbing_transitions,
+        {"mutual_info": mutual_info_betas, "cosine": cosine_betas},
+        extra_states=1,
     ),
-    "gaussian": Family(gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}, least_levels=3),
+    "gaussian": Family(
+        gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}, least_levels=3
+    ),
 }
 SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.schedules))
 
@@ -227,7 +238,9 @@ def transition_matrices(transition: str, schedule: str | None, K: int, T: int) -
     """Q as float64 [T+1, S, S] with Q[0] the identity. Raises ValueError for what does not go together."""
     family, schedule = family_and_schedule(transition, schedule)
     if family.least_levels > K:
-        raise ValueError(f"{transition} transitions between {K} levels are uniform transitions in disguise: use those")
+        raise ValueError(
+            f"{transition} transitions between {K} levels are uniform transitions in disguise: use those"
+        )
     steps = family.matrices(K, family.schedules[schedule](T, K))
     return torch.cat([torch.eye(steps.shape[-1], dtype=torch.float64)[None], steps])
 
@@ -239,8 +252,12 @@ def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
     except (TypeError, RuntimeError):
         raise ValueError("Q must be a tensor") from None
     if Q.ndim != 3 or Q.shape[0] != T + 1 or Q.shape[1] != Q.shape[2] or Q.shape[1] < K:
-        raise ValueError(f"Q must be [timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}, got {list(Q.shape)}")
-    if (Q < 0).any() or not torch.allclose(Q.sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-6):
+        raise ValueError(
+            f"Q must be [timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}, got {list(Q.shape)}"
+        )
+    if (Q < 0).any() or not torch.allclose(
+        Q.sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-6
+    ):
         raise ValueError("Q must hold probabilities, each row summing to one")
     if not torch.equal(Q[0], torch.eye(Q.shape[1], dtype=torch.float64)):
         raise ValueError("Q[0] must be the identity (t = 0 is clean data)")

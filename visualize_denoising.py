@@ -36,7 +36,12 @@ def parse_arguments() -> argparse.Namespace:
         f"{PARTICLES})")  # fmt: skip
     add("--fps", type=number(1, 50), default=20, help="frames per second, 1 to 50 (default 20); a frame of a GIF lasts "
         "whole hundredths of a second, so the nearest rate that there is")  # fmt: skip
-    add("--seed", type=SEED, default=0, help="the digits are images 0 .. n-1 of sample.py with this seed (default 0)")
+    add(
+        "--seed",
+        type=SEED,
+        default=0,
+        help="the digits are images 0 .. n-1 of sample.py with this seed (default 0)",
+    )
     add_device(add)
     args = p.parse_args()
     if args.particles and not args.fill:
@@ -48,7 +53,9 @@ def main() -> None:
     args = parse_arguments()
     centiseconds = round(100 / args.fps)
     if abs(100 / centiseconds - args.fps) > 0.005:
-        print(f"{100 / centiseconds:.4g} frames per second: a frame of a GIF lasts whole hundredths of a second")
+        print(
+            f"{100 / centiseconds:.4g} frames per second: a frame of a GIF lasts whole hundredths of a second"
+        )
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
     diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
@@ -58,14 +65,18 @@ def main() -> None:
         asked |= {"known": known, "particles": args.particles or PARTICLES, "progress": True}
     else:
         asked["y"] = diffusion.labels(args.n)
-    with atomic_writes(args.out, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as (file,):
+    with atomic_writes(args.out, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as (
+        file,
+    ):
         chain = enumerate(diffusion.reverse_process(args.n, args.seed, **asked))
         frames = [
             titled_frame(x_t, diffusion.num_levels, f"t = {diffusion.network_t[T - i]}")
             for i, x_t in tqdm(chain, total=T + 1, desc="denoising", unit="step")
         ]
         durations = [10 * centiseconds] * T + [HOLD_MS]
-        frames[0].save(file, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        frames[0].save(
+            file, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        )
     print(f"Wrote {args.out}")
 
 

@@ -28,7 +28,11 @@ class PlainUNet(nn.Module):
             return nn.Sequential(*layers)
 
         self.embed_t = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 256))
-        self.enc1, self.enc2, self.mid = double_conv(1, 64), double_conv(64, 128), double_conv(128, 256)
+        self.enc1, self.enc2, self.mid = (
+            double_conv(1, 64),
+            double_conv(64, 128),
+            double_conv(128, 256),
+        )
         self.up2, self.dec2 = nn.ConvTranspose2d(256, 128, 2, stride=2), double_conv(256, 128)
         self.up1, self.dec1 = nn.ConvTranspose2d(128, 64, 2, stride=2), double_conv(128, 64)
         self.out = nn.Conv2d(64, num_levels, 1)
@@ -36,7 +40,9 @@ class PlainUNet(nn.Module):
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between input, embedding and output: what Muon orthogonalises."""
         edges = ("enc1.0.", "embed_t.", "out.")
-        return [p for name, p in self.named_parameters() if p.ndim > 1 and not name.startswith(edges)]
+        return [
+            p for name, p in self.named_parameters() if p.ndim > 1 and not name.startswith(edges)
+        ]
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         h1 = self.enc1(x_t.float() / (self.num_states - 1))  # [B, 64, H, W]
@@ -53,9 +59,13 @@ class PerSample(Dataset):
     def __init__(self, digits: Digits):
         from torchvision import transforms
 
-        self.grey = digits.images[:, 0, 2:-2, 2:-2].contiguous()  # back to 28x28: padding is part of the path
+        self.grey = digits.images[
+            :, 0, 2:-2, 2:-2
+        ].contiguous()  # back to 28x28: padding is part of the path
         self.labels = digits.labels
-        self.transform = transforms.Compose([transforms.ToPILImage(), transforms.Pad(2), transforms.ToTensor()])
+        self.transform = transforms.Compose(
+            [transforms.ToPILImage(), transforms.Pad(2), transforms.ToTensor()]
+        )
 
     def __len__(self) -> int:
         return len(self.grey)
@@ -79,6 +89,8 @@ def usual_trainer(batch_size: int, device: torch.device | str = "cpu") -> Traine
     What it learns is in `trainer.network`: the average, which the trainer keeps all the same, is not of this recipe.
     """
     network = PlainUNet().to(device, memory_format=torch.channels_last)
-    trainer = Trainer(DiscreteDiffusion(network, schedule="linear"), 1, batch_size, max_grad_norm=math.inf)
+    trainer = Trainer(
+        DiscreteDiffusion(network, schedule="linear"), 1, batch_size, max_grad_norm=math.inf
+    )
     trainer.optimizer = ConstantAdam(network.parameters(), capturable=trainer.records)
     return trainer

@@ -21,7 +21,9 @@ from pathlib import Path
 
 from cli import REPOSITORY, add_device, integer, pick_device, run
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks about GPUs that are not there
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # the profiler's remarks about GPUs that are not there
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,7 +39,14 @@ from experiments.common import OUT, endless, experiment_parser, markdown, render
 from model import build_network
 from trainer import Recorded, Trainer
 
-PARTS = ("data", "noise", "forward", "backward", "optimizer", "average")  # labels: the first here, others in Trainer
+PARTS = (
+    "data",
+    "noise",
+    "forward",
+    "backward",
+    "optimizer",
+    "average",
+)  # labels: the first here, others in Trainer
 PRODUCT = 2048  # the side of the matrices whose product shows what the machine can do at best
 BATCHES = (1, 16, 64, 256)  # of drawing
 FEW = 5  # timesteps to draw in: all cost the same
@@ -52,7 +61,9 @@ def mflop(network: torch.nn.Module) -> float:
     return counter.get_total_flops() / 1e6
 
 
-def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+def take_turns(
+    contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, float]:
     """The median seconds of each over so many rounds, after those that warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     warm_up = 1 if device.type == "cpu" else Recorded.USUAL + 1
@@ -81,14 +92,20 @@ def shares(trainer: Trainer, stream: Iterator, steps: int = 3) -> dict[str, floa
     return {part: times[part] / sum(times[part] for part in PARTS) for part in PARTS}
 
 
-def training(digits: Digits, device: torch.device, rounds: int, batch_size: int, compiled: bool) -> dict:
+def training(
+    digits: Digits, device: torch.device, rounds: int, batch_size: int, compiled: bool
+) -> dict:
     """Images per second, operations and shares, for each network and way of training it."""
 
     def ours(loss: str = "cross_entropy", **options) -> tuple[Trainer, Iterator]:
         diffusion = DiscreteDiffusion(build_network({"name": "unet"}).to(device), loss_type=loss)
-        return Trainer(diffusion, 10**6, batch_size, optimizer="muon", **options), endless(digits, batch_size)
+        return Trainer(diffusion, 10**6, batch_size, optimizer="muon", **options), endless(
+            digits, batch_size
+        )
 
-    loader = DataLoader(PerSample(digits), batch_size, shuffle=True, num_workers=WORKERS, drop_last=True)
+    loader = DataLoader(
+        PerSample(digits), batch_size, shuffle=True, num_workers=WORKERS, drop_last=True
+    )
     pairs = {
         "UNet": ours(),
         "UNet, variational": ours("variational"),
@@ -109,16 +126,28 @@ def training(digits: Digits, device: torch.device, rounds: int, batch_size: int,
             "gflops": 3 * forward * rate / 1e3,  # backward counted as two forward passes
             "shares": shares(trainer, stream) if device.type == "cpu" else {},
         }
-    return {"matrix_product_gflops": 2 * PRODUCT**3 / seconds["product"] / 1e9, "networks": networks}
+    return {
+        "matrix_product_gflops": 2 * PRODUCT**3 / seconds["product"] / 1e9,
+        "networks": networks,
+    }
 
 
 def drawing(device: torch.device, rounds: int) -> dict[str, float]:
     """Network passes, images times timesteps, per second: {network and batch: rate}."""
     unet, plain = build_network({"name": "unet"}), PlainUNet().to(memory_format=torch.channels_last)
-    unet, plain = (DiscreteDiffusion(network.to(device)).eval().respaced(FEW) for network in (unet, plain))
-    pairs = {f"UNet, batch {B}": (unet, B) for B in BATCHES} | {f"PlainUNet, batch {BATCHES[2]}": (plain, BATCHES[2])}
-    work = {name: partial(diffusion.sample, B, batch_size=B) for name, (diffusion, B) in pairs.items()}
-    return {name: pairs[name][1] * FEW / seconds for name, seconds in take_turns(work, rounds, device).items()}
+    unet, plain = (
+        DiscreteDiffusion(network.to(device)).eval().respaced(FEW) for network in (unet, plain)
+    )
+    pairs = {f"UNet, batch {B}": (unet, B) for B in BATCHES} | {
+        f"PlainUNet, batch {BATCHES[2]}": (plain, BATCHES[2])
+    }
+    work = {
+        name: partial(diffusion.sample, B, batch_size=B) for name, (diffusion, B) in pairs.items()
+    }
+    return {
+        name: pairs[name][1] * FEW / seconds
+        for name, seconds in take_turns(work, rounds, device).items()
+    }
 
 
 def peak_memory_mb(command: list) -> float | None:
@@ -131,7 +160,9 @@ def peak_memory_mb(command: list) -> float | None:
         while process.poll() is None:
             with contextlib.suppress(OSError, StopIteration):
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                peak = next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+                peak = next(
+                    int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")
+                )
             time.sleep(0.01)
     if process.returncode:
         raise RuntimeError(f"{shlex.join(map(str, command))} ended with code {process.returncode}")
@@ -141,10 +172,20 @@ def peak_memory_mb(command: list) -> float | None:
 def sixteen_digits(device: torch.device, rounds: int) -> dict:
     """sample.py as its user meets it, beside a process that only imports torch."""
     with tempfile.TemporaryDirectory() as folder:
-        sample = [sys.executable, REPOSITORY / "sample.py", "--out", Path(folder) / "16.png", "--device", str(device)]
+        sample = [
+            sys.executable,
+            REPOSITORY / "sample.py",
+            "--out",
+            Path(folder) / "16.png",
+            "--device",
+            str(device),
+        ]
         commands = {"sample": sample, "import torch": [sys.executable, "-c", "import torch"]}
         result = {"peak_memory_mb": peak_memory_mb(sample)}
-        work = {name: partial(subprocess.run, line, capture_output=True) for name, line in commands.items()}
+        work = {
+            name: partial(subprocess.run, line, capture_output=True)
+            for name, line in commands.items()
+        }
         return result | {"seconds": take_turns(work, rounds, torch.device("cpu"))}
 
 
@@ -159,8 +200,13 @@ def table(result: dict) -> str:
     ]  # fmt: skip
     heading = [f"training, batch {result['batch_size']}", "weights", "MFLOP per image", "images per second",
                "PlainUNet = 1", f"of {peak:.0f} GFLOP/s", *PARTS]  # fmt: skip
-    draw = [[name, f"{rate:.0f}", f"{rate / TIMESTEPS:.1f}"] for name, rate in result["drawing"].items()]
-    seconds, memory = result["sixteen_digits"]["seconds"], result["sixteen_digits"]["peak_memory_mb"]
+    draw = [
+        [name, f"{rate:.0f}", f"{rate / TIMESTEPS:.1f}"] for name, rate in result["drawing"].items()
+    ]
+    seconds, memory = (
+        result["sixteen_digits"]["seconds"],
+        result["sixteen_digits"]["peak_memory_mb"],
+    )
     command = [
         f"{seconds['sample']:.2f}",
         f"{seconds['sample'] / seconds['import torch']:.2f}",
@@ -169,16 +215,30 @@ def table(result: dict) -> str:
     return "\n\n".join(
         [
             markdown(heading, rows),
-            markdown(["drawing", "network passes per second", f"images per second, {TIMESTEPS} timesteps"], draw),
-            markdown(["16 digits", "seconds", "`import torch` = 1", "peak MB"], [["`python sample.py`", *command]]),
+            markdown(
+                [
+                    "drawing",
+                    "network passes per second",
+                    f"images per second, {TIMESTEPS} timesteps",
+                ],
+                draw,
+            ),
+            markdown(
+                ["16 digits", "seconds", "`import torch` = 1", "peak MB"],
+                [["`python sample.py`", *command]],
+            ),
         ]
     )
 
 
 def main() -> None:
     p = experiment_parser(__doc__)
-    p.add_argument("--rounds", type=integer(1), default=5, help="how often each takes its turn (default 5)")
-    p.add_argument("--batch-size", type=integer(1), default=128, help="images per training step (default 128)")
+    p.add_argument(
+        "--rounds", type=integer(1), default=5, help="how often each takes its turn (default 5)"
+    )
+    p.add_argument(
+        "--batch-size", type=integer(1), default=128, help="images per training step (default 128)"
+    )
     p.add_argument("--no-compile", action="store_true", help="leave the compiled network out")
     add_device(p.add_argument)
     args = p.parse_args()

@@ -32,9 +32,24 @@ DYNAMIC = RELEASED.with_name("d3pm_mnist_dynamic.pth")
 LR = 2e-3
 # Of evaluation.json
 BOUNDS = ("bound", "bound_with_labels")
-KEPT = ("sha256", "levels", "timesteps", *BOUNDS, "samples", "real_digits", "real_digits_of_these_classes")
+KEPT = (
+    "sha256",
+    "levels",
+    "timesteps",
+    *BOUNDS,
+    "samples",
+    "real_digits",
+    "real_digits_of_these_classes",
+)
 # What tables show of `metrics.quality`, with so many digits after the point
-QUALITY = {"frechet_distance": 3, "precision": 2, "recall": 2, "isolated_white": 3, "ink": 3, "label_accuracy": 3}
+QUALITY = {
+    "frechet_distance": 3,
+    "precision": 2,
+    "recall": 2,
+    "isolated_white": 3,
+    "ink": 3,
+    "label_accuracy": 3,
+}
 
 
 def experiment_parser(description: str | None, jobs: bool = False) -> argparse.ArgumentParser:
@@ -63,17 +78,23 @@ def command(script: str, arguments: list, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     line = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
     with open(log, "a") as file:
-        code = subprocess.run(line, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        code = subprocess.run(
+            line, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ).returncode
     if code:
         last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
         raise RuntimeError(f"{last} ({script} ended with code {code}, see {log})")
 
 
-def evaluated(row: str, checkpoint: Path, folder: Path, arguments: list, bounded: bool = True) -> dict:
+def evaluated(
+    row: str, checkpoint: Path, folder: Path, arguments: list, bounded: bool = True
+) -> dict:
     """What evaluate.py says of the checkpoint with these arguments, for a row of a table; its bounds if `bounded`."""
     command("evaluate.py", [checkpoint, *arguments, "--out-dir", folder], folder / "log.txt")
     report = json.loads((folder / "evaluation.json").read_text())
-    return {"row": row} | {key: report[key] for key in KEPT if key in report and (bounded or key not in BOUNDS)}
+    return {"row": row} | {
+        key: report[key] for key in KEPT if key in report and (bounded or key not in BOUNDS)
+    }
 
 
 def trained_and_evaluated(row: str, folder: Path, steps: int, train: list, evaluate: list) -> dict:
@@ -81,7 +102,9 @@ def trained_and_evaluated(row: str, folder: Path, steps: int, train: list, evalu
     last = folder / "checkpoints" / "last.pth"
     if not last.exists() or read_checkpoint(last)["step"] != steps:
         resume = ["--resume"] if last.exists() else []
-        command("train.py", [*train, "--steps", steps, "--out-dir", folder, *resume], folder / "log.txt")
+        command(
+            "train.py", [*train, "--steps", steps, "--out-dir", folder, *resume], folder / "log.txt"
+        )
     return evaluated(row, last, folder, evaluate)
 
 
@@ -105,20 +128,40 @@ def trainings(
         for seed in seeds:
             folder = OUT / name / f"{row.replace(', ', '-').replace(' ', '_')}-{seed}"
             arguments = [*train, *flags.split(), "--seed", seed]
-            plan[f"{row}, seed {seed}"] = partial(trained_and_evaluated, row, folder, steps, arguments, evaluate)
+            plan[f"{row}, seed {seed}"] = partial(
+                trained_and_evaluated, row, folder, steps, arguments, evaluate
+            )
     return plan
 
 
 def compare_trainings(
-    name: str, description: str | None, rows: dict[str, str], steps: int = 650, seeds: int = 3, lr: float = LR
+    name: str,
+    description: str | None,
+    rows: dict[str, str],
+    steps: int = 650,
+    seeds: int = 3,
+    lr: float = LR,
 ) -> None:
     """The main of an experiment that trains with the flags of each of the rows, with several seeds."""
     p = experiment_parser(description, jobs=True)
-    p.add_argument("--steps", type=integer(1), default=steps, help=f"optimizer steps of each run (default {steps})")
-    p.add_argument("--seeds", type=integer(1), default=seeds, help=f"runs of each row (default {seeds})")
+    p.add_argument(
+        "--steps",
+        type=integer(1),
+        default=steps,
+        help=f"optimizer steps of each run (default {steps})",
+    )
+    p.add_argument(
+        "--seeds", type=integer(1), default=seeds, help=f"runs of each row (default {seeds})"
+    )
     args = p.parse_args()
     digits = digits_of(args)
-    evaluate = [*digits, "--split", "validation", "--last-step", "draw"]  # of the model that is judged
+    evaluate = [
+        *digits,
+        "--split",
+        "validation",
+        "--last-step",
+        "draw",
+    ]  # of the model that is judged
     train = [*digits, "--lr", lr, "--optimizer", "adamw"]  # but where a row says otherwise
     plan = trainings(name, rows, range(args.seeds), args.steps, train, evaluate)
     collect(name, {"title": f"{args.steps} steps", "data": args.data}, plan, table, args.jobs)
@@ -131,8 +174,14 @@ def compare_evaluations(
     digits, plan = [*digits_of(args), *speed_of(args), "--num-samples", num_samples], {}
     for row, flags in rows.items():
         folder = OUT / name / row.replace(" ", "_")
-        plan[row] = partial(evaluated, row, args.checkpoint, folder, [*digits, *flags.split()], bounded)
-    what = {"title": f"{num_samples:,} samples", "sha256": sha256(args.checkpoint), "data": args.data}
+        plan[row] = partial(
+            evaluated, row, args.checkpoint, folder, [*digits, *flags.split()], bounded
+        )
+    what = {
+        "title": f"{num_samples:,} samples",
+        "sha256": sha256(args.checkpoint),
+        "data": args.data,
+    }
     return collect(name, what, plan, table, args.jobs)
 
 
@@ -140,7 +189,9 @@ def compare_evaluations(
 # Results
 
 
-def collect(name: str, what: dict, plan: dict[str, Callable[[], dict]], table: Callable, jobs: int = 1) -> Path:
+def collect(
+    name: str, what: dict, plan: dict[str, Callable[[], dict]], table: Callable, jobs: int = 1
+) -> Path:
     """Do the work of each row that isn't there yet, `jobs` at a time; print the table; the file that holds them all.
 
     Raises ValueError, in one line, if the file is there with other arguments, `what`, or is nothing for `table`.
@@ -158,7 +209,9 @@ def collect(name: str, what: dict, plan: dict[str, Callable[[], dict]], table: C
         one = work()
         with lock:
             rows[key] = one
-            write_json(file, what | {"rows": {key: rows[key] for key in [*plan, *rows] if key in rows}})
+            write_json(
+                file, what | {"rows": {key: rows[key] for key in [*plan, *rows] if key in rows}}
+            )
 
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(keep, key, work) for key, work in plan.items() if key not in rows]
@@ -166,7 +219,9 @@ def collect(name: str, what: dict, plan: dict[str, Callable[[], dict]], table: C
             for done in tqdm(as_completed(running), total=len(running), desc=name, disable=None):
                 done.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # those that run are waited for, and kept
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # those that run are waited for, and kept
             raise
     print(render(table, file))
     return file
@@ -177,7 +232,9 @@ def render(make: Callable[[dict], Any], file: Path) -> Any:
     try:
         return make(json.loads(file.read_text()))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"{file} is no result of this experiment ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{file} is no result of this experiment ({type(error).__name__}: {error})"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +253,9 @@ def cell(values: list, digits: int) -> str:
     values = [float(value) for value in values]
     if not values:
         return ""
-    middle, low, high = (f"{round(v, digits) + 0.0:.{digits}f}" for v in (mean(values), min(values), max(values)))
+    middle, low, high = (
+        f"{round(v, digits) + 0.0:.{digits}f}" for v in (mean(values), min(values), max(values))
+    )
     return f"{middle} ({low} to {high})" if len(values) > 1 else middle  # + 0.0: no -0.0
 
 
@@ -222,14 +281,24 @@ def table(result: dict) -> str:
     for name, runs in sorted(groups.items(), key=lambda group: group[0].startswith("*")):  # stable
         bounds = [one["bound"] for one in runs if "bound" in one]
         error = f" ± {float(bounds[0]['standard_error']):.1f}" if len(bounds) == 1 else ""
-        cells = [name, f"{len(runs)}" if len(runs) > 1 else "", cell([b["nats_per_image"] for b in bounds], 1) + error]
+        cells = [
+            name,
+            f"{len(runs)}" if len(runs) > 1 else "",
+            cell([b["nats_per_image"] for b in bounds], 1) + error,
+        ]
         for key, digits in QUALITY.items():
-            cells.append(cell([one["samples"][key] for one in runs if key in one.get("samples", {})], digits))
+            cells.append(
+                cell([one["samples"][key] for one in runs if key in one.get("samples", {})], digits)
+            )
         rows.append(cells)
-    return markdown([result["title"], "seeds", "bound", *(key.replace("_", " ") for key in QUALITY)], rows)
+    return markdown(
+        [result["title"], "seeds", "bound", *(key.replace("_", " ") for key in QUALITY)], rows
+    )
 
 
-def quality_figure(curves: dict[str, list[dict]], x: str, xlabel: str, samples: str, real: dict | None = None):
+def quality_figure(
+    curves: dict[str, list[dict]], x: str, xlabel: str, samples: str, real: dict | None = None
+):
     """Bound and Fréchet distance, that of real digits dashed, against the entry `x` of rows; a curve for each name."""
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
@@ -247,7 +316,11 @@ def quality_figure(curves: dict[str, list[dict]], x: str, xlabel: str, samples: 
     for axis in (left, right):
         low, high = axis.dataLim.intervaly
         wide = high > 10 * low  # no data: -inf > inf
-        axis.set(xlabel=xlabel, xscale="log" if axis.has_data() else "linear", yscale="log" if wide else "linear")
+        axis.set(
+            xlabel=xlabel,
+            xscale="log" if axis.has_data() else "linear",
+            yscale="log" if wide else "linear",
+        )
         axis.set_xticks(ticks, [f"{round(tick, 2):g}" for tick in ticks])
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")

@@ -39,13 +39,21 @@ def read_metrics(folder: Path) -> dict[str, list[float]]:
 def constant_part(one: dict[str, list[float]]) -> tuple[list[float], list[float]]:
     """Steps and bounds of a run at its peak rate, after the first epochs."""
     rows = zip(one["epoch"], one["lr"], one["step"], one["validation_bound"], strict=True)
-    kept = [(step, bound) for epoch, rate, step, bound in rows if epoch > FROM_EPOCH and rate == max(one["lr"])]
+    kept = [
+        (step, bound)
+        for epoch, rate, step, bound in rows
+        if epoch > FROM_EPOCH and rate == max(one["lr"])
+    ]
     return tuple(map(list, zip(*kept, strict=True))) if kept else ([], [])
 
 
 def power_law(steps: list[float], bounds: list[float]) -> tuple[float, float, float]:
     """(a, b, c) of the a + b / step^c nearest to the bounds: least squares for each c of a grid, the best of them."""
-    x, y, best = torch.tensor(steps, dtype=torch.float64), torch.tensor(bounds, dtype=torch.float64), []
+    x, y, best = (
+        torch.tensor(steps, dtype=torch.float64),
+        torch.tensor(bounds, dtype=torch.float64),
+        [],
+    )
     for c in range(1, 301):
         columns = torch.stack([torch.ones_like(x), (x / x[0]) ** (-c / 100)], 1)
         a, b = torch.linalg.lstsq(columns, y).solution.tolist()
@@ -63,7 +71,10 @@ def table(result: dict) -> str:
         lines.append([name, f"{one['step'][-1]:,.0f}", time, f"{one['validation_bound'][-1]:.2f}"])
     for steps in (2 * last, 4 * last):
         lines.append(["*the first, prolonged*", f"{steps:,.0f}", "", f"{a + b / steps**c:.2f}"])
-    return markdown([f"{a:.1f} + {b:.0f} / step^{c:g}", "steps", "hours", "validation bound, nats per image"], lines)
+    return markdown(
+        [f"{a:.1f} + {b:.0f} / step^{c:g}", "steps", "hours", "validation bound, nats per image"],
+        lines,
+    )
 
 
 def figure(result: dict):
@@ -72,13 +83,17 @@ def figure(result: dict):
     axis = plot.subplots()
     first = next(iter(result["rows"].values()))
     for i, (name, one) in enumerate(result["rows"].items()):
-        shared = [a == b for a, b in zip(one["validation_bound"], first["validation_bound"], strict=False)]
+        shared = [
+            a == b for a, b in zip(one["validation_bound"], first["validation_bound"], strict=False)
+        ]
         start = i and max(0, [*shared, False].index(False) - 1)
         axis.plot(one["step"][start:], one["validation_bound"][start:], label=name)
     a, b, c = result["fit"]
     steps = torch.linspace(constant_part(first)[0][0], 4 * first["step"][-1], 200).tolist()
     fit = [a + b / step**c for step in steps]
-    axis.plot(steps, fit, color="gray", linestyle="--", label=f"{a:.1f} + {b:.0f} / step$^{{{c:g}}}$")
+    axis.plot(
+        steps, fit, color="gray", linestyle="--", label=f"{a:.1f} + {b:.0f} / step$^{{{c:g}}}$"
+    )
     axis.set(xscale="log", xlabel="optimizer steps", ylabel="validation bound, nats per image")
     axis.set_ylim(top=max(fit) + 2)
     axis.grid(alpha=0.3, which="both")
@@ -88,7 +103,13 @@ def figure(result: dict):
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("runs", nargs="+", type=path(), metavar="RUN", help="folders; after the first, to compare with it")
+    p.add_argument(
+        "runs",
+        nargs="+",
+        type=path(),
+        metavar="RUN",
+        help="folders; after the first, to compare with it",
+    )
     args = p.parse_args()
     rows = {folder.name: read_metrics(folder) for folder in args.runs}
     if len(rows) < len(args.runs):

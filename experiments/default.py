@@ -11,7 +11,14 @@ from pathlib import Path
 
 from cli import integer, run
 
-from experiments.common import OUT, collect, digits_of, experiment_parser, table, trained_and_evaluated
+from experiments.common import (
+    OUT,
+    collect,
+    digits_of,
+    experiment_parser,
+    table,
+    trained_and_evaluated,
+)
 
 DEFAULT = "python train.py"
 RELEASED = "python train.py --recipe released --amp --compile"
@@ -38,8 +45,17 @@ def main() -> None:
                    f"(default {' '.join(map(str, STEPS.values()))})")  # fmt: skip
     args = p.parse_args()
     digits = digits_of(args)
-    plan = {line: partial(trained, line, steps, digits) for line, steps in zip(STEPS, args.steps, strict=True)}
-    collect("default", {"title": "trained by", "data": args.data, "steps": args.steps}, plan, table, args.jobs)
+    plan = {
+        line: partial(trained, line, steps, digits)
+        for line, steps in zip(STEPS, args.steps, strict=True)
+    }
+    collect(
+        "default",
+        {"title": "trained by", "data": args.data, "steps": args.steps},
+        plan,
+        table,
+        args.jobs,
+    )
 
 
 if __name__ == "__main__":

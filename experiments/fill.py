@@ -56,10 +56,19 @@ def measure(diffusion: DiscreteDiffusion, digits: Digits, args: argparse.Namespa
         for N in args.particles:
             print(f"{part}, N = {N}", file=sys.stderr)
             known = torch.where(given, x, -1)
-            images[f"N = {N}"] = diffusion.sample(len(x), args.seed, progress=True, known=known, particles=N)
+            images[f"N = {N}"] = diffusion.sample(
+                len(x), args.seed, progress=True, known=known, particles=N
+            )
         images["real digits"] = x
-        parts[part] = {name: scores(judge(classifier, y, K), labels, reference) for name, y in images.items()}
-    return {"sha256": sha256(args.checkpoint), "timesteps": diffusion.timesteps, "digits": len(x), "parts": parts}
+        parts[part] = {
+            name: scores(judge(classifier, y, K), labels, reference) for name, y in images.items()
+        }
+    return {
+        "sha256": sha256(args.checkpoint),
+        "timesteps": diffusion.timesteps,
+        "digits": len(x),
+        "parts": parts,
+    }
 
 
 def table(result: dict) -> str:
@@ -72,7 +81,10 @@ def table(result: dict) -> str:
     ]
     for part, rows in result["parts"].items():
         for name, row in rows.items():
-            numbers = (f"{row[key]:.3f}" for key in ("read_as_true_class", "mean_confidence", "frechet_distance"))
+            numbers = (
+                f"{row[key]:.3f}"
+                for key in ("read_as_true_class", "mean_confidence", "frechet_distance")
+            )
             lines.append(f"| {part} | {name} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
@@ -86,9 +98,15 @@ def draw_figure(diffusion: DiscreteDiffusion, digits: Digits, args: argparse.Nam
         print(f"figure, {part}", file=sys.stderr)
         known = torch.where(given, x, -1)
         each = known.repeat_interleave(COMPLETIONS, dim=0)
-        filled = diffusion.sample(len(each), args.seed, progress=True, known=each, particles=PARTICLES)
-        sheet = torch.cat([x[:, None], known[:, None], filled.long().unflatten(0, (10, COMPLETIONS))], dim=1)
-        axis.imshow(image_grid(sheet.flatten(0, 1), diffusion.num_levels, 2 + COMPLETIONS), cmap="gray")
+        filled = diffusion.sample(
+            len(each), args.seed, progress=True, known=each, particles=PARTICLES
+        )
+        sheet = torch.cat(
+            [x[:, None], known[:, None], filled.long().unflatten(0, (10, COMPLETIONS))], dim=1
+        )
+        axis.imshow(
+            image_grid(sheet.flatten(0, 1), diffusion.num_levels, 2 + COMPLETIONS), cmap="gray"
+        )
         axis.set(title=f"Digit, {part}, completions", xticks=[], yticks=[])
     return figure
 
@@ -96,14 +114,33 @@ def draw_figure(diffusion: DiscreteDiffusion, digits: Digits, args: argparse.Nam
 def main() -> None:
     p = parser(__doc__)
     add = p.add_argument
-    add("checkpoint", nargs="?", type=path(), default=RELEASED, help="(default: the released model)")
+    add(
+        "checkpoint", nargs="?", type=path(), default=RELEASED, help="(default: the released model)"
+    )
     add("--timesteps", type=int, default=TIMESTEPS, metavar="N", help=f"(default {TIMESTEPS})")
-    add("--digits", type=integer(20, 5000), default=500, help="how many, as many of each class (default 500)")
-    add("--particles", type=integer(1), nargs="+", default=[1, 4, 16, 64], metavar="N", help="(default 1 4 16 64)")
+    add(
+        "--digits",
+        type=integer(20, 5000),
+        default=500,
+        help="how many, as many of each class (default 500)",
+    )
+    add(
+        "--particles",
+        type=integer(1),
+        nargs="+",
+        default=[1, 4, 16, 64],
+        metavar="N",
+        help="(default 1 4 16 64)",
+    )
     add("--seed", type=SEED, default=0, help="(default 0)")
     add("--data-root", type=path(), default=REPOSITORY / "data", help="where MNIST is or goes (default: data in the "
         "repository)")  # fmt: skip
-    add("--out-dir", type=path(), default=OUT / "fill", help="(default results_d3pm/experiments/fill)")
+    add(
+        "--out-dir",
+        type=path(),
+        default=OUT / "fill",
+        help="(default results_d3pm/experiments/fill)",
+    )
     add_device(add)
     add_speed(add)
     args = p.parse_args()

@@ -21,7 +21,9 @@ def main() -> None:
     digits = load_digits("validation", args.data, args.data_root)
     x_0 = to_levels(digits.images[digits.labels == args.digit][:1])
     diffusion = DiscreteDiffusion(torch.nn.Identity())
-    u = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0))  # the same for all t: a pixel flips once
+    u = torch.rand(
+        x_0.shape, generator=torch.Generator().manual_seed(0)
+    )  # the same for all t: a pixel flips once
     ts = list(range(0, diffusion.timesteps + 1, 25))
     figure, changed = new_figure(1.2 * len(ts), 1.5), []
     for t, axis in zip(ts, figure.subplots(1, len(ts)), strict=True):

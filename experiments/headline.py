@@ -12,7 +12,16 @@ from functools import partial
 from cli import add_speed, integer, run
 
 from checkpoint import RELEASED
-from experiments.common import DYNAMIC, OUT, collect, digits_of, evaluated, experiment_parser, markdown, speed_of
+from experiments.common import (
+    DYNAMIC,
+    OUT,
+    collect,
+    digits_of,
+    evaluated,
+    experiment_parser,
+    markdown,
+    speed_of,
+)
 
 FEW = ["--images", 2, "--repeats", 1]  # where only the samples are wanted
 # The bound of each row: the evaluation that has it, and its name there
@@ -62,19 +71,40 @@ def main() -> None:
     add("--timesteps", type=integer(1), default=100, help="from noise to digits, but for the defaults of sample.py "
         "(default 100)")  # fmt: skip
     add("--num-samples", type=integer(20), default=5000, help="drawn for each row (default 5,000)")
-    add("--trajectories", type=integer(1), default=64, help="K of the importance-weighted bound (default 64)")
-    add("--images", type=integer(2), default=100, help="digits that the gain of these is of (default 100)")
+    add(
+        "--trajectories",
+        type=integer(1),
+        default=64,
+        help="K of the importance-weighted bound (default 64)",
+    )
+    add(
+        "--images",
+        type=integer(2),
+        default=100,
+        help="digits that the gain of these is of (default 100)",
+    )
     add_speed(add)
     args = p.parse_args()
     weighed = ["--trajectories", args.trajectories, "--images", args.images]
     own = ["--timesteps", args.timesteps, "--last-step", "draw"]  # the model that the bound is of
-    flags = [["--no-labels", *own, *weighed], [*own, *FEW], FEW, ["--binarizations", 2, *own, *weighed]]
+    flags = [
+        ["--no-labels", *own, *weighed],
+        [*own, *FEW],
+        FEW,
+        ["--binarizations", 2, *own, *weighed],
+    ]
     every, plan = [*digits_of(args), *speed_of(args), "--num-samples", args.num_samples], {}
     for row, added in zip(ROWS, flags, strict=True):
         folder = OUT / "headline" / row.replace(", ", "-").replace(" ", "_")
         checkpoint = DYNAMIC if row.startswith("dynamic") else RELEASED
-        plan[row] = partial(evaluated, row, checkpoint, folder, [*every, *added], "--trajectories" in added)
-    what = {"title": f"{args.num_samples:,} samples", "timesteps": args.timesteps, "trajectories": args.trajectories}
+        plan[row] = partial(
+            evaluated, row, checkpoint, folder, [*every, *added], "--trajectories" in added
+        )
+    what = {
+        "title": f"{args.num_samples:,} samples",
+        "timesteps": args.timesteps,
+        "trajectories": args.trajectories,
+    }
     collect("headline", what | {"images": args.images, "data": args.data}, plan, table, args.jobs)
 
 

@@ -11,7 +11,16 @@ from statistics import mean
 
 from cli import integer, run
 
-from experiments.common import LR, by_row, cell, collect, digits_of, experiment_parser, markdown, trainings
+from experiments.common import (
+    LR,
+    by_row,
+    cell,
+    collect,
+    digits_of,
+    experiment_parser,
+    markdown,
+    trainings,
+)
 
 ROWS = {
     "uniform": "--transition uniform",
@@ -37,7 +46,10 @@ def table(result: dict) -> str:
         bounds = [one["bound"] for one in runs]
         cells = [cell([bound["bits_per_dimension"] for bound in bounds], 3)]
         for key in ("standard_error", *PARTS):  # which evaluate.py gives in nats per image
-            bits = (bound[key] / bound["nats_per_image"] * bound["bits_per_dimension"] for bound in bounds)
+            bits = (
+                bound[key] / bound["nats_per_image"] * bound["bits_per_dimension"]
+                for bound in bounds
+            )
             cells.append(cell([mean(bits)], 3))
         rows.append([name, str(len(runs)), *cells])
     heading = [result["title"], "seeds", "bits per dimension", "standard error", *PARTS.values()]
@@ -48,18 +60,36 @@ def main() -> None:
     p = experiment_parser(__doc__, jobs=True)
     p.add_argument("--levels", type=integer(3, 256), nargs="+", default=[8, 32, 256], metavar="K", help="which numbers "
                    "of grey levels (default 8 32 256)")  # fmt: skip
-    p.add_argument("--steps", type=integer(1), default=800, help="optimizer steps of each run (default 800)")
+    p.add_argument(
+        "--steps", type=integer(1), default=800, help="optimizer steps of each run (default 800)"
+    )
     p.add_argument("--timesteps", type=integer(1), default=200, help="T (default 200)")
-    p.add_argument("--seeds", type=integer(1), default=3, help="runs of the first four rows (default 3)")
+    p.add_argument(
+        "--seeds", type=integer(1), default=3, help="runs of the first four rows (default 3)"
+    )
     args = p.parse_args()
     digits = digits_of(args)
     for K in args.levels:
         name, plan, (batch_size, images) = f"levels-{K}", {}, (64, 1000) if K <= 32 else (16, 200)
-        train = [*digits, *TRAIN, "--levels", K, "--batch-size", batch_size, "--timesteps", args.timesteps]
+        train = [
+            *digits,
+            *TRAIN,
+            "--levels",
+            K,
+            "--batch-size",
+            batch_size,
+            "--timesteps",
+            args.timesteps,
+        ]
         evaluate = [*digits, *EVALUATE, "--images", images]
         for seed in range(args.seeds):  # every row once, before any twice
-            plan |= trainings(name, ROWS if seed else ROWS | ONCE, [seed], args.steps, train, evaluate)
-        what = {"title": f"{K} levels, {args.steps} steps of {batch_size}", "timesteps": args.timesteps}
+            plan |= trainings(
+                name, ROWS if seed else ROWS | ONCE, [seed], args.steps, train, evaluate
+            )
+        what = {
+            "title": f"{K} levels, {args.steps} steps of {batch_size}",
+            "timesteps": args.timesteps,
+        }
         collect(name, what | {"data": args.data}, plan, table, args.jobs)
 
 

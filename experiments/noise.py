@@ -20,7 +20,9 @@ from transitions import FAMILIES
 def mutual_information(diffusion: DiscreteDiffusion) -> Tensor:
     """I(x_t; x_0) of a pixel whose K levels are equally likely, as a share of log K: float64 [T+1], 1 at t = 0."""
     q = diffusion.bar_Q[:, : diffusion.num_levels]  # q(x_t | x_0), [T+1, K, S]
-    return kl_divergence(q, q.mean(1, keepdim=True).expand_as(q), dim=2).mean(1) / math.log(diffusion.num_levels)
+    return kl_divergence(q, q.mean(1, keepdim=True).expand_as(q), dim=2).mean(1) / math.log(
+        diffusion.num_levels
+    )
 
 
 def changed(diffusion: DiscreteDiffusion) -> Tensor:
@@ -36,15 +38,21 @@ def table(result: dict) -> str:
     rows = []
     for name, curve in result["curves"].items():
         rows.append([name, *(f"{100 * curve['mutual_information'][t]:.0f}" for t in ts)])
-    return markdown([f"information left, %, {result['levels']} levels, t of {T}", *map(str, ts)], rows)
+    return markdown(
+        [f"information left, %, {result['levels']} levels, t of {T}", *map(str, ts)], rows
+    )
 
 
 def figure(result: dict):
     plot = new_figure(12.5, 4)
     labels = ("share of pixels changed", "mutual information of $x_t$ and $x_0$, of its maximum")
-    for axis, key, label in zip(plot.subplots(1, 2), ("changed", "mutual_information"), labels, strict=True):
+    for axis, key, label in zip(
+        plot.subplots(1, 2), ("changed", "mutual_information"), labels, strict=True
+    ):
         for name, curve in result["curves"].items():
-            axis.plot(curve[key], label=name, linestyle="--" if name.startswith("absorbing") else "-")
+            axis.plot(
+                curve[key], label=name, linestyle="--" if name.startswith("absorbing") else "-"
+            )
         axis.set(xlabel="t", ylabel=label)
         axis.grid(alpha=0.3)
     plot.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
@@ -53,13 +61,17 @@ def figure(result: dict):
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--levels", type=integer(3, 256), default=8, metavar="K", help="grey levels (default 8)")
+    p.add_argument(
+        "--levels", type=integer(3, 256), default=8, metavar="K", help="grey levels (default 8)"
+    )
     p.add_argument("--timesteps", type=integer(2), default=200, help="T (default 200)")
     args = p.parse_args()
     curves = {}
     for transition, family in FAMILIES.items():
         for schedule in family.schedules:
-            diffusion = DiscreteDiffusion(torch.nn.Identity(), args.levels, args.timesteps, transition, schedule)
+            diffusion = DiscreteDiffusion(
+                torch.nn.Identity(), args.levels, args.timesteps, transition, schedule
+            )
             curves[f"{transition}, {schedule}"] = {
                 "changed": changed(diffusion).tolist(),
                 "mutual_information": mutual_information(diffusion).tolist(),

@@ -45,9 +45,9 @@ def main() -> None:
     p.add_argument("--check", action="store_true", help="compare only")
     args = p.parse_args()
     text = args.page.read_text()
-    if len(MARKED.findall(text)) != text.count("<!-- table:") or text.count("<!-- end -->") != text.count(
-        "<!-- table:"
-    ):
+    if len(MARKED.findall(text)) != text.count("<!-- table:") or text.count(
+        "<!-- end -->"
+    ) != text.count("<!-- table:"):
         raise ValueError(f"{args.page}: a table has no name of one word, or no end")
     page = MARKED.sub(lambda match: match[1] + match[2] + filled(match[1], args.page.parent), text)
     if not args.check:

@@ -32,7 +32,9 @@ def main() -> None:
     train, evaluate = [*digits, *COMMON.split()], [*digits, *EVALUATE]
     for row, (steps, flags) in ROWS.items():
         plan |= trainings("pilot", {row: flags}, [0], steps * args.minutes, train, evaluate)
-    collect("pilot", {"title": f"{args.minutes} minutes", "data": args.data}, plan, table, args.jobs)
+    collect(
+        "pilot", {"title": f"{args.minutes} minutes", "data": args.data}, plan, table, args.jobs
+    )
 
 
 if __name__ == "__main__":

@@ -18,12 +18,16 @@ NUM_SAMPLES = 1_000
 def plot(result: dict):
     rows = list(result["rows"].values())
     real = rows[-1].get("real_digits_of_these_classes", rows[-1]["real_digits"])
-    return quality_figure({"samples": rows}, "timesteps", "timesteps from noise to digits", result["title"], real)
+    return quality_figure(
+        {"samples": rows}, "timesteps", "timesteps from noise to digits", result["title"], real
+    )
 
 
 def main() -> None:
     p = experiment_parser(__doc__, jobs=True)
-    p.add_argument("checkpoint", nargs="?", type=path(), default=RELEASED, help="default: the released model")
+    p.add_argument(
+        "checkpoint", nargs="?", type=path(), default=RELEASED, help="default: the released model"
+    )
     add_speed(p.add_argument)
     args = p.parse_args()
     T = load_checkpoint(args.checkpoint).timesteps

@@ -25,7 +25,15 @@ from checkpoint import atomic_write
 from dataset import Digits, load_digits, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.baseline import PlainUNet, usual_trainer
-from experiments.common import LR, collect, endless, experiment_parser, quality_figure, render, table
+from experiments.common import (
+    LR,
+    collect,
+    endless,
+    experiment_parser,
+    quality_figure,
+    render,
+    table,
+)
 from metrics import judge, load_classifier, quality, spread, summarize_bound
 from model import UNet
 from pictures import save_figure
@@ -56,7 +64,9 @@ class Race:
         if self.usual:
             self.trainer = usual_trainer(BATCH_SIZE)
         else:
-            diffusion = DiscreteDiffusion(network().to(memory_format=torch.channels_last), loss_type="variational")
+            diffusion = DiscreteDiffusion(
+                network().to(memory_format=torch.channels_last), loss_type="variational"
+            )
             self.trainer = Trainer(diffusion, total, BATCH_SIZE, rate, "muon")
 
     def train(self, steps: int) -> "Race":
@@ -73,7 +83,9 @@ class Race:
         self.judged = self.trainer.diffusion.eval() if self.usual else self.trainer.averaged
         self.judged.forward = self.judged.loss  # what update_bn calls with x_0
         update_bn(islice(self.stream, NORM_BATCHES), self.judged)
-        terms = self.judged.bound_terms(spread(x_0, BOUND_IMAGES), 2, torch.Generator().manual_seed(0))
+        terms = self.judged.bound_terms(
+            spread(x_0, BOUND_IMAGES), 2, torch.Generator().manual_seed(0)
+        )
         return summarize_bound(terms)
 
     def samples(self, timesteps: int) -> Tensor:
@@ -87,20 +99,30 @@ def compete(name: str, minutes: float, timesteps: int, train: Digits, x_0: Tenso
     """The curve of one contestant, at the best of its rates."""
     network, rates = CONTESTANTS[name]
     measured = Race(network, rates[0], 10**6, train).train(5).seconds
-    total = max(len(FRACTIONS), round(60 * minutes / statistics.median(measured[1:])))  # the first warms up
+    total = max(
+        len(FRACTIONS), round(60 * minutes / statistics.median(measured[1:]))
+    )  # the first warms up
     tried = {}
     for rate in rates if len(rates) > 1 else ():
         tried[rate] = math.inf
         with contextlib.suppress(ValueError):  # a network that has diverged gives no probabilities
             short = math.ceil(FRACTIONS[1] * total)
-            tried[rate] = Race(network, rate, short, train).train(short).bound(x_0)["nats_per_image"]
+            tried[rate] = (
+                Race(network, rate, short, train).train(short).bound(x_0)["nats_per_image"]
+            )
     rate = min(tried, key=tried.get) if tried else rates[0]
     race, classifier, curve = Race(network, rate, total, train), load_classifier(), []
     reference, _ = judge(classifier, x_0, 2)
     for fraction in FRACTIONS:
         race.train(round(fraction * total))
-        point = {"minutes": sum(race.seconds) / 60, "steps": race.trainer.steps, "bound": race.bound(x_0)}
-        curve.append(point | {"samples": quality(race.samples(timesteps), reference, classifier, 2)})
+        point = {
+            "minutes": sum(race.seconds) / 60,
+            "steps": race.trainer.steps,
+            "bound": race.bound(x_0),
+        }
+        curve.append(
+            point | {"samples": quality(race.samples(timesteps), reference, classifier, 2)}
+        )
     row = f"{name}, {total} steps" + (f", rate {rate:g}" if rate else "")
     return curve[-1] | {"row": row, "bounds_of_rates": tried, "curve": curve}
 
@@ -114,16 +136,31 @@ def main() -> None:
     p = experiment_parser(__doc__)
     p.add_argument("--minutes", type=number(0, above=True), default=10, help="of training for each (default 10; "
                    "judging, and trying rates, comes on top)")  # fmt: skip
-    p.add_argument("--timesteps", type=integer(1, 200), default=20, help="in which samples are drawn (default 20)")
+    p.add_argument(
+        "--timesteps",
+        type=integer(1, 200),
+        default=20,
+        help="in which samples are drawn (default 20)",
+    )
     args = p.parse_args()
-    train, validation = (load_digits(split, args.data, args.data_root) for split in ("train", "validation"))
-    warnings.filterwarnings("ignore", "bar_Q.T. is far from stationary")  # the linear schedule is here on purpose
+    train, validation = (
+        load_digits(split, args.data, args.data_root) for split in ("train", "validation")
+    )
+    warnings.filterwarnings(
+        "ignore", "bar_Q.T. is far from stationary"
+    )  # the linear schedule is here on purpose
     what = {"title": f"{args.minutes:g} minutes", "data": args.data}
     what |= {"samples": f"{NUM_SAMPLES} samples in {args.timesteps} timesteps"}
     work = partial(
-        compete, minutes=args.minutes, timesteps=args.timesteps, train=train, x_0=to_levels(validation.images)
+        compete,
+        minutes=args.minutes,
+        timesteps=args.timesteps,
+        train=train,
+        x_0=to_levels(validation.images),
     )
-    file = collect("time_to_quality", what, {name: partial(work, name) for name in CONTESTANTS}, table)
+    file = collect(
+        "time_to_quality", what, {name: partial(work, name) for name in CONTESTANTS}, table
+    )
     with atomic_write(file.with_suffix(".png")) as picture:
         save_figure(render(plot, file), picture)
 

@@ -11,7 +11,16 @@ from cli import add_speed, integer, path, run
 
 from checkpoint import load_checkpoint
 from dataset import sha256
-from experiments.common import DYNAMIC, OUT, collect, digits_of, evaluated, experiment_parser, markdown, speed_of
+from experiments.common import (
+    DYNAMIC,
+    OUT,
+    collect,
+    digits_of,
+    evaluated,
+    experiment_parser,
+    markdown,
+    speed_of,
+)
 
 TIMESTEPS = (20, 50, 100, 200, 500, 1000)
 
@@ -24,7 +33,9 @@ def table(result: dict) -> str:
         gain = f"{weighted['gain']:.2f} ± {weighted['gain_standard_error']:.2f}"
         total = f"{weighted['nats_per_image']:.2f} ± {weighted['standard_error']:.2f}"
         lines.append([f"{one['timesteps']}", f"{weighted['trajectories']:,}", plain, gain, total])
-    return markdown([result["title"], "trajectories", "plain bound", "gain", "importance-weighted"], lines)
+    return markdown(
+        [result["title"], "trajectories", "plain bound", "gain", "importance-weighted"], lines
+    )
 
 
 def main() -> None:
@@ -32,14 +43,31 @@ def main() -> None:
     add = p.add_argument
     add("checkpoint", nargs="?", type=path(), default=DYNAMIC, help="default: the released model of dynamically "
         "binarized MNIST")  # fmt: skip
-    add("--passes", type=integer(1000), default=16_000, help="of the network for each digit (default 16,000)")
+    add(
+        "--passes",
+        type=integer(1000),
+        default=16_000,
+        help="of the network for each digit (default 16,000)",
+    )
     add("--images", type=integer(2), default=24, help="digits that the gain is of (default 24)")
     add_speed(add)
     args = p.parse_args()
     T, plan = load_checkpoint(args.checkpoint).timesteps, {}
-    every = [*digits_of(args), *speed_of(args), "--split", "validation", "--images", args.images, "--num-samples", 0]
+    every = [
+        *digits_of(args),
+        *speed_of(args),
+        "--split",
+        "validation",
+        "--images",
+        args.images,
+        "--num-samples",
+        0,
+    ]
     for n in (n for n in TIMESTEPS if n <= T):
-        row, flags = f"{n} timesteps", [*every, "--timesteps", n, "--trajectories", args.passes // n]
+        row, flags = (
+            f"{n} timesteps",
+            [*every, "--timesteps", n, "--trajectories", args.passes // n],
+        )
         plan[row] = partial(evaluated, row, args.checkpoint, OUT / "trajectories" / f"{n}", flags)
     what = {"title": f"timesteps, {args.passes:,} passes", "images": args.images}
     what |= {"sha256": sha256(args.checkpoint), "data": args.data}

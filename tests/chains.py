@@ -41,11 +41,15 @@ class Labelled(torch.nn.Module):
     def forward(self, x_t, t, y=None):
         self.seen = y
         value = torch.zeros(len(x_t), dtype=torch.float64) if y is None else y.double() + 1
-        return torch.stack([value, -2 * value], dim=1)[:, :, None, None].expand(-1, -1, *x_t.shape[2:])
+        return torch.stack([value, -2 * value], dim=1)[:, :, None, None].expand(
+            -1, -1, *x_t.shape[2:]
+        )
 
 
 def make(K=2, T=20, schedule=None, model=None, **kwargs):
-    return DiscreteDiffusion(model or Constant(K), num_levels=K, timesteps=T, schedule=schedule, **kwargs)
+    return DiscreteDiffusion(
+        model or Constant(K), num_levels=K, timesteps=T, schedule=schedule, **kwargs
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,13 +106,19 @@ class ExactPosterior(torch.nn.Module):
 
     def __init__(self, images, probs, bar_Q):
         super().__init__()
-        self.images, self.probs, self.bar_Q = images, probs, bar_Q  # [N, D] levels, [N], [T+1, S, S]; numpy
+        self.images, self.probs, self.bar_Q = (
+            images,
+            probs,
+            bar_Q,
+        )  # [N, D] levels, [N], [T+1, S, S]; numpy
 
     def forward(self, x_t, t):
         K = self.images.max() + 1
         flat = x_t.flatten(1).numpy()
         # likelihood[b, n] = product over pixels of bar_Q_t[image_n[i], x_t[b, i]]
-        likelihood = np.prod(self.bar_Q[t.numpy()[:, None, None], self.images[None], flat[:, None]], axis=-1)
+        likelihood = np.prod(
+            self.bar_Q[t.numpy()[:, None, None], self.images[None], flat[:, None]], axis=-1
+        )
         posterior = likelihood * self.probs
         posterior = posterior / np.maximum(posterior.sum(1, keepdims=True), 1e-300)
         pixel = np.stack([posterior @ (self.images == k) for k in range(K)], axis=1)  # [B, K, D]
@@ -121,7 +131,9 @@ def toy(name, K):
     if name == "pixel":
         probs = {2: [0.9, 0.1], 3: [0.6, 0.1, 0.3]}[K]
         return np.arange(K)[:, None], np.array(probs), (1, 1, 1)
-    images = np.array([[0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1], [K - 1, 0, 0, K - 1]])
+    images = np.array(
+        [[0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1], [K - 1, 0, 0, K - 1]]
+    )
     return images, np.array([0.3, 0.25, 0.2, 0.15, 0.1]), (1, 2, 2)
 
 
@@ -131,7 +143,9 @@ class ExactChain:
     def __init__(self, name, K=2, T=20, kept=None, **kwargs):
         self.images, self.probs, self.shape = toy(name, K)
         kwargs["image_shape"] = self.shape
-        own = {"random": random_chain(K, K, T), "two masks": two_masks_chain(K, T)}.get(kwargs.get("Q"))
+        own = {"random": random_chain(K, K, T), "two masks": two_masks_chain(K, T)}.get(
+            kwargs.get("Q")
+        )
         if own:
             kwargs["Q"] = torch.from_numpy(own[0])
         reference = make(K, T, **kwargs)
@@ -140,7 +154,10 @@ class ExactChain:
         if kept is not None:  # the network stays the one of the T original timesteps
             self.d, T = self.d.respaced(kept), len(kept)
             identity = np.eye(self.Q.shape[-1])
-            steps = [products(np.stack([identity, *self.Q[a + 1 : b + 1]]))[-1] for a, b in pairwise([0, *kept])]
+            steps = [
+                products(np.stack([identity, *self.Q[a + 1 : b + 1]]))[-1]
+                for a, b in pairwise([0, *kept])
+            ]
             self.Q, self.bar_Q = np.stack([identity, *steps]), self.bar_Q[[0, *kept]]
         self.T, D, S = T, self.images.shape[1], self.Q.shape[-1]
         self.states = np.array(list(itertools.product(range(S), repeat=D)))  # [N, D]
@@ -177,7 +194,9 @@ class ExactChain:
             for t in range(1, self.T + 1):
                 weights = self.likelihood(t)[n]
                 x_t = torch.from_numpy(self.states[weights > 0]).view(-1, *self.shape)
-                kl = self.d.L_t_minus_1(x_0.expand(len(x_t), -1, -1, -1), x_t, torch.full((len(x_t),), t))
+                kl = self.d.L_t_minus_1(
+                    x_0.expand(len(x_t), -1, -1, -1), x_t, torch.full((len(x_t),), t)
+                )
                 terms[t] += prob * (weights[weights > 0] @ kl.numpy())
         return terms[0], terms[2:].sum(), terms[1]
 
@@ -190,7 +209,9 @@ class ExactChain:
         factorization_gap = 0.0
         D, S = self.states.shape[1], self.Q.shape[-1]
         for t in range(1, self.T + 1):
-            step = np.prod(self.Q[t][self.states[:, None], self.states[None]], axis=-1)  # [x_{t-1}, x_t]
+            step = np.prod(
+                self.Q[t][self.states[:, None], self.states[None]], axis=-1
+            )  # [x_{t-1}, x_t]
             joint = self.marginal(t - 1)[:, None] * step
             for column in joint.T[joint.sum(0) > 0]:
                 conditional = column / column.sum()
@@ -199,5 +220,7 @@ class ExactChain:
                     pixel = np.array([conditional[self.states[:, i] == s].sum() for s in range(S)])
                     product *= pixel[self.states[:, i]]
                 on = conditional > 0
-                factorization_gap += column.sum() * (conditional[on] * np.log(conditional[on] / product[on])).sum()
+                factorization_gap += (
+                    column.sum() * (conditional[on] * np.log(conditional[on] / product[on])).sum()
+                )
         return entropy + prior_gap, factorization_gap

@@ -40,7 +40,8 @@ def cheap(monkeypatch):
     """Training in this process without what takes most of its time here: validation, samples, plot. Same weights."""
     monkeypatch.setattr("trainer.Trainer.validate", lambda self, x_0: 1.0)
     monkeypatch.setattr(
-        "diffusion.DiscreteDiffusion.sample", lambda self, n, *_, **__: torch.zeros(n, 1, 32, 32, dtype=torch.uint8)
+        "diffusion.DiscreteDiffusion.sample",
+        lambda self, n, *_, **__: torch.zeros(n, 1, 32, 32, dtype=torch.uint8),
     )
     monkeypatch.setattr("train.save_figure", lambda figure, file: file.write(b"a figure"))
 

@@ -10,7 +10,15 @@ from diffusion import DiscreteDiffusion
 from model import UNet
 from transitions import gaussian_transitions
 
-NAMES = ("uniform-cosine", "uniform-mutual_info", "absorbing", "gaussian", "zeros", "respaced", "labels")
+NAMES = (
+    "uniform-cosine",
+    "uniform-mutual_info",
+    "absorbing",
+    "gaussian",
+    "zeros",
+    "respaced",
+    "labels",
+)
 
 
 class TableNetwork(torch.nn.Module):
@@ -38,7 +46,10 @@ def random_chain(K, S, T):
 
 def small_chain(name, D=2):
     """One chain of three steps for each family, and others."""
-    T, K = (7 if name == "respaced" else 3), (3 if name in ("gaussian", "uniform-mutual_info") else 2)
+    T, K = (
+        (7 if name == "respaced" else 3),
+        (3 if name in ("gaussian", "uniform-mutual_info") else 2),
+    )
     S = K + (name in ("absorbing", "zeros"))
     network = TableNetwork(K, S, T, D, num_labels=2 if name == "labels" else 0)
     kwargs = {"num_levels": K, "timesteps": T, "image_shape": (1, 1, D)}
@@ -49,7 +60,10 @@ def small_chain(name, D=2):
         kwargs["Q"] = random_chain(K, S, T)
     else:
         transition, _, schedule = name.partition("-")
-        kwargs |= {"transition": "absorbing" if transition == "absorbing" else "uniform", "schedule": schedule or None}
+        kwargs |= {
+            "transition": "absorbing" if transition == "absorbing" else "uniform",
+            "schedule": schedule or None,
+        }
     d = DiscreteDiffusion(network, **kwargs)
     return d.respaced([3, 6, 7]) if name == "respaced" else d
 
@@ -58,7 +72,14 @@ class Enumeration:
     """Every state [N, D] and the probabilities of going between them, given a label or none, with guidance or none."""
 
     def __init__(self, d, D=2, y=None, guidance=0.0):
-        self.d, self.D, self.y, self.guidance, self.T, self.K = d, D, y, guidance, d.timesteps, d.num_levels
+        self.d, self.D, self.y, self.guidance, self.T, self.K = (
+            d,
+            D,
+            y,
+            guidance,
+            d.timesteps,
+            d.num_levels,
+        )
         S = d.num_states
         self.states = np.array(list(itertools.product(range(S), repeat=D)))
         self.Q, self.bar_Q = d.Q.numpy(), [np.eye(S)]
@@ -77,7 +98,11 @@ class Enumeration:
         return mixed / mass
 
     def reachable(self, t):
-        return [n for n, state in enumerate(self.states) if all(self.bar_Q[t][: self.K, s].max() > 0 for s in state)]
+        return [
+            n
+            for n, state in enumerate(self.states)
+            if all(self.bar_Q[t][: self.K, s].max() > 0 for s in state)
+        ]
 
     def kernel(self, t, known=None):
         """p(x_{t-1} | x_t) between states, [N, N] with x_t in front: the model's, or with the pixels of `known` (-1

@@ -22,8 +22,12 @@ from model import build_network
 
 REPOSITORY = cli.REPOSITORY
 # 4 steps an epoch
-TRAIN = [*"--data offline --limit 64 --batch-size 16 --channels 8 8 8 --timesteps 10 --device cpu".split()]  # noqa: SIM905
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # which hides much
+TRAIN = [
+    *"--data offline --limit 64 --batch-size 16 --channels 8 8 8 --timesteps 10 --device cpu".split()
+]  # noqa: SIM905
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"
+}  # which hides much
 ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -71,7 +75,12 @@ def fail(script, *arguments) -> str:
 def start(script, *arguments, cwd, **options) -> subprocess.Popen:
     """A real process."""
     command = [sys.executable, REPOSITORY / script, *map(str, arguments)]
-    options = {"env": ENVIRONMENT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options = {
+        "env": ENVIRONMENT,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    } | options
     return subprocess.Popen(command, cwd=cwd, **options)
 
 
@@ -88,21 +97,33 @@ def files(folder: Path) -> set[str]:
 def same_weights(a: Path | str, b: Path | str) -> bool:
     """Whether two checkpoints are of the same step and agree bit for bit, the optimizer's state included."""
     a, b = read_checkpoint(a), read_checkpoint(b)
-    a_tensors, b_tensors = ([*c["weights"].values(), *c["averaged_weights"].values()] for c in (a, b))
+    a_tensors, b_tensors = (
+        [*c["weights"].values(), *c["averaged_weights"].values()] for c in (a, b)
+    )
     for tensors, c in ((a_tensors, a), (b_tensors, b)):
-        tensors += [tensor for state in c["optimizer"]["state"].values() for tensor in state.values()]
+        tensors += [
+            tensor for state in c["optimizer"]["state"].values() for tensor in state.values()
+        ]
     return a["step"] == b["step"] and all(map(torch.equal, a_tensors, b_tensors))
 
 
-def untrained(path: Path, timesteps: int = 60, config: dict | None = None, **entries) -> DiscreteDiffusion:
+def untrained(
+    path: Path, timesteps: int = 60, config: dict | None = None, **entries
+) -> DiscreteDiffusion:
     """Write the checkpoint of a small network of random weights, which answers to t and labels; its diffusion."""
     torch.manual_seed(0)
-    network = {"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8]} | (config or {})
+    network = {"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8]} | (
+        config or {}
+    )
     network = build_network(network)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.3 * torch.randn_like(p))
     d = DiscreteDiffusion(network, network.config["num_levels"], timesteps)
-    state = {"network": network.config, "diffusion": d.config, "averaged_weights": network.state_dict()}
+    state = {
+        "network": network.config,
+        "diffusion": d.config,
+        "averaged_weights": network.state_dict(),
+    }
     save_checkpoint(path, state | {"data": "offline", "step": 1} | entries)
     return load_checkpoint(path)

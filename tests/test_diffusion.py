@@ -47,7 +47,9 @@ def test_bar_Q_of_the_papers_schedule():
     """alpha_bar_t = cos(...) exactly, to the last of 1000 products, and uniform transitions to the default."""
     d = DiscreteDiffusion(Constant(2), timesteps=1000)
     for t in range(1001):
-        alpha_bar = math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) / math.cos(0.008 / 1.008 * math.pi / 2)
+        alpha_bar = math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) / math.cos(
+            0.008 / 1.008 * math.pi / 2
+        )
         assert d.bar_Q[t, 0, 0] - d.bar_Q[t, 0, 1] == pytest.approx(alpha_bar, abs=1e-12)
 
 
@@ -59,7 +61,9 @@ def test_absorbing_ends_all_masked(K, schedule):
     assert torch.equal(d.bar_Q[30], torch.eye(K + 1, dtype=torch.float64)[[K] * (K + 1)])
     assert d.L_T(torch.zeros(1, 1, 8, 8, dtype=torch.long)).item() == 0
     assert (next(d.reverse_process(2)) == K).all()
-    assert (d.bar_Q[:, :K, :K] - torch.diag_embed(d.bar_Q[:, :K, :K].diagonal(dim1=1, dim2=2)) == 0).all()
+    assert (
+        d.bar_Q[:, :K, :K] - torch.diag_embed(d.bar_Q[:, :K, :K].diagonal(dim1=1, dim2=2)) == 0
+    ).all()
     assert d.sample(2).max() < K
 
 
@@ -71,7 +75,9 @@ def test_linear_schedule_falls_short_and_says_so():
     np.testing.assert_allclose(d.bar_Q[200], [[0.566, 0.434], [0.434, 0.566]], atol=5e-4)
     stay = 0.5 + 0.5 * np.prod(1 - np.linspace(1e-4, 0.02, 200))
     L_T = 1024 * (stay * math.log(2 * stay) + (1 - stay) * math.log(2 * (1 - stay)))
-    assert d.L_T(torch.ones(3, 1, 32, 32, dtype=torch.uint8)).tolist() == pytest.approx([L_T] * 3, rel=1e-12)
+    assert d.L_T(torch.ones(3, 1, 32, 32, dtype=torch.uint8)).tolist() == pytest.approx(
+        [L_T] * 3, rel=1e-12
+    )
     assert pytest.approx(8.97, abs=0.005) == L_T
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -79,11 +85,15 @@ def test_linear_schedule_falls_short_and_says_so():
 
 
 @pytest.mark.parametrize(
-    "Q, bar_Q", [random_chain(3, 4, 6), random_chain(3, 5, 6), two_masks_chain(3, 6)], ids=["one", "two", "masks"]
+    "Q, bar_Q",
+    [random_chain(3, 4, 6), random_chain(3, 5, 6), two_masks_chain(3, 6)],
+    ids=["one", "two", "masks"],
 )
 def test_own_matrices(Q, bar_Q):
     """A ready Q replaces the family; with one or two states more than levels, samples still show levels only."""
-    d = DiscreteDiffusion(Constant(3), num_levels=3, timesteps=6, Q=torch.from_numpy(Q), image_shape=(1, 20, 20))
+    d = DiscreteDiffusion(
+        Constant(3), num_levels=3, timesteps=6, Q=torch.from_numpy(Q), image_shape=(1, 20, 20)
+    )
     np.testing.assert_allclose(d.bar_Q, bar_Q, atol=1e-13)
     np.testing.assert_allclose(d.prior, bar_Q[6, :3].mean(0), atol=1e-13)
     *noisy, x_0 = d.reverse_process(5)
@@ -114,10 +124,16 @@ def test_bad_arguments(kwargs, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kwargs", [{"transition": "gaussian"}, {"Q": torch.from_numpy(random_chain(3, 5, 20)[0])}])
+@pytest.mark.parametrize(
+    "kwargs", [{"transition": "gaussian"}, {"Q": torch.from_numpy(random_chain(3, 5, 20)[0])}]
+)
 def test_config_rebuilds_it_from_plain_values(kwargs):
     """Also where numpy's numbers were given: what torch.load(weights_only=True) would refuse is in no config."""
-    given = {"num_levels": np.int64(3), "timesteps": np.int32(20), "image_shape": np.array([1, 8, 8])}
+    given = {
+        "num_levels": np.int64(3),
+        "timesteps": np.int32(20),
+        "image_shape": np.array([1, 8, 8]),
+    }
     given |= {"loss_type": "hybrid", "hybrid_weight": np.float64(0.5)}
     d = DiscreteDiffusion(Constant(3), **given, **kwargs)
     plain = {key: value for key, value in d.config.items() if key != "Q"}
@@ -149,10 +165,17 @@ def test_around():
     torch.nn.init.normal_(network.own_state.bias)
     d = DiscreteDiffusion(network, timesteps=10, image_shape=(1, 8, 8))
     twin = d.around(Wrapped(network))
-    assert twin.Q is d.Q and twin.bar_Q is d.bar_Q and twin.prior is d.prior and twin.config == d.config
+    assert (
+        twin.Q is d.Q
+        and twin.bar_Q is d.bar_Q
+        and twin.prior is d.prior
+        and twin.config == d.config
+    )
     assert d.model is network and twin.model.inner is network
     assert twin.num_labels == twin.respaced(3).num_labels == 10 and len(twin.labels(12)) == 12
-    assert [name for name, _ in twin.named_parameters()] == [f"model.inner.{n}" for n, _ in network.named_parameters()]
+    assert [name for name, _ in twin.named_parameters()] == [
+        f"model.inner.{n}" for n, _ in network.named_parameters()
+    ]
     x_t, t = torch.zeros(2, 1, 8, 8, dtype=torch.long), torch.tensor([3, 4])
     assert torch.equal(twin.x_0_logits(x_t, t), -d.x_0_logits(x_t, t))
     twin.eval()
@@ -220,7 +243,10 @@ def test_noising_step_by_step_is_the_jump():
     walked = torch.bincount(x, minlength=K)
     jumped = d.q_sample(torch.zeros(1, 1, 200, 200, dtype=torch.long), torch.tensor([t]))
     jumped = torch.bincount(jumped.flatten(), minlength=K)
-    assert chi_square(walked, (walked + jumped) / 2) + chi_square(jumped, (walked + jumped) / 2) < CHI_SQUARE_LIMIT[2]
+    assert (
+        chi_square(walked, (walked + jumped) / 2) + chi_square(jumped, (walked + jumped) / 2)
+        < CHI_SQUARE_LIMIT[2]
+    )
 
 
 def test_draw_inverts_the_cumulative_distribution():
@@ -254,7 +280,9 @@ def brute_force_posterior(Q, bar_Q, t, x_t, w):
     mass = sum(w[x_0] for x_0 in possible)
     result = np.zeros(S)
     for x_0 in possible:
-        joint = np.array([bar_Q[t - 1][x_0, x_before] * Q[t][x_before, x_t] for x_before in range(S)])
+        joint = np.array(
+            [bar_Q[t - 1][x_0, x_before] * Q[t][x_before, x_t] for x_before in range(S)]
+        )
         result += w[x_0] / mass * joint / joint.sum()
     return result
 
@@ -318,7 +346,9 @@ def test_bound_stays_finite_where_probabilities_underflow():
     """Between far levels a Gaussian kernel falls below what float32 can hold: no reason for an infinite bound."""
     d = make(8, 200, transition="gaussian")
     x_0, x_t, t = torch.tensor([[[[2, 5]]]]), torch.tensor([[[[0, 0]]]]), torch.tensor([36])
-    w = torch.tensor([0.998, 1.1e-3, 3.1e-4, 1.0e-4, 4.0e-5, 1.5e-5, 6.2e-6, 8.3e-7])  # a trained network's
+    w = torch.tensor(
+        [0.998, 1.1e-3, 3.1e-4, 1.0e-4, 4.0e-5, 1.5e-5, 6.2e-6, 8.3e-7]
+    )  # a trained network's
     logits = w.log().view(1, 8, 1, 1).expand(1, 8, 1, 2)
     low, high = (d.L_t_minus_1(x_0, x_t, t, v).item() for v in (logits, logits.double()))
     assert low == pytest.approx(high, rel=1e-4)
@@ -363,9 +393,15 @@ def test_double():
 
 # -- exactness: a perfect network makes a perfect sampler and the bound that theory says ------------------------------
 
-EXACT = [({"transition": transition, "schedule": schedule}, K) for transition, schedule, K in LEGAL if K < 5]
+EXACT = [
+    ({"transition": transition, "schedule": schedule}, K)
+    for transition, schedule, K in LEGAL
+    if K < 5
+]
 EXACT += [({"Q": "random"}, 2), ({"Q": "two masks"}, 2)]
-exact = pytest.mark.parametrize("kwargs, K", EXACT, ids=["-".join([*kw.values(), str(K)]) for kw, K in EXACT])
+exact = pytest.mark.parametrize(
+    "kwargs, K", EXACT, ids=["-".join([*kw.values(), str(K)]) for kw, K in EXACT]
+)
 
 
 @exact
@@ -416,9 +452,13 @@ def test_the_wrong_reverse_steps_fail_the_exactness_tests(reverse, transition, K
 def test_joint_form_is_the_mixture_for_absorbing():
     """There q(x_t | x_0) is the same for every x_0 that can have led to x_t, so counting it twice changes nothing."""
     for T in (1, 6, 20):
-        mixture, joint = (ExactChain("2x2", 3, T, transition="absorbing", reverse=r) for r in ("mixture", "joint"))
+        mixture, joint = (
+            ExactChain("2x2", 3, T, transition="absorbing", reverse=r) for r in ("mixture", "joint")
+        )
         for t in range(1, T + 1):
-            np.testing.assert_allclose(mixture.reverse_kernel(t), joint.reverse_kernel(t), atol=1e-12)
+            np.testing.assert_allclose(
+                mixture.reverse_kernel(t), joint.reverse_kernel(t), atol=1e-12
+            )
 
 
 @pytest.mark.parametrize(
@@ -447,10 +487,20 @@ def test_reference_figures_of_the_three_reverse_steps(reverse, schedule, expecte
 def test_respaced_matrices(transition, schedule, K):
     """Walking through the skipped timesteps one by one is the step between the kept ones; bar_Q stays what it was."""
     whole = make(K, 20, schedule, transition=transition)
-    for given, kept in [(1, [20]), (4, None), (19, None), (20, list(range(1, 21))), ([2, 3, 20], [2, 3, 20])]:
+    for given, kept in [
+        (1, [20]),
+        (4, None),
+        (19, None),
+        (20, list(range(1, 21))),
+        ([2, 3, 20], [2, 3, 20]),
+    ]:
         d = whole.respaced(given)
         kept = kept or d.network_t.tolist()[1:]
-        assert d.network_t.tolist() == [0, *kept] and d.timesteps == len(kept) and d.model is whole.model
+        assert (
+            d.network_t.tolist() == [0, *kept]
+            and d.timesteps == len(kept)
+            and d.model is whole.model
+        )
         assert kept == sorted(set(kept)) and kept[0] > 0 and kept[-1] == 20
         assert len(kept) == (given if isinstance(given, int) else 3)
         for i, (before, t) in enumerate(itertools.pairwise([0, *kept])):
@@ -463,7 +513,13 @@ def test_respaced_matrices(transition, schedule, K):
 
 def test_a_number_of_timesteps_is_spread_evenly_over_what_is_lost():
     """Against closed forms: alpha_bar = cos(...) at the kept timesteps, and 1 - t/T, which is even in t."""
-    assert make(2, 20, "mutual_info", transition="absorbing").respaced(4).network_t.tolist() == [0, 5, 10, 15, 20]
+    assert make(2, 20, "mutual_info", transition="absorbing").respaced(4).network_t.tolist() == [
+        0,
+        5,
+        10,
+        15,
+        20,
+    ]
     t = make(2, 200, "cosine").respaced(15).network_t.double()
     alpha_bar = torch.cos((t / 200 + 0.008) / 1.008 * torch.pi / 2)
     lost = 1 - alpha_bar / alpha_bar[0]
@@ -489,10 +545,17 @@ def test_respacing_again_and_by_nothing():
 
 def test_respacing_keeps_the_other_settings():
     d = make(2, 20, loss_type="hybrid", hybrid_weight=0.3, image_shape=(1, 8, 16)).respaced(7)
-    assert (d.loss_type, d.hybrid_weight, d.image_shape, d.num_levels) == ("hybrid", 0.3, (1, 8, 16), 2)
+    assert (d.loss_type, d.hybrid_weight, d.image_shape, d.num_levels) == (
+        "hybrid",
+        0.3,
+        (1, 8, 16),
+        2,
+    )
 
 
-@pytest.mark.parametrize("given", [np.int64(2), torch.tensor(2), (11, 20), np.array([11, 20]), torch.tensor([11, 20])])
+@pytest.mark.parametrize(
+    "given", [np.int64(2), torch.tensor(2), (11, 20), np.array([11, 20]), torch.tensor([11, 20])]
+)
 def test_respacing_takes_numbers_of_any_kind(given):
     kept = make(2, 20).respaced(given).network_t.tolist()
     assert kept == make(2, 20).respaced(2 if np.ndim(given) == 0 else [11, 20]).network_t.tolist()
@@ -529,7 +592,10 @@ def test_bound_and_losses_against_all_trajectories(transition, schedule, K):
     kwargs = {"model": network, "transition": transition, "schedule": schedule}
     if transition == "gaussian":  # three steps can't reach noise: wide kernels as they are
         steps = gaussian_transitions(K, torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64))
-        kwargs = {"model": network, "Q": torch.cat([torch.eye(K, dtype=torch.float64)[None], steps])}
+        kwargs = {
+            "model": network,
+            "Q": torch.cat([torch.eye(K, dtype=torch.float64)[None], steps]),
+        }
     d = make(K, T, **kwargs)
     states = list(itertools.product(range(S), repeat=2))
     N = len(states)
@@ -558,14 +624,18 @@ def test_bound_and_losses_against_all_trajectories(transition, schedule, K):
             walk = (start, *path)
             q = np.prod([step[t][walk[t - 1], walk[t]] for t in range(1, T + 1)])
             if q > 0:
-                p = prior[walk[-1]] * np.prod([back[t][walk[t], walk[t - 1]] for t in range(1, T + 1)])
+                p = prior[walk[-1]] * np.prod(
+                    [back[t][walk[t], walk[t - 1]] for t in range(1, T + 1)]
+                )
                 bound += q * np.log(q / p)
         assert bound >= -np.log(likelihood[start]) - 1e-12
 
         terms, cross_entropy = 0.0, 0.0
         mean_loss = dict.fromkeys(LOSSES, 0.0)
         for t, n in itertools.product(range(1, T + 1), range(N)):
-            weight = np.prod([d.bar_Q[t, a, b] for a, b in zip(states[start], states[n], strict=True)])
+            weight = np.prod(
+                [d.bar_Q[t, a, b] for a, b in zip(states[start], states[n], strict=True)]
+            )
             if weight == 0:
                 continue
             x_0, x_t, time = x[[start]], x[[n]], torch.tensor([t])
@@ -598,8 +668,12 @@ class Fixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("num_t", [None, 4])
-@pytest.mark.parametrize("transition, schedule, K, T", [("uniform", "linear", 2, 1000), ("absorbing", None, 3, 20)])
-def test_bound_terms_are_the_float64_sums_at_the_noise_that_was_drawn(transition, schedule, K, T, num_t):
+@pytest.mark.parametrize(
+    "transition, schedule, K, T", [("uniform", "linear", 2, 1000), ("absorbing", None, 3, 20)]
+)
+def test_bound_terms_are_the_float64_sums_at_the_noise_that_was_drawn(
+    transition, schedule, K, T, num_t
+):
     """Term by term: KL(q || p) of every pixel from Bayes' rule in float64, at the (x_t, t) that the network saw."""
     network = Fixed(K, T)
     d = make(K, T, schedule, network, transition=transition)
@@ -615,7 +689,9 @@ def test_bound_terms_are_the_float64_sums_at_the_noise_that_was_drawn(transition
     def divergence(t, x_t, x_0):
         if (t, x_t, x_0) not in kl:
             w = np.exp(network.table[t].double().numpy())
-            q, p = (brute_force_posterior(Q, bar_Q, t, x_t, v) for v in (np.eye(K)[x_0], w / w.sum()))
+            q, p = (
+                brute_force_posterior(Q, bar_Q, t, x_t, v) for v in (np.eye(K)[x_0], w / w.sum())
+            )
             kl[t, x_t, x_0] = (q[q > 0] * np.log(q[q > 0] / p[q > 0])).sum()
         return kl[t, x_t, x_0]
 
@@ -630,7 +706,9 @@ def test_bound_terms_are_the_float64_sums_at_the_noise_that_was_drawn(transition
                 assert bound.terms[row, k].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
     with np.errstate(divide="ignore", invalid="ignore"):
         prior = bar_Q[T, :K].mean(0)
-        L_T = np.nansum(bar_Q[T, :K] * np.log(bar_Q[T, :K] / prior), axis=1)[x_0.numpy()].sum((1, 2, 3))
+        L_T = np.nansum(bar_Q[T, :K] * np.log(bar_Q[T, :K] / prior), axis=1)[x_0.numpy()].sum(
+            (1, 2, 3)
+        )
     np.testing.assert_allclose(bound.L_T, L_T, rtol=1e-9, atol=1e-12)
     assert torch.equal(bound.L_0, bound.terms[:, 0])
     weight = 1 if num_t is None else (T - 1) / 4
@@ -652,7 +730,11 @@ def test_variational_bound_is_unbiased(num_t):
     assert L_T > 0.01
     assert bound.L_T.mean().item() == pytest.approx(L_T, abs=1e-12)
     for estimate, expected in ((bound.L_t_minus_1, L_t_minus_1), (bound.L_0, L_0)):
-        error = (estimate[: n // 10].var() * 0.1 / n + estimate[n // 10 :].var() * 0.9 / n).sqrt().item()
+        error = (
+            (estimate[: n // 10].var() * 0.1 / n + estimate[n // 10 :].var() * 0.9 / n)
+            .sqrt()
+            .item()
+        )
         assert abs(estimate.mean().item() - expected) < 4 * error
     whole = chain.d.variational_bound(x_0, num_t, seeded())
     assert whole.shape == (n,) and whole.dtype == torch.float64
@@ -667,9 +749,17 @@ def test_bound_terms_spread_t_evenly(T, N, num_t):
     bound = d.bound_terms(x_0, num_t, seeded(4))
     assert bound.t.shape == (N, 1 + num_t) and (bound.t[:, 0] == 1).all()
     counts = torch.bincount(bound.t[:, 1:].flatten(), minlength=T + 1)
-    assert len(counts) == T + 1 and (counts[:2] == 0).all() and (counts[2:] == N * num_t // (T - 1)).all()
-    by_t = torch.zeros(T + 1, dtype=torch.float64).index_add_(0, bound.t[:, 1:].flatten(), bound.terms[:, 1:].flatten())
-    assert bound.L_t_minus_1.mean().item() == pytest.approx((by_t[2:] / counts[2:]).sum().item(), rel=1e-9)
+    assert (
+        len(counts) == T + 1
+        and (counts[:2] == 0).all()
+        and (counts[2:] == N * num_t // (T - 1)).all()
+    )
+    by_t = torch.zeros(T + 1, dtype=torch.float64).index_add_(
+        0, bound.t[:, 1:].flatten(), bound.terms[:, 1:].flatten()
+    )
+    assert bound.L_t_minus_1.mean().item() == pytest.approx(
+        (by_t[2:] / counts[2:]).sum().item(), rel=1e-9
+    )
 
 
 def test_every_image_sees_every_t():
@@ -711,7 +801,9 @@ def test_bound_shows_each_image_its_own_label():
     for n in range(5):  # at t = 1 the term is -log softmax(logits)[0], whatever x_1 was
         value = y[n].item() + 1
         assert with_labels[n, 0].item() == pytest.approx(math.log1p(math.exp(-3 * value)), rel=1e-9)
-    assert torch.equal(d.variational_bound(x_0, 2, seeded(), y), d.bound_terms(x_0, 2, seeded(), y).total)
+    assert torch.equal(
+        d.variational_bound(x_0, 2, seeded(), y), d.bound_terms(x_0, 2, seeded(), y).total
+    )
     np.testing.assert_allclose(d.bound_terms(x_0).L_0, math.log(2), rtol=1e-12)
 
 
@@ -742,12 +834,18 @@ def test_loss_is_cross_entropy():
     log_probs = [s - math.log(sum(math.exp(x) for x in scores.tolist())) for s in scores.tolist()]
     expected = -np.mean([log_probs[k] for k in x_0.flatten()])
     for dtype in (torch.int64, torch.uint8):
-        assert make(3, model=Constant(3, scores)).loss(x_0.to(dtype)).item() == pytest.approx(expected, abs=1e-12)
+        assert make(3, model=Constant(3, scores)).loss(x_0.to(dtype)).item() == pytest.approx(
+            expected, abs=1e-12
+        )
 
 
 def test_loss_sees_what_it_is_given():
     d = make(2, model=Constant(2))
-    x_0, t, u = torch.ones(3, 1, 2, 2, dtype=torch.long), torch.tensor([1, 10, 20]), torch.full((3, 1, 2, 2), 0.4)
+    x_0, t, u = (
+        torch.ones(3, 1, 2, 2, dtype=torch.long),
+        torch.tensor([1, 10, 20]),
+        torch.full((3, 1, 2, 2), 0.4),
+    )
     d.loss(x_0, t, u)
     x_t, told = d.model.seen
     assert torch.equal(told, t)
@@ -782,18 +880,29 @@ def test_t_is_uniform_and_reaches_both_ends(T, n):
 def test_labels():
     """One of each in turn, by the number of the image, as many as the network takes."""
     d = make(2, model=Labelled())
-    assert d.labels(7).tolist() == [0, 1, 2, 3, 4, 0, 1] and d.labels(3, first=8).tolist() == [3, 4, 0]
+    assert d.labels(7).tolist() == [0, 1, 2, 3, 4, 0, 1] and d.labels(3, first=8).tolist() == [
+        3,
+        4,
+        0,
+    ]
     assert make(2).labels(7) is None
 
 
 def test_guidance():
     """(1 + W) times the logits with the label, minus W times those without; W = 0 is the label alone."""
     d = make(2, model=Labelled(), image_shape=(1, 4, 4))
-    x_t, t, y = torch.zeros(2, 1, 1, 1, dtype=torch.long), torch.tensor([3, 4]), torch.tensor([0, 4])
+    x_t, t, y = (
+        torch.zeros(2, 1, 1, 1, dtype=torch.long),
+        torch.tensor([3, 4]),
+        torch.tensor([0, 4]),
+    )
     assert d.x_0_logits(x_t, t)[:, 0].flatten().tolist() == [0, 0]
     assert d.x_0_logits(x_t, t, y)[:, 0].flatten().tolist() == [1, 5]
     assert d.x_0_logits(x_t, t, y, guidance=2.0)[:, 0].flatten().tolist() == [3, 15]
-    assert d.x_0_logits(x_t, t, torch.tensor([-1, 4]), guidance=2.0)[:, 0].flatten().tolist() == [0, 15]
+    assert d.x_0_logits(x_t, t, torch.tensor([-1, 4]), guidance=2.0)[:, 0].flatten().tolist() == [
+        0,
+        15,
+    ]
     p = d.p_theta(x_t, t, d.x_0_logits(x_t, t, y, 2.0))
     w = torch.tensor([[3.0, -6], [15, -30]], dtype=torch.float64).softmax(1)[:, :, None, None]
     assert torch.equal(p, d.q_posterior(x_t, w, t))
@@ -810,7 +919,10 @@ def test_guidance():
 def test_the_mode_of_the_last_step(known):
     """The walk is the same up to x_1; what is given stays as it is, and the rest is most probable, not drawn."""
     d = make(2, 6, model=Labelled(), image_shape=(1, 2, 4))
-    y, given = torch.arange(50) % 5, torch.zeros(50, 1, 2, 4, dtype=torch.bool) if known is None else known >= 0
+    y, given = (
+        torch.arange(50) % 5,
+        torch.zeros(50, 1, 2, 4, dtype=torch.bool) if known is None else known >= 0,
+    )
     how = {"y": y, "guidance": 0.5, "known": known}
     *walk, drawn = d.reverse_process(50, **how)
     *same, x_0 = d.reverse_process(50, **how, last_step="mode")
@@ -848,7 +960,9 @@ def test_samples_of_a_perfect_network_follow_the_data():
     chain = ExactChain("2x2", 2, T=48)
     x_0 = chain.d.sample(3000, batch_size=500).flatten(1)
     codes = (x_0.long() * torch.tensor([8, 4, 2, 1])).sum(1)
-    np.testing.assert_allclose(torch.bincount(codes, minlength=16) / 3000, chain.final_distribution(), atol=0.03)
+    np.testing.assert_allclose(
+        torch.bincount(codes, minlength=16) / 3000, chain.final_distribution(), atol=0.03
+    )
     truth = np.zeros(16)
     truth[[0b0000, 0b1100, 0b1010, 0b1111, 0b1001]] = chain.probs
     np.testing.assert_allclose(chain.final_distribution(), truth, atol=0.02)
@@ -858,7 +972,9 @@ def test_samples_of_a_perfect_network_follow_the_data():
 
 X = torch.zeros(2, 1, 8, 8, dtype=torch.long)
 t_1 = torch.tensor([1, 1])
-DOOR = make(2, 10, model=Labelled(), transition="absorbing", image_shape=(1, 8, 8))  # two levels and the mask
+DOOR = make(
+    2, 10, model=Labelled(), transition="absorbing", image_shape=(1, 8, 8)
+)  # two levels and the mask
 BAD_IMAGES = {
     "float": X.float(),
     "colour": X.expand(2, 3, 8, 8),
@@ -887,7 +1003,9 @@ BAD_IMAGES = {
     ],
 )
 def test_other_images_are_refused(method, name, x):
-    with pytest.raises(ValueError, match=rf"^{name} must be (integers|in 0..{1 if name == 'x_0' else 2},)") as error:
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be (integers|in 0..{1 if name == 'x_0' else 2},)"
+    ) as error:
         method(x)
     assert "\n" not in str(error.value)
 
@@ -899,7 +1017,9 @@ def test_the_mask_is_a_state_and_no_level():
         DOOR.q_sample(mask, t_1)
 
 
-@pytest.mark.parametrize("t", [[0, 1], [11, 1], [-1, 1], [1.0, 2.0], [1], [1, 1, 1], [[1], [1]], 1], ids=str)
+@pytest.mark.parametrize(
+    "t", [[0, 1], [11, 1], [-1, 1], [1.0, 2.0], [1], [1, 1, 1], [[1], [1]], 1], ids=str
+)
 def test_other_timesteps_are_refused(t):
     """1..T, one for each image; 0 is clean data, which only q(x_t | x_0) knows."""
     t = torch.tensor(t)
@@ -939,7 +1059,11 @@ def test_other_labels_are_refused(y):
 
 def test_labels_for_a_network_without_are_refused():
     d, y = make(2, 10, image_shape=(1, 8, 8)), torch.tensor([0, 1])
-    for method in (lambda: d.x_0_logits(X, t_1, y), lambda: d.loss(X, y=y), lambda: d.sample(2, y=y)):
+    for method in (
+        lambda: d.x_0_logits(X, t_1, y),
+        lambda: d.loss(X, y=y),
+        lambda: d.sample(2, y=y),
+    ):
         with pytest.raises(ValueError, match=r"^y must be"):
             method()
 
@@ -956,7 +1080,13 @@ def test_guidance_without_labels_is_refused():
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"n": 0}, {"n": 1, "batch_size": 0}, {"n": 1, "seed": -1}, {"n": 1, "seed": 2**32}, {"n": 1, "first": -1}],
+    [
+        {"n": 0},
+        {"n": 1, "batch_size": 0},
+        {"n": 1, "seed": -1},
+        {"n": 1, "seed": 2**32},
+        {"n": 1, "first": -1},
+    ],
     ids=str,
 )
 def test_sample_refuses_bad_numbers(kwargs):
@@ -970,7 +1100,9 @@ def test_images_that_the_network_can_not_fold_are_refused():
         d.sample(1)
 
 
-@pytest.mark.parametrize("device, levels, batch", [("cpu", 2, 64), ("mps", 2, 64), ("cuda", 2, 512), ("cuda", 256, 64)])
+@pytest.mark.parametrize(
+    "device, levels, batch", [("cpu", 2, 64), ("mps", 2, 64), ("cuda", 2, 512), ("cuda", 256, 64)]
+)
 def test_suitable_batch(device, levels, batch, monkeypatch):
     """Of 256 levels on a GPU, 64 images are 2**24 probabilities."""
     d = DiscreteDiffusion(torch.nn.Identity(), num_levels=levels, timesteps=2)

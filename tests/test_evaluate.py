@@ -31,9 +31,15 @@ def digits_of(source, split) -> Digits:
     """Small sets of genuine digits, no two of which have one in common; of MNIST a hundred, 60 and 50."""
     offline = load_digits("train", "offline")
     if source == "offline":
-        return take(offline, 80) if split == "train" else take(load_digits("validation", "offline"), 40)
+        return (
+            take(offline, 80)
+            if split == "train"
+            else take(load_digits("validation", "offline"), 40)
+        )
     first, last = {"train": (0, 100), "validation": (100, 160), "test": (160, 210)}[split]
-    rows = torch.randperm(len(offline.images), generator=torch.Generator().manual_seed(0))[first:last]
+    rows = torch.randperm(len(offline.images), generator=torch.Generator().manual_seed(0))[
+        first:last
+    ]
     return Digits(offline.images[rows], offline.labels[rows], "mnist")
 
 
@@ -121,11 +127,19 @@ def test_every_figure_of_the_report(trained_on, split):
     d = untrained("x.pth", config={"num_labels": 10}, data=trained_on)
     flags = [] if split == "test" else ["--split", "validation"]
     report = report_of("x.pth", *flags)
-    test, other = digits_of("mnist", split), digits_of("mnist", "validation" if split == "test" else "test")
+    test, other = (
+        digits_of("mnist", split),
+        digits_of("mnist", "validation" if split == "test" else "test"),
+    )
     y = torch.arange(20) % 10
     x = d.respaced(30).sample(20, 0, y=y, last_step="mode")
     expected = expected_samples(x, y, test, other, digits_of(trained_on, "train"), "threshold")
-    expected["samples"] = {"timesteps": 30, "guidance": 0.0, "last_step": "mode", "labels": True} | expected["samples"]
+    expected["samples"] = {
+        "timesteps": 30,
+        "guidance": 0.0,
+        "last_step": "mode",
+        "labels": True,
+    } | expected["samples"]
     expected["bound"] = expected_bound(d, spread(test.images, 12), "threshold", 2)
     y = spread(test.labels, 12)
     expected["bound_with_labels"] = expected_bound(d, spread(test.images, 12), "threshold", 2, y=y)
@@ -153,19 +167,34 @@ def test_every_figure_of_an_unconditional_dynamic_report(monkeypatch):
     d = untrained("x.pth", timesteps=20, binarize="dynamic")
     report = report_of("x.pth", "--binarizations", 3, "--data", "offline", "--seed", 4)
     validation, train = (digits_of("offline", split) for split in ("validation", "train"))
-    expected = expected_samples(d.sample(20, 4, last_step="mode"), None, validation, train, train, "dynamic")
-    expected["samples"] = {"timesteps": 20, "guidance": 0.0, "last_step": "mode", "labels": False} | expected["samples"]
+    expected = expected_samples(
+        d.sample(20, 4, last_step="mode"), None, validation, train, train, "dynamic"
+    )
+    expected["samples"] = {
+        "timesteps": 20,
+        "guidance": 0.0,
+        "last_step": "mode",
+        "labels": False,
+    } | expected["samples"]
     expected["bound"] = expected_bound(d, spread(validation.images, 12), "dynamic", 2, 3)
     for key in expected:
         assert close(report[key], expected[key]), key
-    assert "real_digits_of_these_classes" not in report and "label_accuracy" not in report["samples"]
+    assert (
+        "real_digits_of_these_classes" not in report and "label_accuracy" not in report["samples"]
+    )
     assert report["digits"] == "offline validation digits (not the MNIST test split)"
-    assert (report["binarization"], report["digits_were_in_training"], report["timesteps"]) == ("dynamic", False, 20)
+    assert (report["binarization"], report["digits_were_in_training"], report["timesteps"]) == (
+        "dynamic",
+        False,
+        20,
+    )
     ((network_t, t, values),) = terms
     assert torch.equal(network_t, d.network_t) and t.shape == values.shape == (3 * 12 * 3,)
     first = d.bound_terms(to_levels(spread(validation.images, 12), 2, "dynamic", torch.Generator().manual_seed(0)), 2,
                           torch.Generator().manual_seed(0))  # fmt: skip
-    assert torch.equal(t[:36], first.t.flatten()) and torch.allclose(values[:36], first.terms.flatten())
+    assert torch.equal(t[:36], first.t.flatten()) and torch.allclose(
+        values[:36], first.terms.flatten()
+    )
 
 
 def test_levels_of_grey():
@@ -173,14 +202,19 @@ def test_levels_of_grey():
     report = report_of("x.pth")
     test, other, train = (digits_of("mnist", split) for split in ("test", "validation", "train"))
     x = d.sample(20, last_step="mode")
-    expected = expected_samples(x, None, test, other, digits_of("offline", "train"), "threshold", K=4)
+    expected = expected_samples(
+        x, None, test, other, digits_of("offline", "train"), "threshold", K=4
+    )
     assert report["levels"] == 4 and close(report["real_digits"], expected["real_digits"])
     rows, _ = nearest_digits(x[:8], to_levels(digits_of("offline", "train").images, 4))
     with Image.open("nearest.png") as picture:
         assert np.array_equal(picture, image_grid(rows, 4, columns=8))
     note = {"timesteps": 10, "guidance": 0.0, "last_step": "mode", "labels": False}
     assert close(report["samples"], note | expected["samples"])
-    assert close(report["nearest_training_digit"], expected["nearest_training_digit"]) and len(train.images) == 100
+    assert (
+        close(report["nearest_training_digit"], expected["nearest_training_digit"])
+        and len(train.images) == 100
+    )
     assert "4 levels" in succeed("evaluate.py", "x.pth", *FLAGS)
 
 
@@ -189,7 +223,10 @@ def test_digits_that_were_in_training_are_no_judge():
     untrained("x.pth", data="mnist", timesteps=10)
     Path("bound_terms.png").write_text("of an older evaluation")
     out = succeed("evaluate.py", "x.pth", "--data", "offline", *FLAGS)
-    assert "No bound: the offline digits are part of MNIST's training split" in out and "nats" not in out
+    assert (
+        "No bound: the offline digits are part of MNIST's training split" in out
+        and "nats" not in out
+    )
     report = json.loads(Path("evaluation.json").read_text())
     assert report["digits_were_in_training"] is True and "bound" not in report
     assert report["samples"]["images"] == 20
@@ -232,11 +269,17 @@ def test_what_is_printed():
             "ink_in_border", "ink"]  # fmt: skip
     for line, key in zip(lines[4:12], keys, strict=True):
         label, figures = line[:18].strip(), line[18:].split()
-        assert label.replace(" ", "_") == key and figures == [f"{column[key]:.3f}" for column in columns]
+        assert label.replace(" ", "_") == key and figures == [
+            f"{column[key]:.3f}" for column in columns
+        ]
     assert lines[12].split() == ["label", "accuracy", f"{report['samples']['label_accuracy']:.3f}"]
     for line, column in zip(lines[13:15], columns, strict=False):
-        assert line.split(": ")[1].split() == [f"{share:.2f}" for share in column["class_histogram"]]
-    assert lines[15:] == [f"Wrote evaluation.json, nearest.png, bound_terms.png in {Path().resolve()}"]
+        assert line.split(": ")[1].split() == [
+            f"{share:.2f}" for share in column["class_histogram"]
+        ]
+    assert lines[15:] == [
+        f"Wrote evaluation.json, nearest.png, bound_terms.png in {Path().resolve()}"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,7 +320,9 @@ def test_flags_of_the_bound():
     ):
         succeed("evaluate.py", "x.pth", *FLAGS, *flags)
         report = json.loads(Path("evaluation.json").read_text())
-        assert close(report["bound"], expected_bound(chain, spread(grey, rows), "threshold", num_t)), flags
+        assert close(
+            report["bound"], expected_bound(chain, spread(grey, rows), "threshold", num_t)
+        ), flags
         assert report["timesteps"] == chain.timesteps
     succeed("evaluate.py", "x.pth", "--num-samples", 20)
     report = json.loads(Path("evaluation.json").read_text())
@@ -291,10 +336,15 @@ def test_faster_networks(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     flags = ["--exact", "--trajectories", 2]
     plain, only_compiled, half, both = (
-        report_of("x.pth", *flags, *more) for more in ([], ["--compile"], ["--amp"], ["--amp", "--compile"])
+        report_of("x.pth", *flags, *more)
+        for more in ([], ["--compile"], ["--amp"], ["--amp", "--compile"])
     )
     assert [type(network) for network in compiled] == [type(d.model), Autocast]
-    twin, grey, classifier = d.around(Autocast(d.model)), digits_of("mnist", "test").images, load_classifier()
+    twin, grey, classifier = (
+        d.around(Autocast(d.model)),
+        digits_of("mnist", "test").images,
+        load_classifier(),
+    )
     reference, _ = judge(classifier, to_levels(grey), 2)
     note = {"timesteps": 8, "guidance": 0.0, "last_step": "mode", "labels": False}
     for report, chain in ((plain, d), (only_compiled, d), (half, twin), (both, twin)):
@@ -303,7 +353,10 @@ def test_faster_networks(monkeypatch):
         gain = (-log_w.mean(1) - importance_weighted(log_w)).mean().item()
         assert weighted["gain"] == pytest.approx(gain, rel=1e-6)
         assert close(report["bound"], expected_bound(chain, grey, "threshold", None))
-        assert close(report["samples"], note | quality(chain.sample(20, last_step="mode"), reference, classifier, 2))
+        assert close(
+            report["samples"],
+            note | quality(chain.sample(20, last_step="mode"), reference, classifier, 2),
+        )
     assert half["bound"] != plain["bound"] and half["samples"] != plain["samples"]
 
 
@@ -313,7 +366,18 @@ def test_weights_of_100_digits_by_default(monkeypatch):
     monkeypatch.setattr(evaluate, "load_digits", load_digits)
     plotted, plot = [], evaluate.plot_gains
     monkeypatch.setattr(evaluate, "plot_gains", lambda gains: plotted.append(gains) or plot(gains))
-    succeed("evaluate.py", "x.pth", "--data", "offline", "--trajectories", 1, "--repeats", 1, "--num-samples", 20)
+    succeed(
+        "evaluate.py",
+        "x.pth",
+        "--data",
+        "offline",
+        "--trajectories",
+        1,
+        "--repeats",
+        1,
+        "--num-samples",
+        20,
+    )
     bound = json.loads(Path("evaluation.json").read_text())["bound"]
     weighted = bound["importance_weighted"]
     assert bound["images"] == 500 and weighted["images"] == 100
@@ -327,7 +391,11 @@ def test_the_bound_alone():
     out = succeed("evaluate.py", "x.pth", *FLAGS, "--num-samples", 0)
     report = json.loads(Path("evaluation.json").read_text())
     assert report["bound"] == before["bound"] and not {"samples", "real_digits"} & report.keys()
-    assert "nearest" not in out and not Path("nearest.png").exists() and Path("bound_terms.png").exists()
+    assert (
+        "nearest" not in out
+        and not Path("nearest.png").exists()
+        and Path("bound_terms.png").exists()
+    )
 
 
 def test_500_samples_by_default():
@@ -365,14 +433,20 @@ def test_the_released_model_by_default(monkeypatch):
     assert Path("results_d3pm/evaluation/evaluation.json").exists()
     Path("results_d3pm/evaluation/evaluation.json").unlink()
     assert not succeed("evaluate.py", "released/x.pth", *FLAGS).startswith("Using")
-    assert Path("results_d3pm/evaluation/evaluation.json").exists() and files(Path("released")) == {"x.pth"}
+    assert Path("results_d3pm/evaluation/evaluation.json").exists() and files(Path("released")) == {
+        "x.pth"
+    }
 
 
 def test_device(monkeypatch):
     untrained("x.pth", timesteps=2)
     asked, put, load = [], [], evaluate.load_classifier
-    monkeypatch.setattr(evaluate, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
-    monkeypatch.setattr(evaluate, "load_classifier", lambda device: put.append(device) or load(device))
+    monkeypatch.setattr(
+        evaluate, "pick_device", lambda name: asked.append(name) or torch.device("cpu")
+    )
+    monkeypatch.setattr(
+        evaluate, "load_classifier", lambda device: put.append(device) or load(device)
+    )
     succeed("evaluate.py", "x.pth", *FLAGS, "--device", "tpu")
     succeed("evaluate.py", "x.pth", *FLAGS[:-2])
     assert asked == ["tpu", "auto"] and put == [torch.device("cpu")] * 2
@@ -401,7 +475,10 @@ def test_training_of_the_classifier(flags, place, monkeypatch):
 
 def no_work(monkeypatch):
     for name in ("sample", "bound_terms"):
-        monkeypatch.setattr(f"diffusion.DiscreteDiffusion.{name}", lambda *_, **__: pytest.fail("worked for nothing"))
+        monkeypatch.setattr(
+            f"diffusion.DiscreteDiffusion.{name}",
+            lambda *_, **__: pytest.fail("worked for nothing"),
+        )
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -431,7 +508,17 @@ def test_bad_input(flags, words, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere", "folder", "cut.pth", "noise.pth", "empty.pth", "other.pth", "tensor.pth", "misfit.pth"]
+    "name",
+    [
+        "nowhere",
+        "folder",
+        "cut.pth",
+        "noise.pth",
+        "empty.pth",
+        "other.pth",
+        "tensor.pth",
+        "misfit.pth",
+    ],
 )
 def test_bad_checkpoint(name, bad_files):
     assert name in fail("evaluate.py", name)
@@ -488,7 +575,10 @@ def test_a_failed_evaluation_leaves_the_files_of_the_last_one(where, monkeypatch
 def test_an_infinite_bound_is_valid_json(monkeypatch):
     d = untrained("x.pth", timesteps=10)
     assert load_checkpoint("x.pth").timesteps == d.timesteps
-    monkeypatch.setattr("diffusion.DiscreteDiffusion.L_T", lambda self, x_0: torch.full((len(x_0),), math.inf).double())
+    monkeypatch.setattr(
+        "diffusion.DiscreteDiffusion.L_T",
+        lambda self, x_0: torch.full((len(x_0),), math.inf).double(),
+    )
     code, _, err = call("evaluate.py", "x.pth", *FLAGS)
     assert code == 0, err
 

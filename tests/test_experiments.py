@@ -80,7 +80,17 @@ def commands(fresh_directory, tmp_path, monkeypatch):
         if code:
             raise RuntimeError(err.strip().splitlines()[-1])
 
-    for module in ("common", "curve", "forward", "benchmark", "fill", "headline", "noise", "trajectories", "default"):
+    for module in (
+        "common",
+        "curve",
+        "forward",
+        "benchmark",
+        "fill",
+        "headline",
+        "noise",
+        "trajectories",
+        "default",
+    ):
         monkeypatch.setattr(f"experiments.{module}.OUT", tmp_path / "out")
     monkeypatch.setattr(common, "command", command)
     monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
@@ -113,20 +123,30 @@ def test_choices(commands, cheap, tmp_path):
     assert all(math.isfinite(one["bound"]["nats_per_image"]) for one in result["rows"].values())
     trained = [line for line in commands if line[0] == "train.py"]
     assert [line[0] for line in commands] == ["train.py", "evaluate.py"] * len(choices.ROWS)
-    assert all("--split validation" in " ".join(line) for line in commands if line[0] == "evaluate.py")
+    assert all(
+        "--split validation" in " ".join(line) for line in commands if line[0] == "evaluate.py"
+    )
     for line, (row, flags) in zip(trained, choices.ROWS.items(), strict=True):
         assert flags in " ".join(line) and row in out
     run = tmp_path / "out" / "choices" / "absorbing-mutual_info-variational-0"
     settings = read_checkpoint(run / "checkpoints" / "last.pth")["settings"]
-    assert (settings["transition"], settings["loss"], settings["lr"]) == ("absorbing", "variational", 2e-3)
+    assert (settings["transition"], settings["loss"], settings["lr"]) == (
+        "absorbing",
+        "variational",
+        2e-3,
+    )
     assert (settings["steps"], settings["seed"], settings["optimizer"]) == (2, 0, "adamw")
 
     commands.clear()
-    assert succeed("experiments.choices", *TRIAL, "--steps", 2, "--seeds", 1) == out and not commands
+    assert (
+        succeed("experiments.choices", *TRIAL, "--steps", 2, "--seeds", 1) == out and not commands
+    )
     assert "is of other arguments" in fail("experiments.choices", *TRIAL, "--steps", 3)
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"title": "2 steps", "rows": [1]}', '{"rows": {"a": {}}}', "{"])
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"title": "2 steps", "rows": [1]}', '{"rows": {"a": {}}}', "{"]
+)
 def test_results_of_another_shape(content, commands, tmp_path):
     file = tmp_path / "out" / "rate" / "rate.json"
     file.parent.mkdir(parents=True)
@@ -143,7 +163,9 @@ def test_recipe(commands, cheap, tmp_path):
 
 def test_default(commands, cheap, tmp_path):
     out = succeed("experiments.default", *TRIAL, "--steps", 2, 4)
-    assert all(("--compile" in line) == ("released" in line) for line in commands if line[0] == "train.py")
+    assert all(
+        ("--compile" in line) == ("released" in line) for line in commands if line[0] == "train.py"
+    )
     result = result_of("default", tmp_path)
     assert out.strip() == default.table(result)
     for run, loss, step in (("default", "cross_entropy", 2), ("released", "variational", 4)):
@@ -160,8 +182,14 @@ def test_default(commands, cheap, tmp_path):
 
     (tmp_path / "out" / "default" / "default.json").unlink()
     commands.clear()
-    succeed("experiments.default", *TRIAL, "--steps", 2, 6)  # goes on with the second, and doesn't train the first
-    assert [line[0] for line in commands] == ["evaluate.py", "train.py", "evaluate.py"] and "--resume" in commands[1]
+    succeed(
+        "experiments.default", *TRIAL, "--steps", 2, 6
+    )  # goes on with the second, and doesn't train the first
+    assert [line[0] for line in commands] == [
+        "evaluate.py",
+        "train.py",
+        "evaluate.py",
+    ] and "--resume" in commands[1]
 
 
 def test_pilot(commands, cheap, tmp_path, monkeypatch):
@@ -194,7 +222,9 @@ def test_rate_goes_on_where_it_was_stopped(commands, cheap, tmp_path, monkeypatc
     result = result_of("rate", tmp_path)
     assert out.strip() == rate.table(result) and len(result["rows"]) == 4
     for name, decay in (("late_decay-1", "late"), ("cosine-1", "cosine")):
-        settings = read_checkpoint(tmp_path / "out" / "rate" / name / "checkpoints" / "last.pth")["settings"]
+        settings = read_checkpoint(tmp_path / "out" / "rate" / name / "checkpoints" / "last.pth")[
+            "settings"
+        ]
         assert (settings["decay"], settings["seed"], settings["optimizer"]) == (decay, 1, "muon")
         assert (settings["loss"], settings["binarize"]) == ("variational", "dynamic")
     assert {one["samples"]["last_step"] for one in result["rows"].values()} == {"draw"}
@@ -216,8 +246,17 @@ def test_guidance(commands, conditional, tmp_path, monkeypatch):
     assert "bound" not in out and all("bound" not in one for one in result["rows"].values())
     assert all("bound_with_labels" not in one for one in result["rows"].values())
     assert list(result["rows"]) == list(guidance.ROWS)
-    assert [result["rows"][row]["samples"]["guidance"] for row in guidance.ROWS] == [0, 0, 0.1, 0.25, 0.5, 1]
-    assert [result["rows"][row]["samples"]["labels"] for row in guidance.ROWS] == [False] + [True] * 5
+    assert [result["rows"][row]["samples"]["guidance"] for row in guidance.ROWS] == [
+        0,
+        0,
+        0.1,
+        0.25,
+        0.5,
+        1,
+    ]
+    assert [result["rows"][row]["samples"]["labels"] for row in guidance.ROWS] == [False] + [
+        True
+    ] * 5
     assert all("--split validation" in " ".join(line) for line in commands)
     assert "--num-samples 30" in " ".join(commands[0])
 
@@ -232,31 +271,54 @@ def test_headline(commands, conditional, tmp_path, monkeypatch):
     rows = result["rows"]
     assert out.strip() == headline.table(result) and list(rows) == list(headline.ROWS)
     none, *_, dynamic = rows.values()
-    assert [one["samples"]["last_step"] for one in rows.values()] == ["draw", "draw", "mode", "draw"]
+    assert [one["samples"]["last_step"] for one in rows.values()] == [
+        "draw",
+        "draw",
+        "mode",
+        "draw",
+    ]
     assert [one["samples"]["labels"] for one in rows.values()] == [False, True, True, False]
     assert [one["timesteps"] for one in rows.values() if "bound" in one] == [3, 3]
-    assert [one["samples"]["timesteps"] for one in rows.values()] == [3, 3, 10, 3]  # sample.py: all that there are
+    assert [one["samples"]["timesteps"] for one in rows.values()] == [
+        3,
+        3,
+        10,
+        3,
+    ]  # sample.py: all that there are
     assert not any(flag in line for line in commands for flag in ("--amp", "--compile"))
     assert [one["row"] for one in rows.values() if "bound" in one] == [none["row"], dynamic["row"]]
-    assert dynamic["bound"]["binarizations"] == 2 and none["bound_with_labels"]["label_cost"] == math.log(10)
+    assert dynamic["bound"]["binarizations"] == 2 and none["bound_with_labels"][
+        "label_cost"
+    ] == math.log(10)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:6]]
     bounds = none["bound"], none["bound_with_labels"], None, dynamic["bound"]
     for line, one, bound in zip(lines, rows.values(), bounds, strict=True):
         weighted = bound and bound["importance_weighted"]["by_trajectories"][1]
-        both = [f"{b['nats_per_image']:.1f} ± {b['standard_error']:.1f}" if b else "" for b in (bound, weighted)]
+        both = [
+            f"{b['nats_per_image']:.1f} ± {b['standard_error']:.1f}" if b else ""
+            for b in (bound, weighted)
+        ]
         assert line[1:4] == [str(one["samples"]["timesteps"]), *both]
         real = one["real_digits_of_these_classes" if one["samples"]["labels"] else "real_digits"]
-        assert line[4] == f"{one['samples']['frechet_distance']:.3f} ({real['frechet_distance']:.3f})"
-    rows["thresholded, class given"]["real_digits_of_these_classes"]["precision"] = 7  # here as good as any others
+        assert (
+            line[4] == f"{one['samples']['frechet_distance']:.3f} ({real['frechet_distance']:.3f})"
+        )
+    rows["thresholded, class given"]["real_digits_of_these_classes"]["precision"] = (
+        7  # here as good as any others
+    )
     assert headline.table(result).count("(7.000)") == 1
 
 
 def test_trajectories(commands, conditional, tmp_path, monkeypatch):
     """Timesteps times trajectories are the same in each row; what evaluate.py says of the most trajectories."""
     monkeypatch.setattr(trajectories, "TIMESTEPS", (10, 20))
-    out = succeed("experiments.trajectories", conditional, *TRIAL, "--passes", 1000, "--amp", "--compile")
+    out = succeed(
+        "experiments.trajectories", conditional, *TRIAL, "--passes", 1000, "--amp", "--compile"
+    )
     result = result_of("trajectories", tmp_path)
-    assert out.strip() == trajectories.table(result) and list(result["rows"]) == ["10 timesteps"]  # of 10
+    assert out.strip() == trajectories.table(result) and list(result["rows"]) == [
+        "10 timesteps"
+    ]  # of 10
     (one,) = result["rows"].values()
     weighted = one["bound"]["importance_weighted"]["by_trajectories"][-1]
     assert weighted["trajectories"] == 100 and "--split validation" in " ".join(commands[0])
@@ -282,25 +344,37 @@ def test_steps(commands, conditional, tmp_path):
     curve, real = figure.axes[1].lines
     assert list(curve.get_xdata()) == [5, 10]
     for axis in figure.axes:  # ticks where the points are, and none between them
-        labels = [label.get_text() for minor in (False, True) for label in axis.get_xticklabels(minor=minor)]
+        labels = [
+            label.get_text()
+            for minor in (False, True)
+            for label in axis.get_xticklabels(minor=minor)
+        ]
         assert labels == ["5", "10"]
     last = result["rows"]["10 timesteps"]
     assert curve.get_ydata()[1] == last["samples"]["frechet_distance"]
     assert real.get_ydata()[0] == last["real_digits_of_these_classes"]["frechet_distance"]
     assert figure.axes[0].lines[0].get_ydata()[1] == last["bound"]["nats_per_image"]
     assert Image.open(tmp_path / "out" / "steps" / "steps.png").size[0] > 100
-    for distance, scale in ((0.2, "linear"), (0.01, "log")):  # against that of real digits, drawn to 0 or over decades
+    for distance, scale in (
+        (0.2, "linear"),
+        (0.01, "log"),
+    ):  # against that of real digits, drawn to 0 or over decades
         rows = {"5": report("5", 60, frechet_distance=distance) | {"timesteps": 5}}
         rows["5"]["real_digits"] = QUALITY | {"frechet_distance": 0.5}
         right = steps.plot({"title": "", "rows": rows}).axes[1]
         assert right.get_yscale() == scale and (right.get_ylim()[0] == 0) == (scale == "linear")
-    assert "other arguments" in fail("experiments.steps", *TRIAL)  # another checkpoint, the released one
+    assert "other arguments" in fail(
+        "experiments.steps", *TRIAL
+    )  # another checkpoint, the released one
     assert "is damaged" in fail("experiments.steps", __file__, *TRIAL)
     assert len(commands) == 2
 
 
 def test_a_command_that_fails(tmp_path):
-    with pytest.raises(RuntimeError, match=r"must be at least 1, got 0 \(train.py ended with code 2, see .*log.txt\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"must be at least 1, got 0 \(train.py ended with code 2, see .*log.txt\)",
+    ):
         common.command("train.py", ["--steps", 0], tmp_path / "run" / "log.txt")
     assert "usage:" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -308,7 +382,9 @@ def test_a_command_that_fails(tmp_path):
 def test_from_anywhere(tmp_path):
     """As a user runs it: python -m, another working directory."""
     line = [sys.executable, "-m", "experiments.page", "missing.md"]
-    done = subprocess.run(line, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True)
+    done = subprocess.run(
+        line, cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True
+    )
     assert done.returncode == 1 and done.stderr.decode().startswith("page.py: error: ")
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
@@ -317,16 +393,32 @@ def test_from_anywhere(tmp_path):
 # Tables
 
 
-QUALITY = {"frechet_distance": 0.5, "precision": 0.25, "recall": 0.75, "isolated_white": 0.125, "ink": 0.1}
+QUALITY = {
+    "frechet_distance": 0.5,
+    "precision": 0.25,
+    "recall": 0.75,
+    "isolated_white": 0.125,
+    "ink": 0.1,
+}
 
 
 def report(row, nats, **changes):
     bound = {"nats_per_image": nats, "standard_error": 0.25}
-    return {"row": row, "levels": 2, "bound": bound, "samples": QUALITY | changes, "real_digits": QUALITY}
+    return {
+        "row": row,
+        "levels": 2,
+        "bound": bound,
+        "samples": QUALITY | changes,
+        "real_digits": QUALITY,
+    }
 
 
 def test_table_by_hand():
-    rows = {"a": report("a", 70), "b": report("a", 71, frechet_distance=1.0), "c": report("b", "inf")}
+    rows = {
+        "a": report("a", 70),
+        "b": report("a", 71, frechet_distance=1.0),
+        "c": report("b", "inf"),
+    }
     assert common.table({"title": "7 steps", "rows": rows}).splitlines() == [
         "| 7 steps | seeds | bound | frechet distance | precision | recall | isolated white | ink |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -349,15 +441,22 @@ EVALUATION["samples"] = QUALITY | {"images": 500, "timesteps": 50, "labels": Tru
 def test_evaluation_keeps_the_bound_and_the_samples_of_another_chain_apart():
     lines = evaluation.table(EVALUATION).splitlines()
     assert lines[2] == "| 200 timesteps, no labels | 60.0 ± 0.2 |  |  |  |  |  |"
-    assert lines[3].startswith("| 500 samples in 50 timesteps, labels, guidance 0.25 |  | 0.500 | 0.25 |")
+    assert lines[3].startswith(
+        "| 500 samples in 50 timesteps, labels, guidance 0.25 |  | 0.500 | 0.25 |"
+    )
     assert len(lines) == 5
     mode = EVALUATION | {"samples": EVALUATION["samples"] | {"last_step": "mode"}}
-    assert "| 500 samples in 50 timesteps, labels, guidance 0.25, the last step's mode |" in evaluation.table(mode)
+    assert (
+        "| 500 samples in 50 timesteps, labels, guidance 0.25, the last step's mode |"
+        in evaluation.table(mode)
+    )
 
 
 def test_evaluation_of_the_bound_alone():
     """With labels, too, where the network takes them."""
-    both = {key: value for key, value in EVALUATION.items() if key not in ("samples", "real_digits")}
+    both = {
+        key: value for key, value in EVALUATION.items() if key not in ("samples", "real_digits")
+    }
     lines = evaluation.table(both | {"bound_with_labels": report("", 59)["bound"]}).splitlines()
     assert lines[2:] == [
         "| 200 timesteps, no labels | 60.0 ± 0.2 |",
@@ -376,17 +475,26 @@ def test_evaluation_tells_the_importance_weighted_bound_of_the_most_trajectories
         }
         for k in (1, 2)
     ]
-    weighted = EVALUATION["bound"] | {"importance_weighted": {"images": 40, "by_trajectories": rows}}
+    weighted = EVALUATION["bound"] | {
+        "importance_weighted": {"images": 40, "by_trajectories": rows}
+    }
     last = evaluation.table(EVALUATION | {"bound": weighted}).splitlines()[-1]
-    assert "weighted, 2 trajectories, 200 timesteps, no labels: **58.25 ± 0.50 nats per image**" in last
+    assert (
+        "weighted, 2 trajectories, 200 timesteps, no labels: **58.25 ± 0.50 nats per image**"
+        in last
+    )
     assert last.endswith("(plain: 60.04; gain 1.00 ± 0.12, from 40 digits)")
 
 
 @pytest.fixture
 def page(fresh_directory, tmp_path):
     (tmp_path / "evaluation-small.json").write_bytes(json_bytes(EVALUATION))
-    (tmp_path / "choices.json").write_bytes(json_bytes({"title": "7 steps", "rows": {"a": report("a", 70)}}))
-    tables = "".join(f"<!-- table: {name} -->\n<!-- end -->\nmore\n" for name in ("evaluation-small", "choices"))
+    (tmp_path / "choices.json").write_bytes(
+        json_bytes({"title": "7 steps", "rows": {"a": report("a", 70)}})
+    )
+    tables = "".join(
+        f"<!-- table: {name} -->\n<!-- end -->\nmore\n" for name in ("evaluation-small", "choices")
+    )
     (tmp_path / "page.md").write_text("# Results\n" + tables)
     filled = succeed("experiments.page", "page.md")
     (tmp_path / "page.md").write_text(filled)
@@ -396,7 +504,10 @@ def page(fresh_directory, tmp_path):
 def test_page(page, tmp_path):
     assert evaluation.table(EVALUATION) in page and "| a | 70.0 ± 0.2 |" in page
     provenance = json.loads((tmp_path / "choices.json").read_text())["provenance"]
-    assert page.count(f"`{provenance['command']}`, {provenance['machine']}, torch {torch.__version__}") == 2
+    assert (
+        page.count(f"`{provenance['command']}`, {provenance['machine']}, torch {torch.__version__}")
+        == 2
+    )
     assert page.count(f"commit {provenance['commit']}, checkpoint 0123456789ab") == 1
     assert page.startswith("# Results\n") and page.count("<!-- end -->\nmore\n") == 2
     assert succeed("experiments.page", "page.md") == page  # filled again, it stays
@@ -406,7 +517,9 @@ def test_page(page, tmp_path):
 def test_page_whose_tables_are_of_another_folder(page, tmp_path):
     (tmp_path / "above.md").write_text(f"<!-- table: {tmp_path.name}/choices -->\n<!-- end -->\n")
     (tmp_path / "above.md").rename(tmp_path.parent / f"{tmp_path.name}.md")
-    assert "| a | 70.0 ± 0.2 |" in succeed("experiments.page", tmp_path.parent / f"{tmp_path.name}.md")
+    assert "| a | 70.0 ± 0.2 |" in succeed(
+        "experiments.page", tmp_path.parent / f"{tmp_path.name}.md"
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "results_d3pm/released/README.md"])
@@ -417,9 +530,13 @@ def test_our_own_pages(name):
 
 def test_page_check_notices_a_changed_number(page, tmp_path):
     (tmp_path / "page.md").write_text(page.replace("70.0", "69.0"))
-    assert fail("experiments.page", "page.md", "--check").endswith("the table choices is not what choices.json gives")
+    assert fail("experiments.page", "page.md", "--check").endswith(
+        "the table choices is not what choices.json gives"
+    )
     (tmp_path / "page.md").write_text(page)
-    (tmp_path / "choices.json").write_bytes(json_bytes({"title": "7 steps", "rows": {"a": report("a", 71)}}))
+    (tmp_path / "choices.json").write_bytes(
+        json_bytes({"title": "7 steps", "rows": {"a": report("a", 71)}})
+    )
     assert "choices" in fail("experiments.page", "page.md", "--check")
 
 
@@ -427,11 +544,23 @@ def test_page_check_notices_a_changed_number(page, tmp_path):
     "text, error",
     [
         ("<!-- table: choices -->\n", "has no name of one word, or no end"),
-        ("<!-- table: choices -->\n<!-- table: choices -->\n<!-- end -->\n", "has no name of one word, or no end"),
-        ("<!-- table: nothing -->\n<!-- end -->\n", "there is no experiment 'nothing' with a table"),
-        ("<!-- table: forward -->\n<!-- end -->\n", "there is no experiment 'forward' with a table"),
+        (
+            "<!-- table: choices -->\n<!-- table: choices -->\n<!-- end -->\n",
+            "has no name of one word, or no end",
+        ),
+        (
+            "<!-- table: nothing -->\n<!-- end -->\n",
+            "there is no experiment 'nothing' with a table",
+        ),
+        (
+            "<!-- table: forward -->\n<!-- end -->\n",
+            "there is no experiment 'forward' with a table",
+        ),
         ("<!-- table: choices-2 -->\n<!-- end -->\n", "choices-2.json"),
-        ("<!-- table: benchmark -->\n<!-- end -->\n", "benchmark.json is no result of this experiment"),
+        (
+            "<!-- table: benchmark -->\n<!-- end -->\n",
+            "benchmark.json is no result of this experiment",
+        ),
     ],
 )
 def test_page_that_cannot_be_filled(text, error, page, tmp_path):
@@ -446,10 +575,17 @@ def test_page_that_cannot_be_filled(text, error, page, tmp_path):
 
 @pytest.mark.parametrize("split, other", [("test", "validation"), ("validation", "test")])
 def test_split(split, other, monkeypatch):
-    splits = {name: Digits(torch.zeros(1), torch.zeros(1), "mnist") for name in ("train", "validation", "test")}
+    splits = {
+        name: Digits(torch.zeros(1), torch.zeros(1), "mnist")
+        for name in ("train", "validation", "test")
+    }
     monkeypatch.setattr(evaluate, "load_digits", lambda name, *_: splits[name])
     digits = evaluate.real_digits(SimpleNamespace(data="mnist", data_root="", split=split), "mnist")
-    assert digits.test is splits[split] and digits.other is splits[other] and digits.train is splits["train"]
+    assert (
+        digits.test is splits[split]
+        and digits.other is splits[other]
+        and digits.train is splits["train"]
+    )
     assert digits.name == f"MNIST {split} split" and not digits.seen
 
 
@@ -465,14 +601,22 @@ def test_split_is_test_by_default(monkeypatch):
 def test_plain_unet_is_the_common_one():
     network = baseline.PlainUNet()
     assert sum(p.numel() for p in network.parameters()) == 1_883_074
-    assert len(network.hidden_matrices()) == 11  # nine 3x3 convolutions and two transposed ones, between the ends
+    assert (
+        len(network.hidden_matrices()) == 11
+    )  # nine 3x3 convolutions and two transposed ones, between the ends
     assert all(p.ndim == 4 and min(p.shape[:2]) >= 64 for p in network.hidden_matrices())
 
 
 def test_mflop_of_the_plain_unet_by_hand():
     """2 x 9 x in x out x pixels for each 3x3 convolution, and so on."""
     double = lambda i, o, side: 2 * 9 * (i * o + o * o) * side**2  # noqa: E731
-    by_hand = double(1, 64, 32) + double(64, 128, 16) + double(128, 256, 8) + double(256, 128, 16) + double(128, 64, 32)
+    by_hand = (
+        double(1, 64, 32)
+        + double(64, 128, 16)
+        + double(128, 256, 8)
+        + double(256, 128, 16)
+        + double(128, 64, 32)
+    )
     by_hand += 2 * 4 * (256 * 128 * 8**2 + 128 * 64 * 16**2)  # the transposed convolutions
     by_hand += 2 * 64 * 2 * 32**2 + 2 * (32 * 64 + 64 * 256)  # the last layer, the embedding of t
     assert benchmark.mflop(baseline.PlainUNet()) == pytest.approx(by_hand / 1e6)
@@ -484,8 +628,12 @@ def test_mflop_of_the_unet():
     network, flops = UNet(), []
 
     def count(layer, inputs, output):
-        positions = (inputs[0] if isinstance(layer, torch.nn.ConvTranspose2d) else output).shape[2:].numel()
-        flops.append(2 * layer.weight.numel() * (1 if isinstance(layer, torch.nn.Linear) else positions))
+        positions = (
+            (inputs[0] if isinstance(layer, torch.nn.ConvTranspose2d) else output).shape[2:].numel()
+        )
+        flops.append(
+            2 * layer.weight.numel() * (1 if isinstance(layer, torch.nn.Linear) else positions)
+        )
 
     def count_attention(layer, inputs, output):
         _, C, H, W = output.shape
@@ -502,7 +650,9 @@ def test_mflop_of_the_unet():
 
 
 def random_digits(n=8):
-    images = torch.randint(0, 256, (n, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (n, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     return Digits(torch.nn.functional.pad(images, (2, 2, 2, 2)), torch.arange(n), "offline")
 
 
@@ -518,7 +668,10 @@ def test_usual_trainer_is_plain_adam(monkeypatch):
     monkeypatch.setattr(baseline, "PlainUNet", lambda: UNet(channels=(8, 8, 8)))
     torch.manual_seed(0)
     trainer = baseline.usual_trainer(batch_size=4)
-    assert (trainer.diffusion.config["schedule"], trainer.diffusion.loss_type) == ("linear", "cross_entropy")
+    assert (trainer.diffusion.config["schedule"], trainer.diffusion.loss_type) == (
+        "linear",
+        "cross_entropy",
+    )
     assert trainer.max_grad_norm == math.inf
     twin = UNet(channels=(8, 8, 8))
     twin.load_state_dict(trainer.network.state_dict())
@@ -528,7 +681,10 @@ def test_usual_trainer_is_plain_adam(monkeypatch):
         for p, q in zip(twin.parameters(), trainer.network.parameters(), strict=True):
             p.grad = 1 * q.grad
         adam.step()
-    assert all(torch.equal(p, q) for p, q in zip(twin.parameters(), trainer.network.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(twin.parameters(), trainer.network.parameters(), strict=True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -537,14 +693,21 @@ def test_usual_trainer_is_plain_adam(monkeypatch):
 
 @pytest.fixture
 def toy_race(monkeypatch):
-    for name, value in {"BATCH_SIZE": 2, "BOUND_IMAGES": 2, "NUM_SAMPLES": 20, "NORM_BATCHES": 2}.items():
+    for name, value in {
+        "BATCH_SIZE": 2,
+        "BOUND_IMAGES": 2,
+        "NUM_SAMPLES": 20,
+        "NORM_BATCHES": 2,
+    }.items():
         monkeypatch.setattr(time_to_quality, name, value)
     monkeypatch.setattr(time_to_quality, "FRACTIONS", (1 / 2, 1))
     monkeypatch.setattr("experiments.common.load_digits", lambda *_: random_digits())
 
 
 def test_time_to_quality(toy_race, commands, tmp_path):
-    out = succeed("experiments.time_to_quality", "--data", "offline", "--minutes", 1e-9, "--timesteps", 1)
+    out = succeed(
+        "experiments.time_to_quality", "--data", "offline", "--minutes", 1e-9, "--timesteps", 1
+    )
     result = result_of("time_to_quality", tmp_path)
     assert out.strip() == time_to_quality.table(result)
     assert list(result["rows"]) == list(time_to_quality.CONTESTANTS)
@@ -558,7 +721,9 @@ def test_time_to_quality(toy_race, commands, tmp_path):
     assert f"PlainUNet, our recipe, 2 steps, rate {best} |" in out
     assert len(time_to_quality.plot(result).axes[0].lines) == 3
     assert Image.open(tmp_path / "out" / "time_to_quality" / "time_to_quality.png").size[0] > 100
-    assert "other arguments" in fail("experiments.time_to_quality", "--data", "offline", "--timesteps", 1)
+    assert "other arguments" in fail(
+        "experiments.time_to_quality", "--data", "offline", "--timesteps", 1
+    )
 
 
 @pytest.mark.parametrize("rate", [None, 1e-3])
@@ -585,9 +750,14 @@ def test_race_judges_what_was_trained(rate, toy_race, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.network.parameters(), strict=True))
     drawn_by = []
     sample = DiscreteDiffusion.sample
-    monkeypatch.setattr(DiscreteDiffusion, "sample", lambda self, n: drawn_by.append(self) or sample(self, n))
+    monkeypatch.setattr(
+        DiscreteDiffusion, "sample", lambda self, n: drawn_by.append(self) or sample(self, n)
+    )
     race.samples(2)
-    assert drawn_by[0].reverse == ("argmax" if rate is None else "mixture") and race.judged.reverse == "mixture"
+    assert (
+        drawn_by[0].reverse == ("argmax" if rate is None else "mixture")
+        and race.judged.reverse == "mixture"
+    )
     assert drawn_by[0].model is network and drawn_by[0].timesteps == 2
     race.train(4)
     assert trainer.network.training
@@ -598,7 +768,9 @@ def test_forward(commands, tmp_path):
     result = result_of("forward", tmp_path)
     assert result["t"] == list(range(0, 201, 25)) and result["share_of_pixels_changed"][0] == 0
     expected = 1 - DiscreteDiffusion(torch.nn.Identity()).bar_Q[result["t"], 0, 0]
-    assert torch.allclose(torch.tensor(result["share_of_pixels_changed"]).double(), expected, atol=0.06)
+    assert torch.allclose(
+        torch.tensor(result["share_of_pixels_changed"]).double(), expected, atol=0.06
+    )
     assert Image.open(tmp_path / "out" / "forward" / "forward.png").size[0] > 500
 
 
@@ -626,11 +798,21 @@ def test_benchmark(commands, tmp_path, monkeypatch):
     result = result_of("benchmark", tmp_path)
     assert out.strip() == benchmark.table(result) and "321" in out
     rates = {"UNet, batch 3": 90.0}
-    assert "| UNet, batch 3 | 90 | 3.0 |" in benchmark.table(result | {"drawing": rates})  # 30 passes an image
+    assert "| UNet, batch 3 | 90 | 3.0 |" in benchmark.table(
+        result | {"drawing": rates}
+    )  # 30 passes an image
     networks = result["training"]["networks"]
-    assert list(networks) == ["UNet", "UNet, variational", "UNet, --amp", "UNet, --compile", "PlainUNet"]
+    assert list(networks) == [
+        "UNet",
+        "UNet, variational",
+        "UNet, --amp",
+        "UNet, --compile",
+        "PlainUNet",
+    ]
     for one in networks.values():
-        assert list(one["shares"]) == list(benchmark.PARTS) and sum(one["shares"].values()) == pytest.approx(1)
+        assert list(one["shares"]) == list(benchmark.PARTS) and sum(
+            one["shares"].values()
+        ) == pytest.approx(1)
         assert min(one["shares"].values()) > 0 and one["images_per_second"] == 4
         assert one["gflops"] == pytest.approx(3 * one["mflop_per_image"] * 4 / 1000)
     muon = {"optimizer": "muon"}
@@ -643,14 +825,22 @@ def test_benchmark(commands, tmp_path, monkeypatch):
     assert result["training"]["matrix_product_gflops"] == pytest.approx(2 * 64**3 / 0.5 / 1e9)
     assert list(result["drawing"].values()) == [2, 4, 6, 6]
     assert networks["PlainUNet"]["weights"] == 1_883_074
-    assert list(result["drawing"]) == [*(f"UNet, batch {B}" for B in (1, 2, 3)), "PlainUNet, batch 3"]
-    assert [line[1].endswith("sample.py") for line in started] == [True, False] * 2  # warm-up and one round, in turns
+    assert list(result["drawing"]) == [
+        *(f"UNet, batch {B}" for B in (1, 2, 3)),
+        "PlainUNet, batch 3",
+    ]
+    assert [line[1].endswith("sample.py") for line in started] == [
+        True,
+        False,
+    ] * 2  # warm-up and one round, in turns
 
 
 def test_benchmark_looks_before_it_measures(commands, monkeypatch):
     monkeypatch.setattr(benchmark, "sixteen_digits", lambda *_: pytest.fail("has begun to measure"))
     assert "batch size" in fail("experiments.benchmark", "--data", "offline", "--batch-size", 5000)
-    assert "can't be used" in fail("experiments.benchmark", "--data", "offline", "--device", "nonsense")
+    assert "can't be used" in fail(
+        "experiments.benchmark", "--data", "offline", "--device", "nonsense"
+    )
 
 
 def test_median_of_turns(monkeypatch):
@@ -661,48 +851,72 @@ def test_median_of_turns(monkeypatch):
     clock = iter([*[0, 100] * 4, 0, 1, 0, 5, 0, 3])
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
-    assert benchmark.take_turns({"a": lambda: None}, 3, torch.device("cuda")) == {"a": 3} and len(waits) == 7
+    assert (
+        benchmark.take_turns({"a": lambda: None}, 3, torch.device("cuda")) == {"a": 3}
+        and len(waits) == 7
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_peak_memory(tmp_path):
     """Of a process that holds 200 MB for a moment, and of one that fails."""
-    small, large = ([sys.executable, "-c", f"bytearray({n} * 10**6); import time; time.sleep(0.2)"] for n in (1, 200))
+    small, large = (
+        [sys.executable, "-c", f"bytearray({n} * 10**6); import time; time.sleep(0.2)"]
+        for n in (1, 200)
+    )
     assert 150 < benchmark.peak_memory_mb(large) - benchmark.peak_memory_mb(small) < 250
     with pytest.raises(RuntimeError, match="ended with code 3"):
         benchmark.peak_memory_mb([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_cells():
-    assert common.cell([-1e-15], 3) == "0.000" and common.cell(["inf"], 1) == "inf" and common.cell([], 1) == ""
+    assert (
+        common.cell([-1e-15], 3) == "0.000"
+        and common.cell(["inf"], 1) == "inf"
+        and common.cell([], 1) == ""
+    )
     assert common.cell([1, 2, 6], 1) == "3.0 (1.0 to 6.0)"
 
 
 def test_levels(commands, cheap, tmp_path):
-    out = succeed("experiments.levels", *TRIAL, "--levels", 3, "--steps", 2, "--timesteps", 15, "--seeds", 2)
+    out = succeed(
+        "experiments.levels", *TRIAL, "--levels", 3, "--steps", 2, "--timesteps", 15, "--seeds", 2
+    )
     result = result_of("levels-3", tmp_path)
     assert out.strip() == levels.table(result)
-    assert [line.count(" to ") for line in out.splitlines()[2:]] == [1] * 4 + [0] * 3  # ranges of the bound alone
+    assert [line.count(" to ") for line in out.splitlines()[2:]] == [1] * 4 + [
+        0
+    ] * 3  # ranges of the bound alone
     again = [f"{row}, seed 1" for row in levels.ROWS]
-    assert list(result["rows"]) == [*(f"{row}, seed 0" for row in levels.ROWS | levels.ONCE), *again]
+    assert list(result["rows"]) == [
+        *(f"{row}, seed 0" for row in levels.ROWS | levels.ONCE),
+        *again,
+    ]
 
 
 def test_table_of_levels_in_bits():
     """By hand: the parts are in nats, of which each run has as many to a bit as its bound says."""
     bounds = [(2, 10, 1, 0, 9, 1), (4, 10, 2, 0, 5, 5)]
     keys = "bits_per_dimension", "nats_per_image", "standard_error", "L_T", "sum_L_t_minus_1", "L_0"
-    runs = {f"{seed}": {"row": "a", "bound": dict(zip(keys, bound, strict=True))} for seed, bound in enumerate(bounds)}
+    runs = {
+        f"{seed}": {"row": "a", "bound": dict(zip(keys, bound, strict=True))}
+        for seed, bound in enumerate(bounds)
+    }
     last = levels.table({"title": "few", "rows": runs}).splitlines()[-1]
     assert last == "| a | 2 | 3.000 (2.000 to 4.000) | 0.500 | 0.000 | 1.900 | 1.100 |"
 
 
 def test_noise(commands, tmp_path):
     out = succeed("experiments.noise", "--levels", 3, "--timesteps", 15)
-    assert out.strip() == noise.table(result_of("noise", tmp_path)) and "absorbing, mutual_info" in out
+    assert (
+        out.strip() == noise.table(result_of("noise", tmp_path)) and "absorbing, mutual_info" in out
+    )
     assert Image.open(tmp_path / "out" / "noise" / "noise.png").size[0] > 100
     curves = {"a": {"changed": [0, 0, 0], "mutual_information": [1, 0.256, 0]}}
     last = noise.table({"levels": 3, "timesteps": 2, "curves": curves}).splitlines()[-1]
-    assert last == "| a | 100 | 100 | 100 | 26 | 0 | 0 |"  # t = 0, 0, 0, 1, 2, 2 of 2: round takes the even one
+    assert (
+        last == "| a | 100 | 100 | 100 | 26 | 0 | 0 |"
+    )  # t = 0, 0, 0, 1, 2, 2 of 2: round takes the even one
 
 
 def metrics(folder, bounds, rates):
@@ -754,7 +968,10 @@ def test_curve_of_a_run_that_brings_its_rate_down_itself(commands, tmp_path):
     assert result["fit"] == pytest.approx([79, 30, 0.25])
     run, other, fit = curve.figure(result).axes[0].lines
     assert len(other.get_xdata()) == 9  # another run of a constant rate is drawn whole
-    assert list(run.get_ydata()) == result["rows"]["run"]["validation_bound"] and run.get_ydata()[-1] == 70
+    assert (
+        list(run.get_ydata()) == result["rows"]["run"]["validation_bound"]
+        and run.get_ydata()[-1] == 70
+    )
     assert (fit.get_xdata()[0], fit.get_xdata()[-1]) == pytest.approx((700, 8000))
 
 
@@ -765,7 +982,9 @@ def test_curve_refuses_what_is_no_run(commands, tmp_path):
         short = metrics(tmp_path / name, range(len(rates)), rates)
         assert "2 validations at a constant rate" in fail("experiments.curve", short)
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "metrics.csv").write_text("epoch,step,train_loss,validation_bound,lr,seconds\n")
+    (tmp_path / "none" / "metrics.csv").write_text(
+        "epoch,step,train_loss,validation_bound,lr,seconds\n"
+    )
     assert "validated nothing" in fail("experiments.curve", run, tmp_path / "none")
     assert "of one name" in fail("experiments.curve", run, run)
     (tmp_path / "short" / "metrics.csv").write_text("a,b\n1,2\n")
@@ -785,12 +1004,20 @@ def test_fill(commands, conditional, tmp_path, monkeypatch):
     assert out.splitlines()[:-1] == fill.table(result).splitlines() and result["digits"] == 20
     for rows in result["parts"].values():
         assert list(rows) == ["part alone", "N = 1", "N = 2", "real digits"]
-        assert rows["real digits"]["read_as_true_class"] > 0.9 > rows["part alone"]["read_as_true_class"]
-        assert rows["real digits"]["frechet_distance"] < min(rows[f"N = {N}"]["frechet_distance"] for N in (1, 2))
+        assert (
+            rows["real digits"]["read_as_true_class"]
+            > 0.9
+            > rows["part alone"]["read_as_true_class"]
+        )
+        assert rows["real digits"]["frechet_distance"] < min(
+            rows[f"N = {N}"]["frechet_distance"] for N in (1, 2)
+        )
     assert Image.open(tmp_path / "out" / "fill" / "fill.png").size[0] > 100
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "experiments").glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (REPOSITORY / "experiments").glob("*.py"))
+)
 def test_each_is_an_experiment_or_a_room(name):
     if name not in ("__init__", "common", "baseline", "evaluation"):
         assert "usage:" in succeed(f"experiments.{name}", "--help")

@@ -39,7 +39,9 @@ def law_of_two(e, known):
     """The law of x_0 with two walks: the first, the second, each in proportion to its weight."""
     paths, q, w = e.walks(known)
     share = w[:, None] / (w[:, None] + w)
-    chance = 2 * (q[:, None] * q * share).sum(1)  # that a draw is this walk, as the first or as the second
+    chance = 2 * (q[:, None] * q * share).sum(
+        1
+    )  # that a draw is this walk, as the first or as the second
     return np.bincount(paths[:, -1], chance, minlength=len(e.states))
 
 
@@ -80,8 +82,12 @@ def test_nothing_given_is_the_ordinary_sampler_and_all_given_the_input(name):
     nothing = torch.full((50, 1, 1, 2), -1)
     for known in (nothing, nothing[:1]):
         assert torch.equal(d.sample(50, known=known, particles=3, y=y, guidance=guidance), ordinary)
-    image = torch.randint(0, d.num_levels, (50, 1, 1, 2), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(d.sample(50, known=image, particles=3, y=y, guidance=guidance), image.to(torch.uint8))
+    image = torch.randint(
+        0, d.num_levels, (50, 1, 1, 2), generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(
+        d.sample(50, known=image, particles=3, y=y, guidance=guidance), image.to(torch.uint8)
+    )
     mixed = torch.where(torch.arange(50).view(-1, 1, 1, 1) % 2 == 0, image, nothing)
     mixed[::4, ..., 0] = -1
     filled = d.sample(50, known=mixed, particles=3, y=y, guidance=guidance)
@@ -107,9 +113,13 @@ def test_image_i_does_not_depend_on_the_call(transition):
     assert not torch.equal(d.sample(7, seed=1, known=known, particles=4), sheet)
     assert len(d.sample(20, known=known[:1], particles=4).flatten(1).unique(dim=0)) == 20
     chain = list(d.reverse_process(7, known=known, particles=4))
-    assert len(chain) == 6 and all(x_t.dtype == torch.int64 and x_t.shape == known.shape for x_t in chain)
+    assert len(chain) == 6 and all(
+        x_t.dtype == torch.int64 and x_t.shape == known.shape for x_t in chain
+    )
     assert torch.equal(chain[-1], sheet.long())
-    assert not torch.equal(chain[0][known >= 0], known[known >= 0])  # given pixels start from noise, too
+    assert not torch.equal(
+        chain[0][known >= 0], known[known >= 0]
+    )  # given pixels start from noise, too
 
 
 def test_nothing_is_kept_for_gradients():
@@ -133,7 +143,9 @@ def test_nothing_is_kept_for_gradients():
 
 def test_chains_of_many_levels():
     """With the mask there are 257 states: more than a byte holds."""
-    d = DiscreteDiffusion(Nothing(256), num_levels=256, timesteps=2, transition="absorbing", image_shape=(1, 1, 2))
+    d = DiscreteDiffusion(
+        Nothing(256), num_levels=256, timesteps=2, transition="absorbing", image_shape=(1, 1, 2)
+    )
     x_2, _, x_0 = d.reverse_process(3, known=torch.tensor([255, -1]).view(1, 1, 1, 2))
     assert (x_2 == 256).all() and (x_0[..., 0] == 255).all()
 
@@ -155,14 +167,18 @@ def test_more_walks_go_on_from_fewer():
     known = torch.full((1, 1, 5, 5), -1)
     known[..., 2, 2] = 1
     sheets = [d.sample(500, known=known, particles=N) for N in (1, 2, 3, 4)]
-    stayed = [(a == b).flatten(1).all(1).double().mean().item() for a, b in itertools.pairwise(sheets)]
+    stayed = [
+        (a == b).flatten(1).all(1).double().mean().item() for a, b in itertools.pairwise(sheets)
+    ]
     assert stayed == pytest.approx([1 / 2, 2 / 3, 3 / 4], abs=0.09)
 
 
 def test_uniforms_of_exactly_zero():
     """One float32 uniform in 2^24: a given pixel must not take it for a draw of what is next to impossible. Image b
     gets one at its draw number b."""
-    d = DiscreteDiffusion(Nothing(16), num_levels=16, timesteps=50, transition="gaussian", image_shape=(1, 1, 2))
+    d = DiscreteDiffusion(
+        Nothing(16), num_levels=16, timesteps=50, transition="gaussian", image_shape=(1, 1, 2)
+    )
     known = torch.tensor([15, -1]).view(1, 1, 1, 2).expand(51, -1, -1, -1)
     uniforms = iter(0.5 * (1 - torch.eye(51))[..., None, None, None].expand(-1, -1, 1, 1, 2))
     *_, (x_0, log_w) = d._walk(known, lambda: next(uniforms))
@@ -203,7 +219,10 @@ def checkpoint(tmp_path, monkeypatch):
 def picture_of(known, mode="RGBA", fill=77):
     """A PNG of two levels, transparent where nothing is given, with some colour there all the same."""
     known = np.array(known)
-    grey, alpha = np.where(known < 0, fill, known * 200).astype(np.uint8), np.where(known < 0, 0, 255).astype(np.uint8)
+    grey, alpha = (
+        np.where(known < 0, fill, known * 200).astype(np.uint8),
+        np.where(known < 0, 0, 255).astype(np.uint8),
+    )
     if mode == "P":
         picture = Image.fromarray(np.where(known < 0, 2, known).astype(np.uint8), "P")
         picture.putpalette([0, 0, 0, 255, 255, 255, fill, fill, fill])
@@ -235,7 +254,9 @@ def test_picture_of_a_part(mode, side, checkpoint):
 def test_grey_becomes_levels_as_in_training(checkpoint):
     grey, alpha = torch.arange(256).repeat(4).view(32, 32), torch.full((32, 32), 128)
     alpha[0] = 127
-    Image.fromarray(torch.stack([grey, alpha], dim=2).to(torch.uint8).numpy(), "LA").save("part.png")
+    Image.fromarray(torch.stack([grey, alpha], dim=2).to(torch.uint8).numpy(), "LA").save(
+        "part.png"
+    )
     for K in (2, 4, 256):
         read = read_partial_digit("part.png", K)[0, 0]
         assert (read[0] == -1).all() and torch.equal(read[1:], grey[1:] * K // 256)
@@ -249,7 +270,10 @@ def test_sample_fills_in(checkpoint):
     known = read_partial_digit("part.png")
     images = torch.load("x.pt", weights_only=True)
     assert torch.equal(
-        images, load_checkpoint(checkpoint).respaced(4).sample(5, known=known, particles=3, last_step="mode")
+        images,
+        load_checkpoint(checkpoint)
+        .respaced(4)
+        .sample(5, known=known, particles=3, last_step="mode"),
     )
     assert (images[:, known[0] >= 0] == known[known >= 0]).all() and len(images.unique(dim=0)) == 5
     with Image.open("x.png") as sheet:
@@ -258,25 +282,46 @@ def test_sample_fills_in(checkpoint):
     succeed("sample.py", checkpoint, *flags.split())
     default = torch.load("x.pt", weights_only=True)
     assert torch.equal(
-        default, load_checkpoint(checkpoint).respaced(4).sample(5, known=known, particles=PARTICLES, last_step="mode")
+        default,
+        load_checkpoint(checkpoint)
+        .respaced(4)
+        .sample(5, known=known, particles=PARTICLES, last_step="mode"),
     )
 
 
 def test_classes_of_what_is_filled_in(checkpoint):
     """None unless one is asked for; a row a class starts with the part."""
     picture_of(part_of_a_digit())
-    flags = "--fill part.png --timesteps 2 --particles 2 --device cpu --out x.png --save-tensor x.pt"
+    flags = (
+        "--fill part.png --timesteps 2 --particles 2 --device cpu --out x.png --save-tensor x.pt"
+    )
     d, known = load_checkpoint("classes.pth").respaced(2), read_partial_digit("part.png")
     succeed("sample.py", "classes.pth", *flags.split(), "--n", 3)
     images = torch.load("x.pt", weights_only=True)
     assert torch.equal(images, d.sample(3, known=known, particles=2, last_step="mode"))
-    assert not torch.equal(images, d.sample(3, known=known, particles=2, y=torch.arange(3), last_step="mode"))
-    succeed("sample.py", "classes.pth", *flags.split(), "--n", 2, "--digit", "0123456789", "--guidance", 1)
+    assert not torch.equal(
+        images, d.sample(3, known=known, particles=2, y=torch.arange(3), last_step="mode")
+    )
+    succeed(
+        "sample.py",
+        "classes.pth",
+        *flags.split(),
+        "--n",
+        2,
+        "--digit",
+        "0123456789",
+        "--guidance",
+        1,
+    )
     images = torch.load("x.pt", weights_only=True)
     y = torch.arange(10).repeat_interleave(2)
-    assert torch.equal(images, d.sample(20, known=known, particles=2, y=y, guidance=1.0, last_step="mode"))
+    assert torch.equal(
+        images, d.sample(20, known=known, particles=2, y=y, guidance=1.0, last_step="mode")
+    )
     with Image.open("x.png") as sheet:
-        rows = torch.cat([known.expand(10, 1, -1, -1, -1), images.long().view(10, 2, 1, 32, 32)], dim=1)
+        rows = torch.cat(
+            [known.expand(10, 1, -1, -1, -1), images.long().view(10, 2, 1, 32, 32)], dim=1
+        )
         assert np.array_equal(sheet, image_grid(rows.flatten(0, 1), columns=3))
 
 

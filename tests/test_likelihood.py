@@ -37,7 +37,9 @@ def log_weights_of(monkeypatch, e, image, paths, partial=False):
     return e.d.log_weights(x_0, 1, y=y, batch_size=len(paths))[:, 0]
 
 
-@pytest.mark.parametrize("name, y", [*((name, None) for name in NAMES), ("labels", 0), ("labels", 1)])
+@pytest.mark.parametrize(
+    "name, y", [*((name, None) for name in NAMES), ("labels", 0), ("labels", 1)]
+)
 def test_weights_of_every_trajectory(name, y, monkeypatch):
     """Each is p(x_{0:T}) / q(x_{1:T} | x_0); their mean over q is p(x_0), the sum over all ways to get there."""
     e = Enumeration(small_chain(name), y=y)
@@ -63,8 +65,13 @@ def test_mean_log_weight_is_the_bound_term_by_term(name, monkeypatch):
         means = [q @ log_w[0].numpy(), *(q @ step.numpy() for step in log_w.diff(dim=0))]
         assert means[0] == pytest.approx(-e.d.L_T(x_0).item(), abs=1e-12)
         for t, mean in zip(range(e.T, 0, -1), means[1:], strict=True):
-            weight = np.prod([e.bar_Q[t][a, e.states[:, i]] for i, a in enumerate(e.states[image])], axis=0)
-            x_t, time = torch.from_numpy(e.states[weight > 0])[:, None, None], torch.full(((weight > 0).sum(),), t)
+            weight = np.prod(
+                [e.bar_Q[t][a, e.states[:, i]] for i, a in enumerate(e.states[image])], axis=0
+            )
+            x_t, time = (
+                torch.from_numpy(e.states[weight > 0])[:, None, None],
+                torch.full(((weight > 0).sum(),), t),
+            )
             logits = e.d.x_0_logits(x_t, time).double()
             terms = e.d.L_t_minus_1(x_0.expand(len(x_t), -1, -1, -1), x_t, time, logits)
             assert mean == pytest.approx(-weight[weight > 0] @ terms.numpy(), abs=1e-10)
@@ -76,13 +83,17 @@ def test_drawn_weights_follow_their_distribution(name):
     e, n = Enumeration(small_chain(name)), 4000
     images = [e.images[0], e.images[-1]]
     x_0 = torch.from_numpy(e.states[images])[:, None, None]
-    drawn = e.d.log_weights(x_0.to(torch.uint8), n, torch.Generator().manual_seed(0), batch_size=999)
+    drawn = e.d.log_weights(
+        x_0.to(torch.uint8), n, torch.Generator().manual_seed(0), batch_size=999
+    )
     assert drawn.shape == (2, n)
     for image, log_w in zip(images, drawn.numpy(), strict=True):
         _, q, w = e.walks(e.states[image])
         grid = np.quantile(np.log(w), np.linspace(0.01, 0.99, 50)) + 1e-6
         exact = np.array([q[np.log(w) <= point].sum() for point in grid])
-        assert np.abs((log_w[:, None] <= grid).mean(0) - exact).max() < 2.2 / n**0.5  # Kolmogorov: once in 10,000
+        assert (
+            np.abs((log_w[:, None] <= grid).mean(0) - exact).max() < 2.2 / n**0.5
+        )  # Kolmogorov: once in 10,000
         assert log_w.std() > 0.1
 
 
@@ -113,7 +124,9 @@ def test_what_the_model_rules_out_has_weight_zero():
 
     class Never(torch.nn.Module):
         def forward(self, x_t, t):
-            return torch.tensor([0.0, -math.inf]).view(1, 2, 1, 1).expand(len(x_t), -1, *x_t.shape[2:])
+            return (
+                torch.tensor([0.0, -math.inf]).view(1, 2, 1, 1).expand(len(x_t), -1, *x_t.shape[2:])
+            )
 
     d = DiscreteDiffusion(Never(), timesteps=4)
     x_0 = torch.tensor([0, 1]).view(2, 1, 1, 1)
@@ -179,10 +192,16 @@ def test_gain_by_hand():
     assert result["images"] == 2 and [row["trajectories"] for row in rows] == [1, 2, 3]
     gains = [0, (math.log(2) - math.log(3) / 3) / 2, (math.log(5 / 3) - math.log(3) / 3) / 2]
     assert [row["gain"] for row in rows] == pytest.approx(gains, abs=1e-12)
-    assert [row["gain_standard_error"] for row in rows] == pytest.approx(gains, abs=1e-12)  # of 0 and twice the mean
+    assert [row["gain_standard_error"] for row in rows] == pytest.approx(
+        gains, abs=1e-12
+    )  # of 0 and twice the mean
     assert [row["nats_per_image"] for row in rows] == pytest.approx([5 - gain for gain in gains])
-    assert [row["standard_error"] for row in rows] == pytest.approx([math.hypot(0.3, gain) for gain in gains])
-    four = summarize_gain(torch.tensor([[1.0, 3, 1, 1], [2, 2, 2, 2]]).double().log(), bound)["by_trajectories"]
+    assert [row["standard_error"] for row in rows] == pytest.approx(
+        [math.hypot(0.3, gain) for gain in gains]
+    )
+    four = summarize_gain(torch.tensor([[1.0, 3, 1, 1], [2, 2, 2, 2]]).double().log(), bound)[
+        "by_trajectories"
+    ]
     assert [row["trajectories"] for row in four] == [1, 2, 4]
     groups = (math.log(2) + math.log(1)) / 2 - math.log(3) / 4
     assert four[1]["gain"] == pytest.approx(groups / 2)  # every group of two counts
@@ -205,9 +224,13 @@ def test_evaluate_weighs_trajectories(empty, monkeypatch):
         return weigh(self, x_0, n, *args, **kwargs)
 
     monkeypatch.setattr(DiscreteDiffusion, "log_weights", log_weights)
-    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=iter([0, 100, 200, 215.36]).__next__))
+    monkeypatch.setattr(
+        evaluate, "time", SimpleNamespace(perf_counter=iter([0, 100, 200, 215.36]).__next__)
+    )
     out = succeed("evaluate.py", "x.pth", *flags.split(), "--device", "cpu", "--out-dir", "out")
-    assert "Weights of 30 trajectories: 120 network passes, about 0.12 minutes" in out  # 0.06 s for each of 64 x 4
+    assert (
+        "Weights of 30 trajectories: 120 network passes, about 0.12 minutes" in out
+    )  # 0.06 s for each of 64 x 4
     assert "4 of 6 timesteps" in out
     assert asked == [(1, 64), (1, 64), (3, 3), (2, 3), (3, 3), (2, 3)]
     report = json.loads(Path("out/evaluation.json").read_text())
@@ -218,18 +241,26 @@ def test_evaluate_weighs_trajectories(empty, monkeypatch):
         for seed in range(2):
             levels = to_levels(digits.images, 2, "dynamic", torch.Generator().manual_seed(seed))
             some, generator = rows[seed::2], torch.Generator().manual_seed(seed)
-            parts.append(d.log_weights(levels[some], 3, generator, digits.labels[some] if labelled else None))
+            parts.append(
+                d.log_weights(levels[some], 3, generator, digits.labels[some] if labelled else None)
+            )
             y, generator = digits.labels if labelled else None, torch.Generator().manual_seed(seed)
             means.append(d.variational_bound(levels, 1, generator, y).mean().item())
         bound = report[name]
         assert bound["images"] == 500
-        assert bound["nats_per_image"] == pytest.approx(np.mean(means) + (math.log(10) if labelled else 0))
+        assert bound["nats_per_image"] == pytest.approx(
+            np.mean(means) + (math.log(10) if labelled else 0)
+        )
         expected = summarize_gain(torch.cat(parts), bound)
         weighted = bound["importance_weighted"]
         assert weighted["images"] == 5 and weighted["by_trajectories"][2]["gain"] > 0.1
-        for row, by_hand in zip(weighted["by_trajectories"], expected["by_trajectories"], strict=True):
+        for row, by_hand in zip(
+            weighted["by_trajectories"], expected["by_trajectories"], strict=True
+        ):
             assert row == pytest.approx(by_hand)
-            assert re.search(rf" {row['trajectories']} trajectories .*{row['nats_per_image']:.2f} \+-", out)
+            assert re.search(
+                rf" {row['trajectories']} trajectories .*{row['nats_per_image']:.2f} \+-", out
+            )
     assert report["bound"]["nats_per_image"] != report["bound_with_labels"]["nats_per_image"]
     Image.open("out/gain.png").verify()
 
@@ -242,7 +273,11 @@ def test_evaluate_without_trajectories(empty):
     report = json.loads(Path("out/evaluation.json").read_text())
     assert report["bound"]["images"] == 30 and "importance_weighted" not in report["bound"]
     assert "bound_with_labels" not in report
-    assert {path.name for path in Path("out").iterdir()} == {"evaluation.json", "bound_terms.png", "nearest.png"}
+    assert {path.name for path in Path("out").iterdir()} == {
+        "evaluation.json",
+        "bound_terms.png",
+        "nearest.png",
+    }
 
 
 def test_evaluate_refuses_no_trajectories(empty):

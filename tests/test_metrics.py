@@ -30,25 +30,36 @@ from metrics import (
 def bound_of(L_T, L_t_minus_1, L_0, n=5) -> BoundTerms:
     """The parts of the bound of some images; of the terms that they come from only the number counts here."""
     L_T, L_t_minus_1, L_0 = (torch.tensor(v, dtype=torch.float64) for v in (L_T, L_t_minus_1, L_0))
-    return BoundTerms(L_T, L_t_minus_1, L_0, torch.ones(len(L_T), n, dtype=torch.long), torch.zeros(len(L_T), n))
+    return BoundTerms(
+        L_T, L_t_minus_1, L_0, torch.ones(len(L_T), n, dtype=torch.long), torch.zeros(len(L_T), n)
+    )
 
 
 def test_bound_of_one_binarization_by_hand():
     """Three images with totals 4, 7 and 10: mean 7, standard deviation 3."""
     summary = summarize_bound(bound_of([1, 1, 1], [2, 4, 6], [1, 2, 3]))
     expected = {"nats_per_image": 7, "L_T": 1, "sum_L_t_minus_1": 4, "L_0": 2}
-    expected |= {"standard_error": 3 / math.sqrt(3), "bits_per_dimension": 7 / (28 * 28 * math.log(2))}
+    expected |= {
+        "standard_error": 3 / math.sqrt(3),
+        "bits_per_dimension": 7 / (28 * 28 * math.log(2)),
+    }
     assert summary == pytest.approx(expected | {"images": 3, "timesteps_per_image": 5})
 
 
 def test_bound_of_several_binarizations_by_hand():
     """Two images, three binarizations: totals [1, 3], [2, 6], [3, 9], whose means over binarizations are 2 and 6."""
     L_t_minus_1, L_0 = [[1, 3], [1.5, 5], [3, 9]], [[0, 0], [0.5, 1], [0, 0]]
-    summary = summarize_bound(*(bound_of([0, 0], a, b) for a, b in zip(L_t_minus_1, L_0, strict=True)))
+    summary = summarize_bound(
+        *(bound_of([0, 0], a, b) for a, b in zip(L_t_minus_1, L_0, strict=True))
+    )
     assert summary["nats_per_image"] == pytest.approx(4)
     assert summary["standard_error"] == pytest.approx(2)  # of 2 and 6: sqrt(8) / sqrt(2)
-    assert summary["standard_error_over_binarizations"] == pytest.approx(2 / math.sqrt(3))  # of 2, 4 and 6
-    assert summary["sum_L_t_minus_1"] + summary["L_0"] == pytest.approx(4) and summary["L_0"] == pytest.approx(0.25)
+    assert summary["standard_error_over_binarizations"] == pytest.approx(
+        2 / math.sqrt(3)
+    )  # of 2, 4 and 6
+    assert summary["sum_L_t_minus_1"] + summary["L_0"] == pytest.approx(4) and summary[
+        "L_0"
+    ] == pytest.approx(0.25)
     assert summary["binarizations"] == 3 and summary["images"] == 2
 
 
@@ -60,12 +71,19 @@ def test_frechet_distance_of_gaussians():
     torch.manual_seed(0)
     raw = torch.randn(5000, 6, dtype=torch.float64)
     raw -= raw.mean(0)
-    white = raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T.cov())).T  # covariance exactly the identity
-    s_a, s_b = torch.arange(1, 7, dtype=torch.float64), torch.tensor([2.0, 2, 2, 5, 5, 5], dtype=torch.float64)
+    white = (
+        raw @ torch.linalg.inv(torch.linalg.cholesky(raw.T.cov())).T
+    )  # covariance exactly the identity
+    s_a, s_b = (
+        torch.arange(1, 7, dtype=torch.float64),
+        torch.tensor([2.0, 2, 2, 5, 5, 5], dtype=torch.float64),
+    )
     turn, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
     shift = torch.arange(6, dtype=torch.float64)
     expected = (shift.square().sum() + (s_a - s_b).square().sum()).item()
-    assert frechet_distance(white * s_a @ turn, (white * s_b + shift) @ turn) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(white * s_a @ turn, (white * s_b + shift) @ turn) == pytest.approx(
+        expected, rel=1e-9
+    )
     assert frechet_distance(white, white) == pytest.approx(0, abs=1e-9)
 
 
@@ -98,11 +116,15 @@ def test_spread_and_rows_of_classes():
 
 def test_nearest_digits_by_hand():
     """Nearest first, by the sum of level differences; the sample leads its row."""
-    train = torch.tensor([[[[0, 0], [0, 0]]], [[[1, 1], [1, 1]]], [[[3, 0], [1, 1]]]], dtype=torch.uint8)
+    train = torch.tensor(
+        [[[[0, 0], [0, 0]]], [[[1, 1], [1, 1]]], [[[3, 0], [1, 1]]]], dtype=torch.uint8
+    )
     samples = torch.tensor([[[[1, 0], [1, 1]]], [[[3, 0], [1, 1]]]], dtype=torch.uint8)
     rows, least = nearest_digits(samples, train, k=3)
     assert least.tolist() == [1, 0]
-    assert torch.equal(rows, torch.stack([samples[0], *train[[1, 2, 0]], samples[1], *train[[2, 1, 0]]]))
+    assert torch.equal(
+        rows, torch.stack([samples[0], *train[[1, 2, 0]], samples[1], *train[[2, 1, 0]]])
+    )
     rows, _ = nearest_digits(samples, train, k=1)
     assert torch.equal(rows, torch.stack([samples[0], train[1], samples[1], train[2]]))
 
@@ -119,9 +141,20 @@ def picture(*white):
 
 def test_isolated_pixels_by_hand():
     """Neighbours are the eight around a pixel; beyond the edge there is none, and the opposite edge is far away."""
-    alone = [picture((2, 2)), picture((0, 0)), picture((0, 0), (0, 5)), picture((1, 1), (1, 2), (4, 4))]
+    alone = [
+        picture((2, 2)),
+        picture((0, 0)),
+        picture((0, 0), (0, 5)),
+        picture((1, 1), (1, 2), (4, 4)),
+    ]
     alone += [picture((2, 2), (2, 4)), picture((5, 5), (3, 5), (2, 5))]
-    not_alone = [picture(), picture((2, 2), (3, 3)), picture((0, 5), (1, 4)), picture((0, 0), (0, 1)), 1 - picture()]
+    not_alone = [
+        picture(),
+        picture((2, 2), (3, 3)),
+        picture((0, 5), (1, 4)),
+        picture((0, 0), (0, 1)),
+        1 - picture(),
+    ]
     assert isolated(torch.cat(alone)).tolist() == [True] * 6
     assert isolated(torch.cat(not_alone)).tolist() == [False] * 5
 
@@ -185,7 +218,9 @@ def test_quality_by_hand():
     assert "label_accuracy" not in quality(x, reference, Corners(), 4)
 
 
-@pytest.mark.parametrize("i, j", [(0, 16), (1, 16), (30, 16), (31, 16), (16, 0), (16, 1), (16, 30), (16, 31)])
+@pytest.mark.parametrize(
+    "i, j", [(0, 16), (1, 16), (30, 16), (31, 16), (16, 0), (16, 1), (16, 30), (16, 31)]
+)
 def test_ink_in_any_part_of_the_border_counts(i, j):
     x = blank(4)
     x[2, 0, i, j] = 1
@@ -194,7 +229,9 @@ def test_ink_in_any_part_of_the_border_counts(i, j):
 
 def test_precision_is_of_samples_and_recall_of_digits():
     """All samples alike, at one of the digits: each is near a digit, but few of the digits are near a sample."""
-    reference = torch.cartesian_prod(torch.linspace(0, 1, 5), torch.linspace(0, 1, 4)).double()  # 20 digits
+    reference = torch.cartesian_prod(
+        torch.linspace(0, 1, 5), torch.linspace(0, 1, 4)
+    ).double()  # 20 digits
     collapsed = quality(blank(20), reference, Corners(), 2)
     assert collapsed["precision"] == 1 and collapsed["recall"] == 1 / 20
     everywhere = torch.cat([blank(5), blank(5, 30)])  # half of them far from all digits
@@ -206,10 +243,15 @@ def test_precision_is_of_samples_and_recall_of_digits():
 def test_quality_compares_with_as_many_digits_as_there_are_samples():
     """Every second digit for five samples and ten digits; the Fréchet distance takes them all."""
     reference = torch.full((10, 2), 9.0, dtype=torch.float64)
-    reference[::2] = torch.tensor([[0, 0], [0, 0.1], [0.1, 0], [0.1, 0.1], [0, 0.2]], dtype=torch.float64)
+    reference[::2] = torch.tensor(
+        [[0, 0], [0, 0.1], [0.1, 0], [0.1, 0.1], [0, 0.2]], dtype=torch.float64
+    )
     x = blank(5)
     x[0, 0, 10, 10] = x[1, 0, 10, 20] = 1
-    few, many = quality(x, reference, Corners(), 2), quality(x.repeat(2, 1, 1, 1), reference, Corners(), 2)
+    few, many = (
+        quality(x, reference, Corners(), 2),
+        quality(x.repeat(2, 1, 1, 1), reference, Corners(), 2),
+    )
     assert few["recall"] == 1 and many["recall"] == 0.5
     features, _ = judge(Corners(), x, 2)
     assert few["frechet_distance"] == pytest.approx(frechet_distance(features, reference))
@@ -247,13 +289,19 @@ def test_training_a_classifier(monkeypatch, tmp_path, capsys):
 
     def load(split, data, data_root):
         asked.append((split, data, data_root))
-        return digits if split == "train" else Digits(digits.images[1::3], digits.labels[1::3], "offline")
+        return (
+            digits
+            if split == "train"
+            else Digits(digits.images[1::3], digits.labels[1::3], "offline")
+        )
 
     monkeypatch.setattr(metrics, "load_digits", load)
     for name in ("one", "two"):
         train_classifier("root", tmp_path / name / "classifier.pth", epochs=4, batch_size=32)
     assert asked[:2] == [("train", "mnist", "root"), ("test", "mnist", "root")]
-    one, two = (torch.load(tmp_path / name / "classifier.pth", weights_only=True) for name in ("one", "two"))
+    one, two = (
+        torch.load(tmp_path / name / "classifier.pth", weights_only=True) for name in ("one", "two")
+    )
     assert all(torch.equal(one[key], two[key]) for key in one)
     monkeypatch.setattr(metrics, "CLASSIFIER", tmp_path / "one" / "classifier.pth")
     lines = capsys.readouterr().out.splitlines()

@@ -74,7 +74,9 @@ def test_dropout():
     x_t, t = torch.zeros(2, 1, 8, 8, dtype=torch.long), torch.full((2,), 5)
     shares = []
     for block in (module for module in network.modules() if isinstance(module, ResBlock)):
-        block.conv2.register_forward_hook(lambda _, given, __: shares.append((given[0] == 0).float().mean()))
+        block.conv2.register_forward_hook(
+            lambda _, given, __: shares.append((given[0] == 0).float().mean())
+        )
     network.train()
     drawn = [network(x_t, t) for _ in range(20)]
     assert len(shares) == 20 * 6 and sum(shares) / len(shares) == pytest.approx(0.25, abs=0.02)
@@ -83,7 +85,9 @@ def test_dropout():
     assert torch.equal(network.eval()(x_t, t), plain(x_t, t))
 
 
-@pytest.mark.parametrize("network", [UNet(2), UNet(4, 5, (8, 16, 24), blocks=2, num_labels=10, dropout=0.1)])
+@pytest.mark.parametrize(
+    "network", [UNet(2), UNet(4, 5, (8, 16, 24), blocks=2, num_labels=10, dropout=0.1)]
+)
 def test_config_rebuilds_the_network(network):
     rebuilt = build_network(network.config)
     rebuilt.load_state_dict(network.state_dict())
@@ -117,7 +121,10 @@ def test_hidden_matrices_are_what_lies_between_embeddings_and_output():
     rest = {name for name, p in network.named_parameters() if id(p) not in hidden and p.ndim > 1}
     edges = ["embed_t.0", "embed_t.2", "embed_y", "fold", "fold_level", "unfold.2", "own_state"]
     assert rest == {f"{name}.weight" for name in edges}
-    assert all(p.ndim > 1 for p in network.hidden_matrices()) and len(hidden) == len(network.hidden_matrices()) > 40
+    assert (
+        all(p.ndim > 1 for p in network.hidden_matrices())
+        and len(hidden) == len(network.hidden_matrices()) > 40
+    )
 
 
 def test_ordinal_levels():
@@ -133,7 +140,10 @@ def test_ordinal_levels():
     assert (black - grey).abs().mean() > 0.01 and (white - grey).abs().mean() > 0.01
     old = UNet(3).config  # of a checkpoint from before there was a choice
     del old["ordinal"]
-    assert build_network(old).load_state_dict(UNet(3).state_dict()) and not build_network(old).config["ordinal"]
+    assert (
+        build_network(old).load_state_dict(UNet(3).state_dict())
+        and not build_network(old).config["ordinal"]
+    )
 
 
 def test_one_hot_and_time_features():
@@ -174,5 +184,7 @@ def test_learns_to_draw_its_patterns():
     matches = (drawn[:, None] == patterns.flatten(1)[None]).all(2)  # [100, 3]
     assert matches.any(1).float().mean() > 0.9
     assert matches.float().mean(0).min() > 0.15
-    bound = d.variational_bound(patterns.repeat(30, 1, 1, 1), None, torch.Generator().manual_seed(0)).mean()
+    bound = d.variational_bound(
+        patterns.repeat(30, 1, 1, 1), None, torch.Generator().manual_seed(0)
+    ).mean()
     assert 1.05 < bound < 2.5  # the entropy of the data is log 3 = 1.10 nats

@@ -9,7 +9,9 @@ from pictures import image_grid, plot_history, plot_terms, titled_frame
 
 def test_image_grid_two_levels():
     """Three 2x3 images: two columns, two rows, two grey pixels around each image, everything doubled in size."""
-    x = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 1]]]).unsqueeze(1)
+    x = torch.tensor(
+        [[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 1]]]
+    ).unsqueeze(1)
     g, w = 96, 255
     sheet = np.array([
         [g, g, g, g, g, g, g, g, g, g, g, g],
@@ -60,7 +62,10 @@ def test_image_grid_is_about_square(n, columns):
 
 
 def test_large_image_grid_is_not_doubled():
-    assert image_grid(torch.zeros(1025, 1, 1, 1, dtype=torch.uint8), columns=41).size == (41 * 3 + 2, 25 * 3 + 2)
+    assert image_grid(torch.zeros(1025, 1, 1, 1, dtype=torch.uint8), columns=41).size == (
+        41 * 3 + 2,
+        25 * 3 + 2,
+    )
 
 
 def test_titled_frame():

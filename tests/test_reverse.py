@@ -54,7 +54,10 @@ def states(d, t):
 def equation_4(d, probs, t, x_t):
     """Proportional to sum over x_0 of q(x_{t-1} = j | x_0) q(x_t | x_{t-1} = j) p~(x_0), state by state."""
     p = [
-        sum(d.bar_Q[t - 1, k, j].item() * d.Q[t, j, x_t].item() * probs[k] for k in range(d.num_levels))
+        sum(
+            d.bar_Q[t - 1, k, j].item() * d.Q[t, j, x_t].item() * probs[k]
+            for k in range(d.num_levels)
+        )
         for j in range(d.num_states)
     ]
     return np.array(p) / sum(p)
@@ -81,11 +84,15 @@ def test_joint_form_of_the_leave_one_out_posterior_is_the_mixture_of_the_posteri
     d, exact, leave_one_out = posteriors(transition, K)
     joint, mixture = with_network(d, leave_one_out, "joint"), with_network(d, exact, "mixture")
     for t in range(2, T + 1):
-        np.testing.assert_allclose(joint.p_theta(*states(d, t)), mixture.p_theta(*states(d, t)), atol=1e-12)
+        np.testing.assert_allclose(
+            joint.p_theta(*states(d, t)), mixture.p_theta(*states(d, t)), atol=1e-12
+        )
     joint, mixture = joint.respaced([2, 3, T]), mixture.respaced([2, 3, T])
     assert joint.config["reverse"] == "joint"
     for t in (1, 2, 3):
-        np.testing.assert_allclose(joint.p_theta(*states(joint, t)), mixture.p_theta(*states(joint, t)), atol=1e-12)
+        np.testing.assert_allclose(
+            joint.p_theta(*states(joint, t)), mixture.p_theta(*states(joint, t)), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("transition, K", FAMILIES)
@@ -93,7 +100,10 @@ def test_the_forms_differ_where_the_likelihood_does(transition, K):
     """Given the posterior, the joint form counts the likelihood twice, and is the mixture for absorbing only."""
     d, exact, _ = posteriors(transition, K)
     joint, mixture = with_network(d, exact, "joint"), with_network(d, exact, "mixture")
-    apart = max((joint.p_theta(*states(d, t)) - mixture.p_theta(*states(d, t))).abs().max() for t in range(2, T + 1))
+    apart = max(
+        (joint.p_theta(*states(d, t)) - mixture.p_theta(*states(d, t))).abs().max()
+        for t in range(2, T + 1)
+    )
     assert apart < 1e-12 if transition == "absorbing" else apart > 0.01
 
 
@@ -110,7 +120,12 @@ def test_argmax_is_the_posterior_of_the_most_probable_level(transition, K):
             best = int(np.where(possible, probs[t, x], -1).argmax())
             np.testing.assert_allclose(row, equation_4(d, np.eye(K)[best], t, x), atol=1e-12)
     x_0 = torch.full((1, 1, 1, 1), int(probs[1, 0].argmin()))
-    assert with_network(d, np.broadcast_to(probs[1, 0], probs.shape), "argmax").variational_bound(x_0).isinf().all()
+    assert (
+        with_network(d, np.broadcast_to(probs[1, 0], probs.shape), "argmax")
+        .variational_bound(x_0)
+        .isinf()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("reverse", ["mixture", "joint"])
@@ -125,13 +140,19 @@ def test_loss_bound_and_sampler_use_it(transition, K, reverse):
     def p_theta(t, x):
         """[S], for a state that can be reached."""
         if reverse == "joint":
-            return np.append(probs[1, x], np.zeros(d.num_states - K)) if t == 1 else equation_4(d, probs[t, x], t, x)
+            return (
+                np.append(probs[1, x], np.zeros(d.num_states - K))
+                if t == 1
+                else equation_4(d, probs[t, x], t, x)
+            )
         w = probs[t, x] * (bar_Q[t, :K, x] > 0)
         return sum(w[k] / w.sum() * equation_4(d, np.eye(K)[k], t, x) for k in range(K) if w[k])
 
     N, marginal = 2000, d.prior.numpy()
     for t in range(T, 0, -1):
-        marginal = sum(marginal[x] * p_theta(t, x) for x in range(d.num_states) if bar_Q[t, :K, x].any())
+        marginal = sum(
+            marginal[x] * p_theta(t, x) for x in range(d.num_states) if bar_Q[t, :K, x].any()
+        )
     for x_0 in range(K):
         terms = []
         for t, x in itertools.product(range(1, T + 1), range(d.num_states)):
@@ -145,7 +166,9 @@ def test_loss_bound_and_sampler_use_it(transition, K, reverse):
         images = torch.full((N, 1, 1, 1), x_0)
         torch.manual_seed(0)
         estimate = d.variational_bound(images) - d.L_T(images)
-        assert estimate.mean().item() == pytest.approx(sum(terms), abs=5 * estimate.std().item() / N**0.5 + 1e-9)
+        assert estimate.mean().item() == pytest.approx(
+            sum(terms), abs=5 * estimate.std().item() / N**0.5 + 1e-9
+        )
         t, u = d.draw_t(N), torch.rand(images.shape)
         term = d.L_t_minus_1(images, d.q_sample(images, t, u), t).mean().item()
         assert d.loss(images, t, u).item() == pytest.approx(T * term, rel=1e-9)
@@ -179,7 +202,9 @@ def test_argmax_is_refused_with_a_loss_that_is_infinite():
         with pytest.raises(ValueError, match="infinite") as error:
             DiscreteDiffusion(torch.nn.Identity(), loss_type=loss, reverse="argmax")
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="unknown reverse step 'sum': choose from mixture, joint, argmax"):
+    with pytest.raises(
+        ValueError, match="unknown reverse step 'sum': choose from mixture, joint, argmax"
+    ):
         DiscreteDiffusion(torch.nn.Identity(), reverse="sum")
 
 
@@ -192,19 +217,27 @@ def test_hybrid_weight_stands_beside_one_term_of_the_bound():
         def forward(self, x_t, t):
             return logits.expand(len(x_t), -1, -1, -1)
 
-    x_0, t, u = torch.randint(0, 2, (4, 1, 8, 8)), torch.tensor([1, 5, 9, 20]), torch.rand(4, 1, 8, 8)
+    x_0, t, u = (
+        torch.randint(0, 2, (4, 1, 8, 8)),
+        torch.tensor([1, 5, 9, 20]),
+        torch.rand(4, 1, 8, 8),
+    )
     for weight in (0.001, 0.3):
         changes = {} if weight == 0.001 else {"hybrid_weight": weight}
         d = DiscreteDiffusion(Fixed(), 2, 20, loss_type="hybrid", **changes)
         term = d.L_t_minus_1(x_0, d.q_sample(x_0, t, u), t).mean().item() / 64
         cross_entropy = -logits.log_softmax(1).expand(4, -1, -1, -1).gather(1, x_0).mean().item()
-        assert d.loss(x_0, t, u).item() == pytest.approx(20 * (term + weight * cross_entropy), rel=1e-6)
+        assert d.loss(x_0, t, u).item() == pytest.approx(
+            20 * (term + weight * cross_entropy), rel=1e-6
+        )
 
 
 def test_checkpoints_keep_the_choice_and_old_ones_are_mixtures(tmp_path):
     """Where num_classes is said, the hybrid weight stood beside T times a term; without `reverse` it is the mixture."""
     model = UNet(channels=(8, 8, 8))
-    d = DiscreteDiffusion(model, timesteps=20, loss_type="hybrid", reverse="joint", hybrid_weight=0.5)
+    d = DiscreteDiffusion(
+        model, timesteps=20, loss_type="hybrid", reverse="joint", hybrid_weight=0.5
+    )
     saved = {"network": model.config, "diffusion": d.config, "averaged_weights": model.state_dict()}
     save_checkpoint(tmp_path / "new.pth", saved)
     new = load_checkpoint(tmp_path / "new.pth", timesteps=5)
@@ -213,9 +246,15 @@ def test_checkpoints_keep_the_choice_and_old_ones_are_mixtures(tmp_path):
     old |= {"loss_type": "hybrid", "hybrid_weight": 0.01}
     network = {key: value for key, value in model.config.items() if key != "output"}
     settings = {"transition": "gaussian", "schedule": "linear", "hybrid_weight": 0.02}
-    save_checkpoint(tmp_path / "old.pth", saved | {"network": network, "diffusion": old, "settings": settings})
+    save_checkpoint(
+        tmp_path / "old.pth", saved | {"network": network, "diffusion": old, "settings": settings}
+    )
     checkpoint = read_checkpoint(tmp_path / "old.pth")
-    assert checkpoint["settings"] == {"transition": "gaussian", "schedule": "fitted", "hybrid_weight": 0.001}
+    assert checkpoint["settings"] == {
+        "transition": "gaussian",
+        "schedule": "fitted",
+        "hybrid_weight": 0.001,
+    }
     old = load_checkpoint(tmp_path / "old.pth")
     assert (old.reverse, old.num_levels) == ("mixture", 3)
     assert (old.config["schedule"], old.model.output) == ("fitted", "softmax")

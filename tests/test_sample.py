@@ -50,8 +50,13 @@ def frames(path="denoising_process.gif") -> tuple[list[np.ndarray], list[int], i
 def test_sample_writes_picture_and_tensor(run):
     """The default name, the digits {0, 1} as uint8 [n, 1, 32, 32], and a picture of exactly these digits."""
     checkpoint = run / "checkpoints" / "model_epoch_4.pth"
-    out = succeed("sample.py", checkpoint, "--n", 5, "--save-tensor", "new/digits.pt", "--device", "cpu")
-    assert out.splitlines() == ["Wrote d3pm_generated_samples_model_epoch_4.png", "Wrote new/digits.pt"]
+    out = succeed(
+        "sample.py", checkpoint, "--n", 5, "--save-tensor", "new/digits.pt", "--device", "cpu"
+    )
+    assert out.splitlines() == [
+        "Wrote d3pm_generated_samples_model_epoch_4.png",
+        "Wrote new/digits.pt",
+    ]
     digits = torch.load("new/digits.pt", weights_only=True)
     assert digits.shape == (5, 1, 32, 32) and digits.dtype == torch.uint8
     assert torch.equal(digits, load_checkpoint(checkpoint).sample(5, last_step="mode"))
@@ -72,14 +77,17 @@ def test_image_i_does_not_depend_on_the_call(run, monkeypatch):
     assert len(sheet.unique(dim=0)) == 7
     sizes, process = [], DiscreteDiffusion.reverse_process
     monkeypatch.setattr(
-        DiscreteDiffusion, "reverse_process", lambda d, n, *a, **k: sizes.append(n) or process(d, n, *a, **k)
+        DiscreteDiffusion,
+        "reverse_process",
+        lambda d, n, *a, **k: sizes.append(n) or process(d, n, *a, **k),
     )
     assert torch.equal(draw(checkpoint, "--n", 7, "--batch-size", 3), sheet)
     assert sizes == [3, 3, 1]
     assert torch.equal(draw(checkpoint, "--n", 2, "--first", 5), sheet[5:])
     assert not torch.equal(draw(checkpoint, "--n", 1, "--seed", 1), sheet[:1])
     assert torch.equal(
-        draw(checkpoint, "--n", 1, "--seed", 1), load_checkpoint(checkpoint).sample(1, seed=1, last_step="mode")
+        draw(checkpoint, "--n", 1, "--seed", 1),
+        load_checkpoint(checkpoint).sample(1, seed=1, last_step="mode"),
     )
 
 
@@ -90,15 +98,21 @@ def test_classes_guidance_and_timesteps(conditional):
     assert TIMESTEPS == 30
     usual, few, y = d.respaced(30), d.respaced(5), torch.arange(4)
     assert torch.equal(draw(path, "--n", 4), usual.sample(4, y=y, last_step="mode"))
-    assert torch.equal(draw(path, "--n", 4, "--first", 3), usual.sample(4, first=3, y=y + 3, last_step="mode"))
+    assert torch.equal(
+        draw(path, "--n", 4, "--first", 3), usual.sample(4, first=3, y=y + 3, last_step="mode")
+    )
     threes = torch.full((4,), 3)
-    assert torch.equal(draw(path, "--n", 4, "--digit", 3), usual.sample(4, y=threes, last_step="mode"))
+    assert torch.equal(
+        draw(path, "--n", 4, "--digit", 3), usual.sample(4, y=threes, last_step="mode")
+    )
     assert torch.equal(draw(path, "--n", 4, "--last-step", "draw"), usual.sample(4, y=y))
     five = path, "--n", 4, "--timesteps", 5, "--last-step", "draw"
     assert torch.equal(draw(*five, "--guidance", 2), few.sample(4, y=y, guidance=2))
     assert torch.equal(draw(*five, "--digit", 3, "--guidance", 0), few.sample(4, y=threes))
     assert torch.equal(draw(*five, "--digit", "none"), few.sample(4))
-    assert torch.equal(draw(path, "--n", 2, "--timesteps", 60), d.sample(2, y=y[:2], last_step="mode"))
+    assert torch.equal(
+        draw(path, "--n", 2, "--timesteps", 60), d.sample(2, y=y[:2], last_step="mode")
+    )
     assert not torch.equal(few.sample(4), few.sample(4, y=threes))
     assert not torch.equal(few.sample(4, y=threes), few.sample(4, y=threes, guidance=2))
 
@@ -125,7 +139,9 @@ def test_levels_of_grey():
     grey = np.arange(32 * 32).reshape(32, 32) * 255 // 1023
     alpha = np.where(np.arange(32) < 16, 255, 0) + np.zeros_like(grey)
     Image.fromarray(np.stack([grey, alpha], 2).astype(np.uint8), "LA").save("part.png")
-    known = torch.where(torch.from_numpy(alpha) > 0, torch.from_numpy(grey * 4 // 256), -1)[None, None]
+    known = torch.where(torch.from_numpy(alpha) > 0, torch.from_numpy(grey * 4 // 256), -1)[
+        None, None
+    ]
     filled = d.sample(3, known=known, particles=2, last_step="mode")
     flags = "--fill", "part.png", "--particles", 2, "--n", 3
     assert torch.equal(draw("x.pth", *flags), filled)
@@ -137,14 +153,20 @@ def test_levels_of_grey():
 
 def test_outputs_are_checked_before_the_work(run, monkeypatch):
     """That they can be written, and that none is another or the checkpoint, by whatever name."""
-    monkeypatch.setattr(DiscreteDiffusion, "sample", lambda *_, **__: pytest.fail("sampled for nothing"))
+    monkeypatch.setattr(
+        DiscreteDiffusion, "sample", lambda *_, **__: pytest.fail("sampled for nothing")
+    )
     shutil.copy(run / "checkpoints" / "last.pth", "x.pth")
     Path("file").write_text("")
     Path("link.pth").symlink_to("x.pth")
     os.link("x.pth", "hard.pth")
-    assert "can't write" in fail("sample.py", "x.pth", "--out", "a.png", "--save-tensor", "file/a.pt")
+    assert "can't write" in fail(
+        "sample.py", "x.pth", "--out", "a.png", "--save-tensor", "file/a.pt"
+    )
     for a, b in (("a.png", "a.png"), ("a.png", "./a.png"), ("a.png", Path("a.png").resolve())):
-        assert "the same file is written" in fail("sample.py", "x.pth", "--out", a, "--save-tensor", b)
+        assert "the same file is written" in fail(
+            "sample.py", "x.pth", "--out", a, "--save-tensor", b
+        )
     for name in ("x.pth", "./x.pth", "link.pth", "hard.pth"):
         assert "the same file is read" in fail("sample.py", "x.pth", "--save-tensor", name)
     assert "the same file is read" in fail("sample.py", "link.pth", "--save-tensor", "x.pth")
@@ -152,7 +174,16 @@ def test_outputs_are_checked_before_the_work(run, monkeypatch):
 
 def test_output_through_a_link(run):
     Path("link.png").symlink_to("target.png")
-    succeed("sample.py", run / "checkpoints" / "last.pth", "--n", 1, "--out", "link.png", "--device", "cpu")
+    succeed(
+        "sample.py",
+        run / "checkpoints" / "last.pth",
+        "--n",
+        1,
+        "--out",
+        "link.png",
+        "--device",
+        "cpu",
+    )
     assert Path("link.png").is_symlink() and Path("target.png").stat().st_size > 0
 
 
@@ -168,7 +199,16 @@ def test_an_interrupted_drawing_leaves_nothing(run, monkeypatch):
 def test_home_folder(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     shutil.copytree(run / "checkpoints", "home")
-    succeed("sample.py", "~/last.pth", "--out=~/x.png", "--save-tensor=~/x.pt", "--n", 1, "--device", "cpu")
+    succeed(
+        "sample.py",
+        "~/last.pth",
+        "--out=~/x.png",
+        "--save-tensor=~/x.pt",
+        "--n",
+        1,
+        "--device",
+        "cpu",
+    )
     assert Path("home/x.png").exists() and Path("home/x.pt").exists() and not Path("~").exists()
 
 
@@ -202,7 +242,10 @@ def test_fewer_timesteps(run):
     x_T = next(iter(d.reverse_process(4)))
     assert np.array_equal(shown[0], titled_frame(x_T, 2, "t = 10"))
     after_one = list(d.reverse_process(4))[1]
-    assert np.array_equal(shown[1], titled_frame(after_one, 2, f"t = {d.network_t[4]}")) and d.network_t[4] != 4
+    assert (
+        np.array_equal(shown[1], titled_frame(after_one, 2, f"t = {d.network_t[4]}"))
+        and d.network_t[4] != 4
+    )
 
 
 def test_sixteen_digits_of_classes_in_turn(conditional):
@@ -223,7 +266,18 @@ def test_sixteen_digits_of_classes_in_turn(conditional):
 def test_rate_of_frames(fps, duration, told, run):
     """Hundredths of a second, as GIF has them; where that is another rate, it is said before the work."""
     checkpoint = run / "checkpoints" / "last.pth"
-    out = succeed("visualize_denoising.py", checkpoint, "--n", 1, "--timesteps", 2, "--fps", fps, "--device", "cpu")
+    out = succeed(
+        "visualize_denoising.py",
+        checkpoint,
+        "--n",
+        1,
+        "--timesteps",
+        2,
+        "--fps",
+        fps,
+        "--device",
+        "cpu",
+    )
     assert frames()[1][:2] == [duration] * 2
     assert out.splitlines()[0].startswith(told) if told else len(out.splitlines()) == 1
 
@@ -248,7 +302,9 @@ def test_without_a_checkpoint_the_released_one_is_used(script, run, monkeypatch)
     monkeypatch.setattr(module, "RELEASED", run / "checkpoints" / "last.pth")
     out = succeed(script, "--n", 2)
     assert out.splitlines()[0] == f"Using the released model, {module.RELEASED}"
-    assert not succeed(script, run / "checkpoints" / "model_epoch_4.pth", "--n", 2).startswith("Using")
+    assert not succeed(script, run / "checkpoints" / "model_epoch_4.pth", "--n", 2).startswith(
+        "Using"
+    )
 
 
 @BOTH
@@ -275,7 +331,9 @@ def test_a_script_from_elsewhere(script, run, tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["nowhere", "folder", "cut.pth", "noise.pth", "empty.pth", "other.pth", "tensor.pth"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "folder", "cut.pth", "noise.pth", "empty.pth", "other.pth", "tensor.pth"]
+)
 def test_bad_checkpoint(script, name, bad_files):
     """The message names the file."""
     assert name in fail(script, name)
@@ -339,7 +397,9 @@ def test_bad_input_to_visualize(arguments, bad_files):
     assert "must be" in fail("visualize_denoising.py", "good.pth", *arguments.split())
 
 
-@pytest.mark.parametrize("script, suffix", [("sample.py", "png"), ("visualize_denoising.py", "gif")])
+@pytest.mark.parametrize(
+    "script, suffix", [("sample.py", "png"), ("visualize_denoising.py", "gif")]
+)
 def test_unwritable_folder(script, suffix, bad_files):
     folder = Path("locked")
     folder.mkdir(mode=0o500)

@@ -19,7 +19,9 @@ def process(K, T, *names):
 def test_mutual_information_falls_in_a_straight_line(K, T):
     """Of absorbing transitions with the schedule of that name. Others bend: the name is only a name there."""
     line = 1 - np.arange(T + 1) / T
-    np.testing.assert_allclose(mutual_information(process(K, T, "absorbing", "mutual_info")), line, atol=1e-12)
+    np.testing.assert_allclose(
+        mutual_information(process(K, T, "absorbing", "mutual_info")), line, atol=1e-12
+    )
     for names in (("absorbing", "cosine"), ("uniform", "mutual_info"), ("uniform", "cosine")):
         assert np.abs(mutual_information(process(K, T, *names)).numpy() - line).max() > 0.05
 
@@ -30,9 +32,16 @@ def test_mutual_information_by_hand():
     for t in (0, 1, 7, 20):
         q = d.bar_Q[t].tolist()
         marginal = [sum(row[j] for row in q) / 4 for j in range(4)]
-        total = sum(q[i][j] / 4 * math.log2(q[i][j] / marginal[j]) for i in range(4) for j in range(4) if q[i][j])
+        total = sum(
+            q[i][j] / 4 * math.log2(q[i][j] / marginal[j])
+            for i in range(4)
+            for j in range(4)
+            if q[i][j]
+        )
         assert mutual_information(d)[t].item() == pytest.approx(total / 2, abs=1e-12)
-        assert changed(d)[t].item() == pytest.approx(1 - sum(q[i][i] for i in range(4)) / 4, abs=1e-12)
+        assert changed(d)[t].item() == pytest.approx(
+            1 - sum(q[i][i] for i in range(4)) / 4, abs=1e-12
+        )
 
 
 def bisected(T, K):
@@ -42,7 +51,9 @@ def bisected(T, K):
     for _ in range(40):
         middle = (low + high) / 2
         row = torch.eye(K, dtype=torch.float64)[0]
-        for Q in gaussian_transitions(K, torch.linspace(first, math.exp(middle), T, dtype=torch.float64)):
+        for Q in gaussian_transitions(
+            K, torch.linspace(first, math.exp(middle), T, dtype=torch.float64)
+        ):
             row = row @ Q
         low, high = (middle, high) if (row - 1 / K).abs().sum() / 2 > 1e-4 else (low, middle)
     return torch.linspace(first, math.exp(high), T, dtype=torch.float64)

@@ -18,7 +18,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ENVIRONMENT, REPOSITORY, TRAIN, call, fail, files, same_weights, snapshot, start, succeed
+from scripts import (
+    ENVIRONMENT,
+    REPOSITORY,
+    TRAIN,
+    call,
+    fail,
+    files,
+    same_weights,
+    snapshot,
+    start,
+    succeed,
+)
 
 import dataset
 import train
@@ -84,20 +95,32 @@ def test_a_run_is_these_steps_on_these_batches(run):
     """The whole of a run, written out: network by seed, batches by epoch, steps, a mean loss and a bound each epoch."""
     digits = take(load_digits("train", "offline"), 64)
     torch.manual_seed(0)
-    network = build_network({"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8], "num_labels": 0})
+    network = build_network(
+        {"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8], "num_labels": 0}
+    )
     t = Trainer(DiscreteDiffusion(network, timesteps=10), 16, 16, 2e-3, "muon")
     validation = to_levels(load_digits("validation", "offline").images)
     history = []
     for epoch in range(4):
         losses = [t.step(*batch).item() for batch in batches(digits, 16, 0, epoch)]
-        history.append([epoch + 1, t.steps, sum(losses) / 4, t.validate(validation), t.optimizer.param_groups[0]["lr"]])
+        history.append(
+            [
+                epoch + 1,
+                t.steps,
+                sum(losses) / 4,
+                t.validate(validation),
+                t.optimizer.param_groups[0]["lr"],
+            ]
+        )
     last = checkpoint_of(run)
     for key in ("weights", "averaged_weights"):
         for name, weight in t.state_dict()[key].items():
             assert torch.equal(last[key][name], weight), name
     rows = [list(row.values())[:5] for row in last["history"]]
     assert np.allclose(rows, history, rtol=1e-12)
-    assert all(row["seconds"] * row["images_per_second"] == pytest.approx(64) for row in last["history"])
+    assert all(
+        row["seconds"] * row["images_per_second"] == pytest.approx(64) for row in last["history"]
+    )
 
 
 def test_train_writes_what_it_promises(run):
@@ -112,11 +135,26 @@ def test_train_writes_what_it_promises(run):
         "loss_curve.png",
     }
     rows, history = read_metrics(run), checkpoint_of(run)["history"]
-    columns = ["epoch", "step", "train_loss", "validation_bound", "lr", "images_per_second", "seconds"]
+    columns = [
+        "epoch",
+        "step",
+        "train_loss",
+        "validation_bound",
+        "lr",
+        "images_per_second",
+        "seconds",
+    ]
     assert list(rows[0]) == columns
     for row, kept in zip(rows, history, strict=True):
-        assert [float(row[column]) for column in columns] == pytest.approx([kept[column] for column in columns], 1e-5)
-    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8"), ("3", "12"), ("4", "16")]
+        assert [float(row[column]) for column in columns] == pytest.approx(
+            [kept[column] for column in columns], 1e-5
+        )
+    assert [(row["epoch"], row["step"]) for row in rows] == [
+        ("1", "4"),
+        ("2", "8"),
+        ("3", "12"),
+        ("4", "16"),
+    ]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) < 1.0
     assert same_weights(run / "checkpoints" / "last.pth", run / "checkpoints" / "model_epoch_4.pth")
     samples = load_checkpoint(run / "checkpoints" / "last.pth").sample(64, last_step="mode")
@@ -133,16 +171,34 @@ def test_what_a_checkpoint_holds(run):
         "network", "diffusion", "averaged_weights", "weights", "optimizer", "settings", "data", "binarize", "epoch",
         "step", "steps_per_epoch", "total_steps", "loss_sum", "history",
     }  # fmt: skip
-    assert (last["epoch"], last["step"], last["steps_per_epoch"], last["total_steps"]) == (4, 16, 4, 16)
+    assert (last["epoch"], last["step"], last["steps_per_epoch"], last["total_steps"]) == (
+        4,
+        16,
+        4,
+        16,
+    )
     assert last["data"] == "offline" and last["binarize"] == "threshold"
-    assert last["diffusion"] == DiscreteDiffusion(build_network(last["network"]), timesteps=10).config
+    assert (
+        last["diffusion"] == DiscreteDiffusion(build_network(last["network"]), timesteps=10).config
+    )
     assert last["loss_sum"] == pytest.approx(4 * last["history"][-1]["train_loss"])
     assert constant["step"] == 12  # 0.7 * 16 = 11.2
-    assert weights.keys() == {"network", "diffusion", "averaged_weights", "data", "binarize", "step"}
+    assert weights.keys() == {
+        "network",
+        "diffusion",
+        "averaged_weights",
+        "data",
+        "binarize",
+        "step",
+    }
     for name, weight in last["averaged_weights"].items():
         assert torch.equal(weights["averaged_weights"][name], weight.half())
-    assert not all(torch.equal(last["weights"][name], w) for name, w in last["averaged_weights"].items())
-    whole, half = (load_checkpoint(run / "checkpoints" / f"{name}.pth") for name in ("last", "weights"))
+    assert not all(
+        torch.equal(last["weights"][name], w) for name, w in last["averaged_weights"].items()
+    )
+    whole, half = (
+        load_checkpoint(run / "checkpoints" / f"{name}.pth") for name in ("last", "weights")
+    )
     x, t = torch.ones(1, 1, 32, 32).long(), torch.tensor([5])
     assert next(half.parameters()).dtype == torch.float32
     assert torch.allclose(whole.x_0_logits(x, t), half.x_0_logits(x, t), atol=0.01)
@@ -181,11 +237,18 @@ def test_epochs_between_validations(cheap):
     succeed("train.py", *TRAIN, "--epochs", 7, "--validate-every", 3, "--out-dir", "out")
     rows = checkpoint_of("out")["history"]
     assert [(row["epoch"], row["step"]) for row in rows] == [(3, 12), (6, 24), (7, 28)]
-    assert [row["images_per_second"] * row["seconds"] for row in rows] == pytest.approx([192, 192, 64])
-    assert files(Path("out/checkpoints")) >= {"model_epoch_6.pth", "model_epoch_7.pth"}  # the fifth was not looked at
+    assert [row["images_per_second"] * row["seconds"] for row in rows] == pytest.approx(
+        [192, 192, 64]
+    )
+    assert files(Path("out/checkpoints")) >= {
+        "model_epoch_6.pth",
+        "model_epoch_7.pth",
+    }  # the fifth was not looked at
     assert "model_epoch_3.pth" not in files(Path("out/checkpoints"))
     succeed("train.py", *TRAIN, "--epochs", 7, "--out-dir", "each")
-    assert [row["train_loss"] for row in rows] == [checkpoint_of("each")["history"][i]["train_loss"] for i in (2, 5, 6)]
+    assert [row["train_loss"] for row in rows] == [
+        checkpoint_of("each")["history"][i]["train_loss"] for i in (2, 5, 6)
+    ]
 
 
 class Clock:
@@ -206,7 +269,9 @@ def test_saves_by_the_clock(monkeypatch, cheap):
     monkeypatch.setattr(train, "CHECK_STEPS", 1)
     monkeypatch.setattr(train, "time", Clock(250))  # a look at each step, and one at each save
     saves = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, state: saves.append((path.name, state["step"])))
+    monkeypatch.setattr(
+        train, "save_checkpoint", lambda path, state: saves.append((path.name, state["step"]))
+    )
     flags = *TRAIN, "--batch-size", 4, "--epochs", 1, "--decay", "cosine"
     succeed("train.py", *flags, "--out-dir", "out")
     assert saves[:-3] == [("last.pth", step) for step in (3, 6, 9, 12, 15)]
@@ -241,7 +306,9 @@ def test_no_life_signs_beside_a_progress_bar(monkeypatch, cheap):
 
     monkeypatch.setattr(train, "CHECK_STEPS", 2)
     monkeypatch.setattr(train, "time", Clock(25))
-    monkeypatch.setattr("scripts.redirect_stderr", lambda err: patched_stderr(monkeypatch, terminal))
+    monkeypatch.setattr(
+        "scripts.redirect_stderr", lambda err: patched_stderr(monkeypatch, terminal)
+    )
     terminal = Terminal()
     out = succeed("train.py", *TRAIN, "--batch-size", 4, "--epochs", 1, "--out-dir", "out")
     assert ", step" not in out and "epoch 1" in terminal.getvalue()
@@ -278,7 +345,9 @@ def test_progress_bar_starts_where_the_run_goes_on(monkeypatch, my_run, cheap):
 def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     """Every flag at once, none at its default: the network, the diffusion, the trainer, the batches, the checkpoint."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    made, loaded, served = (spy(monkeypatch, train, name) for name in ("Trainer", "load_digits", "batches"))
+    made, loaded, served = (
+        spy(monkeypatch, train, name) for name in ("Trainer", "load_digits", "batches")
+    )
     flags = """--steps 2 --batch-size 8 --timesteps 12 --transition absorbing --schedule cosine --loss hybrid
         --hybrid-weight 0.5 --levels 4 --conditional --label-dropout 0.3 --optimizer muon --lr 0.003 --decay cosine
         --channels 8 16 24 --blocks 2 --dropout 0.2 --data offline --data-root nowhere --limit 40 --seed 5
@@ -346,7 +415,9 @@ def test_defaults(monkeypatch, cheap):
 def fake_mnist(split, data="auto", data_root="data") -> Digits:
     """Splits that can be told apart: all pixels of a split have one grey level."""
     grey = {"train": 10, "validation": 130, "test": 140}[split]
-    return Digits(torch.full((32, 1, 32, 32), grey, dtype=torch.uint8), torch.arange(32) % 10, "mnist")
+    return Digits(
+        torch.full((32, 1, 32, 32), grey, dtype=torch.uint8), torch.arange(32) % 10, "mnist"
+    )
 
 
 def test_a_recipe_is_several_flags(monkeypatch, cheap, my_run):
@@ -369,7 +440,10 @@ def test_a_recipe_is_several_flags(monkeypatch, cheap, my_run):
 def test_the_recipe_is_that_of_what_is_released():
     released = load_checkpoint(RELEASED)
     recipe = train.RECIPES["released"]
-    assert (released.timesteps, released.model.config["channels"]) == (recipe["timesteps"], recipe["channels"])
+    assert (released.timesteps, released.model.config["channels"]) == (
+        recipe["timesteps"],
+        recipe["channels"],
+    )
 
 
 def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
@@ -378,7 +452,10 @@ def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
     made, loaded = spy(monkeypatch, train, "Trainer"), spy(monkeypatch, train, "load_digits")
     succeed("train.py", *STEP, "--limit", 16, "--data", "auto")
     assert made[0][1]["lr"] == 1e-4 and checkpoint_of("out")["data"] == "mnist"
-    assert [args for args, _ in loaded] == [("train", "auto", Path("data")), ("validation", "mnist", Path("data"))]
+    assert [args for args, _ in loaded] == [
+        ("train", "auto", Path("data")),
+        ("validation", "mnist", Path("data")),
+    ]
 
 
 def test_a_run_stays_with_its_digits(monkeypatch, my_run):
@@ -387,13 +464,26 @@ def test_a_run_stays_with_its_digits(monkeypatch, my_run):
     assert "trained on offline digits, but these are mnist digits" in line
 
 
-@pytest.mark.parametrize("protocol, levels", [("threshold", 2), ("dynamic", 2), ("threshold", 32), ("threshold", 33)])
+@pytest.mark.parametrize(
+    "protocol, levels", [("threshold", 2), ("dynamic", 2), ("threshold", 32), ("threshold", 33)]
+)
 def test_validation_is_on_validation_digits(protocol, levels, monkeypatch, cheap):
     """As levels, drawn once where they are drawn at random; and training batches are drawn by the same protocol. Of
     many levels, where each takes long, only 200."""
     monkeypatch.setattr(Trainer, "validate", lambda self, x_0: seen.append(x_0) or 1.0)
     served, seen = spy(monkeypatch, train, "batches"), []
-    succeed("train.py", *TRAIN, "--epochs", 2, "--binarize", protocol, "--levels", levels, "--out-dir", "out")
+    succeed(
+        "train.py",
+        *TRAIN,
+        "--epochs",
+        2,
+        "--binarize",
+        protocol,
+        "--levels",
+        levels,
+        "--out-dir",
+        "out",
+    )
     grey = take(load_digits("validation", "offline"), 200 if levels > 32 else 500).images
     expected = to_levels(grey, levels, protocol, torch.Generator().manual_seed(0))
     assert len(seen) == 2 and all(torch.equal(x_0, expected) for x_0 in seen)
@@ -415,7 +505,16 @@ def test_design_choices_end_to_end(arguments, states, levels):
     with Image.open("out/samples/sample_epoch_1.png") as picture:
         samples = load_checkpoint("out/checkpoints/last.pth").sample(64, last_step="mode")
         assert np.array_equal(picture, image_grid(samples, levels, columns=8))
-    succeed("sample.py", "out/checkpoints/weights.pth", "--n", 2, "--out", "a.png", "--save-tensor", "a.pt")
+    succeed(
+        "sample.py",
+        "out/checkpoints/weights.pth",
+        "--n",
+        2,
+        "--out",
+        "a.png",
+        "--save-tensor",
+        "a.pt",
+    )
     assert torch.load("a.pt").max() < levels
     with Image.open("a.png") as picture:
         grey = set(np.linspace(0, 255, levels).round().astype(int))
@@ -432,7 +531,19 @@ def test_conditional_run(monkeypatch):
         return loss(self, x_0, t, u, y)
 
     monkeypatch.setattr(DiscreteDiffusion, "loss", watched)
-    succeed("train.py", *TRAIN, "--limit", 320, "--timesteps", 60, "--conditional", "--epochs", 1, "--out-dir", "out")
+    succeed(
+        "train.py",
+        *TRAIN,
+        "--limit",
+        320,
+        "--timesteps",
+        60,
+        "--conditional",
+        "--epochs",
+        1,
+        "--out-dir",
+        "out",
+    )
     told = torch.cat(told)
     assert len(told) == 320 and set(told.tolist()) == set(range(-1, 10))
     assert 0.04 < (told == -1).double().mean() < 0.17
@@ -478,7 +589,11 @@ def test_init_starts_from_averaged_weights(name, run, monkeypatch, cheap):
     flags = "--seed 9 --transition uniform --schedule linear --dropout 0.1"
     succeed("train.py", *STEP, "--init", path, *flags.split())
     weights, steps = made[0]
-    assert steps == 0 and checkpoint_of("out")["step"] == 1 and len(checkpoint_of("out")["history"]) == 1
+    assert (
+        steps == 0
+        and checkpoint_of("out")["step"] == 1
+        and len(checkpoint_of("out")["history"]) == 1
+    )
     for key, weight in read_checkpoint(path)["averaged_weights"].items():
         assert torch.equal(weights[key], weight.float())
     assert checkpoint_of("out")["network"]["dropout"] == 0.1
@@ -496,7 +611,11 @@ def test_conditional_run_starts_from_a_network_without_classes(run):
     path = run / "checkpoints" / "weights.pth"
     old, settings = load_checkpoint(path), train.DEFAULTS | {"timesteps": 10, "channels": [8, 8, 8]}
     new = train.build(settings | {"conditional": True}, path).eval()
-    x_t, t, y = torch.randint(2, (4, 1, 32, 32)), torch.tensor([1, 4, 9, 10]), torch.tensor([-1, 0, 5, 9])
+    x_t, t, y = (
+        torch.randint(2, (4, 1, 32, 32)),
+        torch.tensor([1, 4, 9, 10]),
+        torch.tensor([-1, 0, 5, 9]),
+    )
     assert torch.equal(new.x_0_logits(x_t, t, y), old.x_0_logits(x_t, t)) and new.num_labels == 10
     succeed("train.py", *STEP, "--conditional", "--init", path)
     line = fail("train.py", *STEP, "--out-dir", "other", "--init", "out/checkpoints/last.pth")
@@ -521,7 +640,9 @@ def test_init_of_another_network(flags, word, run):
 
 def test_interrupted_and_resumed_run_equals_the_straight_one(run, tmp_path):
     """Ctrl-C saves, says how to go on and exits with 130; --resume then ends in bit-identical weights."""
-    process = start("train.py", *TRAIN, "--epochs", 4, "--out-dir", "cut", cwd=tmp_path)  # a real process, end to end
+    process = start(
+        "train.py", *TRAIN, "--epochs", 4, "--out-dir", "cut", cwd=tmp_path
+    )  # a real process, end to end
     for line in process.stdout:  # which comes when it is written, though nobody sits at a terminal
         if line.startswith("epoch   2/4"):
             process.send_signal(signal.SIGINT)
@@ -532,7 +653,9 @@ def test_interrupted_and_resumed_run_equals_the_straight_one(run, tmp_path):
         (message,) = err.splitlines()
         assert "SIGINT" in message and "--resume" in message and str(last) in message
         assert 8 <= read_checkpoint(last)["step"] < 16
-        out = succeed("train.py", "--resume", "--out-dir", "cut")  # everything else comes from the checkpoint
+        out = succeed(
+            "train.py", "--resume", "--out-dir", "cut"
+        )  # everything else comes from the checkpoint
         assert f"Resuming {last}" in out
     else:
         assert process.returncode == 0, err
@@ -556,7 +679,10 @@ def test_stop_anywhere_loses_nothing(number, at, run, monkeypatch, cheap):
     assert code == 128 + number
     (line,) = err.splitlines()
     last = Path("cut") / "checkpoints" / "last.pth"
-    assert line == f"Stopped by {number.name} after step {at + 1} of 16, saved in {last}; go on with --resume"
+    assert (
+        line
+        == f"Stopped by {number.name} after step {at + 1} of 16, saved in {last}; go on with --resume"
+    )
     assert checkpoint_of("cut")["step"] == at + 1
     assert len(read_metrics("cut")) if at >= 3 else not Path("cut/metrics.csv").exists()
     assert checkpoint_of("cut")["history"] == checkpoint_of("cut")["history"][: (at + 1) // 4]
@@ -640,25 +766,44 @@ def test_finished_run_goes_on_from_where_the_rate_was_constant(my_run, cheap, mo
 def test_which_checkpoint_a_longer_run_goes_on_from(monkeypatch, my_run, cheap):
     """constant.pth only where the newest is past it and there is to be more than was planned."""
     rows = []
-    monkeypatch.setattr(train.Run, "train", lambda self, stop: rows.append([r["step"] for r in self.history]) or False)
+    monkeypatch.setattr(
+        train.Run,
+        "train",
+        lambda self, stop: rows.append([r["step"] for r in self.history]) or False,
+    )
 
     def resumed(*flags):
-        (line,) = [x for x in succeed("train.py", "--resume", *flags).splitlines() if x.startswith("Resuming")]
+        (line,) = [
+            x
+            for x in succeed("train.py", "--resume", *flags).splitlines()
+            if x.startswith("Resuming")
+        ]
         return Path(line.split()[1]).name, int(line.split()[-1])
 
     folder = my_run / "checkpoints"
     assert resumed("--steps", 17, "--out-dir", my_run) == ("constant.pth", 12)
     assert rows == [[4, 8, 12]]  # what came after is no longer so
-    assert resumed(folder / "last.pth", "--epochs", 6, "--out-dir", my_run)[0] == "last.pth"  # as it was asked for
+    assert (
+        resumed(folder / "last.pth", "--epochs", 6, "--out-dir", my_run)[0] == "last.pth"
+    )  # as it was asked for
     shutil.move(folder / "constant.pth", "constant.pth")
-    assert resumed("--epochs", 6, "--out-dir", my_run) == ("last.pth", 16)  # a run from before there was one
+    assert resumed("--epochs", 6, "--out-dir", my_run) == (
+        "last.pth",
+        16,
+    )  # a run from before there was one
     shutil.copy("constant.pth", folder / "last.pth")
     shutil.move("constant.pth", folder / "constant.pth")
-    assert resumed("--epochs", 6, "--out-dir", my_run) == ("last.pth", 12)  # the same, and it may hold more
+    assert resumed("--epochs", 6, "--out-dir", my_run) == (
+        "last.pth",
+        12,
+    )  # the same, and it may hold more
     assert resumed("--epochs", 4, "--out-dir", my_run) == ("last.pth", 12)
     assert resumed("--out-dir", my_run) == ("last.pth", 12)
     save_checkpoint(folder / "last.pth", checkpoint_of(my_run) | {"step": 14})
-    assert resumed("--epochs", 4, "--out-dir", my_run) == ("last.pth", 14)  # the decay goes on as it was planned
+    assert resumed("--epochs", 4, "--out-dir", my_run) == (
+        "last.pth",
+        14,
+    )  # the decay goes on as it was planned
     assert resumed("--epochs", 5, "--out-dir", my_run) == ("constant.pth", 12)
 
 
@@ -677,15 +822,22 @@ def test_branch_within_an_epoch_that_decays(monkeypatch, cheap):
 def test_steps_in_place_of_epochs(cheap):
     """A run ends where it should, in the middle of an epoch, with all that a run leaves; more steps, no second row."""
     succeed("train.py", *TRAIN, "--steps", 6, "--decay", "cosine", "--out-dir", "out")
-    assert checkpoint_of("out", "model_epoch_2")["step"] == 6 and Path("out/samples/sample_epoch_2.png").exists()
+    assert (
+        checkpoint_of("out", "model_epoch_2")["step"] == 6
+        and Path("out/samples/sample_epoch_2.png").exists()
+    )
     assert [(row["epoch"], row["step"]) for row in read_metrics("out")] == [("1", "4"), ("2", "6")]
-    assert checkpoint_of("out")["history"][1]["train_loss"] == pytest.approx(checkpoint_of("out")["loss_sum"] / 2)
+    assert checkpoint_of("out")["history"][1]["train_loss"] == pytest.approx(
+        checkpoint_of("out")["loss_sum"] / 2
+    )
     assert "all its 6 steps" in fail("train.py", "--resume", "--steps", 6, "--out-dir", "out")
     assert "all its 6 steps" in fail("train.py", "--resume", "--out-dir", "out")
     succeed("train.py", "--resume", "--epochs", 2, "--out-dir", "out")
     assert checkpoint_of("out")["step"] == 8 and checkpoint_of("out")["settings"]["steps"] is None
     assert [(row["epoch"], row["step"]) for row in read_metrics("out")] == [("1", "4"), ("2", "8")]
-    assert checkpoint_of("out")["history"][1]["train_loss"] == pytest.approx(checkpoint_of("out")["loss_sum"] / 4)
+    assert checkpoint_of("out")["history"][1]["train_loss"] == pytest.approx(
+        checkpoint_of("out")["loss_sum"] / 4
+    )
 
 
 def test_finished_run_has_nothing_to_resume(my_run):
@@ -708,7 +860,9 @@ def test_finished_run_has_nothing_to_resume(my_run):
 def test_resume_with_disagreeing_settings_is_an_error(flag, given, saved, my_run):
     """It names the flag and both values."""
     line = fail("train.py", "--resume", "--epochs", 6, "--out-dir", my_run, flag, *given.split())
-    assert flag in line and given.replace(" ", ", ") in line and line.endswith(f"to resume: {saved}")
+    assert (
+        flag in line and given.replace(" ", ", ") in line and line.endswith(f"to resume: {saved}")
+    )
 
 
 def test_what_may_differ_on_resume(my_run, cheap, monkeypatch):
@@ -719,7 +873,11 @@ def test_what_may_differ_on_resume(my_run, cheap, monkeypatch):
     monkeypatch.setattr(train, "load_digits", lambda split, *_: load_digits(split, "offline"))
     succeed("train.py", "--resume", *flags.split())
     settings = checkpoint_of("results_d3pm")["settings"]
-    assert (settings["data"], settings["data_root"], settings["out_dir"]) == ("auto", "elsewhere", "results_d3pm")
+    assert (settings["data"], settings["data_root"], settings["out_dir"]) == (
+        "auto",
+        "elsewhere",
+        "results_d3pm",
+    )
     assert settings["compile"] is True and settings["amp"] is True and settings["batch_size"] == 16
 
 
@@ -727,9 +885,16 @@ def test_resume_prefers_last_to_what_was_touched_later(my_run, cheap):
     """Copying or syncing a run changes the times of its files, not which is the newest; else the youngest counts."""
     folder = my_run / "checkpoints"
     os.utime(folder / "model_epoch_4.pth")
-    assert "last.pth" in succeed("train.py", "--resume", folder / "last.pth", "--epochs", 5, "--out-dir", my_run)
+    assert "last.pth" in succeed(
+        "train.py", "--resume", folder / "last.pth", "--epochs", 5, "--out-dir", my_run
+    )
     (folder / "last.pth").unlink()
-    for name, age in (("constant.pth", 30), ("model_epoch_4.pth", 10), ("model_epoch_5.pth", 20), ("weights.pth", 0)):
+    for name, age in (
+        ("constant.pth", 30),
+        ("model_epoch_4.pth", 10),
+        ("model_epoch_5.pth", 20),
+        ("weights.pth", 0),
+    ):
         os.utime(folder / name, (1e9 - age, 1e9 - age))
     line = fail("train.py", "--resume", "--out-dir", my_run)
     assert "all its 16 steps" in line
@@ -746,24 +911,37 @@ def test_resume_of_an_older_run_knows_what_its_settings_meant(fresh_directory, c
         del checkpoint["settings"][name]
     for name in ("steps_per_epoch", "total_steps"):
         del checkpoint[name]
-    del checkpoint["network"]["blocks"], checkpoint["network"]["dropout"], checkpoint["diffusion"]["image_shape"]
+    del (
+        checkpoint["network"]["blocks"],
+        checkpoint["network"]["dropout"],
+        checkpoint["diffusion"]["image_shape"],
+    )
     checkpoint["settings"]["network"] = "unet"
     checkpoint["diffusion"]["num_classes"] = checkpoint["diffusion"].pop("num_levels")
     (my_run / "checkpoints" / "constant.pth").unlink()
     save_checkpoint(last, checkpoint)
     flags = "--epochs", 5, "--out-dir", my_run
-    assert "--optimizer muon disagrees" in fail("train.py", "--resume", "--optimizer", "muon", *flags)
+    assert "--optimizer muon disagrees" in fail(
+        "train.py", "--resume", "--optimizer", "muon", *flags
+    )
     assert "--decay late disagrees" in fail("train.py", "--resume", "--decay", "late", *flags)
     assert fail("train.py", "--resume", "--blocks", 2, *flags).endswith("resume: 1")
     succeed("train.py", "--resume", *flags)
     new = checkpoint_of(my_run)
-    assert new["step"] == 20 and new["settings"]["decay"] == "cosine" and "network" not in new["settings"]
+    assert (
+        new["step"] == 20
+        and new["settings"]["decay"] == "cosine"
+        and "network" not in new["settings"]
+    )
     assert new["history"][-1]["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * 19 / 20)))
 
 
 def test_resume_of_an_older_gaussian_run(cheap):
     """Its schedule was called linear then."""
-    flags = *TRAIN, *"--transition gaussian --schedule fitted --levels 4 --decay cosine --timesteps 20".split()  # noqa: SIM905
+    flags = (
+        *TRAIN,
+        *"--transition gaussian --schedule fitted --levels 4 --decay cosine --timesteps 20".split(),
+    )  # noqa: SIM905
     succeed("train.py", *flags, "--epochs", 2, "--out-dir", "straight")
     succeed("train.py", *flags, "--steps", 6, "--out-dir", "out")
     old = checkpoint_of("out")
@@ -771,21 +949,37 @@ def test_resume_of_an_older_gaussian_run(cheap):
     old["diffusion"]["schedule"] = old["settings"]["schedule"] = "linear"
     save_checkpoint("out/checkpoints/last.pth", old)
     succeed("train.py", "--resume", "--epochs", 2, "--out-dir", "out")
-    assert checkpoint_of("out")["settings"]["schedule"] == checkpoint_of("out")["diffusion"]["schedule"] == "fitted"
+    assert (
+        checkpoint_of("out")["settings"]["schedule"]
+        == checkpoint_of("out")["diffusion"]["schedule"]
+        == "fitted"
+    )
     assert checkpoint_of("out")["step"] == 8
 
 
 def test_resume_does_not_write_into_another_run(my_run):
     """A checkpoint from elsewhere may go on in an empty folder, not in one that holds a run."""
     shutil.copytree(my_run, "other")
-    line = fail("train.py", "--resume", "other/checkpoints/last.pth", "--epochs", 6, "--out-dir", my_run)
+    line = fail(
+        "train.py", "--resume", "other/checkpoints/last.pth", "--epochs", 6, "--out-dir", my_run
+    )
     assert "holds another run" in line
 
 
 def test_resume_from_elsewhere_and_through_a_link(my_run, cheap):
     """Into an empty folder; and into its own, called by another name."""
-    succeed("train.py", "--resume", my_run / "checkpoints" / "last.pth", "--epochs", 5, "--out-dir", "new")
-    assert checkpoint_of("new")["step"] == 20 and [row["epoch"] for row in read_metrics("new")] == list("12345")
+    succeed(
+        "train.py",
+        "--resume",
+        my_run / "checkpoints" / "last.pth",
+        "--epochs",
+        5,
+        "--out-dir",
+        "new",
+    )
+    assert checkpoint_of("new")["step"] == 20 and [
+        row["epoch"] for row in read_metrics("new")
+    ] == list("12345")
     Path("link").symlink_to(my_run)
     succeed("train.py", "--resume", "link/checkpoints/last.pth", "--epochs", 5, "--out-dir", my_run)
 
@@ -798,7 +992,9 @@ def test_resume_of_weights_that_do_not_fit(my_run):
     assert "does not fit" in fail("train.py", "--resume", path, "--epochs", 6, "--out-dir", my_run)
 
 
-@pytest.mark.parametrize("key", ["weights", "optimizer", "settings", "step", "loss_sum", "history", "data"])
+@pytest.mark.parametrize(
+    "key", ["weights", "optimizer", "settings", "step", "loss_sum", "history", "data"]
+)
 def test_resume_needs_a_whole_run(key, my_run):
     """A checkpoint without the optimizer's state, say, can be drawn from, not resumed."""
     path = my_run / "checkpoints" / "last.pth"
@@ -839,9 +1035,19 @@ def test_overwrite_deletes_what_a_run_writes_and_nothing_else(my_run, cheap):
     succeed("train.py", *TRAIN, "--epochs", 1, "--out-dir", my_run, "--overwrite")
     assert (my_run / "samples").is_symlink() and (my_run / "checkpoints").is_symlink()
     written = {"last.pth", "constant.pth", "weights.pth", "model_epoch_1.pth"}
-    assert files(my_run) | files(Path("elsewhere_checkpoints")) | files(Path("elsewhere_samples")) >= written
-    assert {path.name for path in Path("elsewhere_checkpoints").iterdir()} == written | {"notes.txt", "best.pth"}
-    assert {path.name for path in Path("elsewhere_samples").iterdir()} == {"sample_epoch_1.png", "notes.txt", "a.png"}
+    assert (
+        files(my_run) | files(Path("elsewhere_checkpoints")) | files(Path("elsewhere_samples"))
+        >= written
+    )
+    assert {path.name for path in Path("elsewhere_checkpoints").iterdir()} == written | {
+        "notes.txt",
+        "best.pth",
+    }
+    assert {path.name for path in Path("elsewhere_samples").iterdir()} == {
+        "sample_epoch_1.png",
+        "notes.txt",
+        "a.png",
+    }
     names = {path.name for path in my_run.iterdir() if path.is_file()}
     assert names == {"metrics.csv", "loss_curve.png", "notes.txt", ".lock"}
     assert all((my_run / name).read_text() == "keep me" for name in strange)
@@ -855,7 +1061,9 @@ def test_overwrite_where_there_is_no_run(cheap):
     assert Path("samples/notes.txt").read_text() == "keep me"
 
 
-@pytest.mark.parametrize("mistake", ["--limit 8", "--channels 7 7 7", "--data-root nowhere --data mnist"])
+@pytest.mark.parametrize(
+    "mistake", ["--limit 8", "--channels 7 7 7", "--data-root nowhere --data mnist"]
+)
 def test_overwrite_with_a_mistake_keeps_the_old_run(mistake, my_run, monkeypatch):
     monkeypatch.setattr(dataset, "ensure_mnist", raise_data_error)
     fail("train.py", *TRAIN, "--epochs", 1, "--out-dir", my_run, "--overwrite", *mistake.split())
@@ -923,13 +1131,17 @@ def test_loss_that_is_not_finite(at, monkeypatch, cheap):
     code, _, err = call("train.py", *TRAIN, "--epochs", 3, "--out-dir", "out")
     assert code == 1 and len(calls) == at + at % 2
     (line,) = err.splitlines()
-    assert line.startswith(f"train.py: error: the loss is not finite before step {at + at % 2}: try a smaller --lr")
+    assert line.startswith(
+        f"train.py: error: the loss is not finite before step {at + at % 2}: try a smaller --lr"
+    )
     assert not Path("out/checkpoints").exists() if at == 1 else checkpoint_of("out")["step"] == 4
 
 
 def test_loss_is_looked_at_before_a_stop_is_saved(monkeypatch, cheap):
     signal_at_step(monkeypatch, 1, signal.SIGTERM)
-    monkeypatch.setattr(DiscreteDiffusion, "loss", lambda *args, loss=DiscreteDiffusion.loss: loss(*args) * math.nan)
+    monkeypatch.setattr(
+        DiscreteDiffusion, "loss", lambda *args, loss=DiscreteDiffusion.loss: loss(*args) * math.nan
+    )
     assert call("train.py", *TRAIN, "--epochs", 3, "--out-dir", "out")[0] == 1
     assert not Path("out/checkpoints").exists()
 
@@ -963,7 +1175,12 @@ def test_reports_that_cannot_be_written_are_a_warning(cheap):
     assert len(warnings) == 4  # metrics after each epoch
     for name in ("metrics.csv", "loss_curve.png", "samples/sample_epoch_2.png"):
         assert any(line.startswith(f"warning: {name} could not be written: ") for line in warnings)
-    assert files(Path("out/checkpoints")) == {"last.pth", "constant.pth", "weights.pth", "model_epoch_2.pth"}
+    assert files(Path("out/checkpoints")) == {
+        "last.pth",
+        "constant.pth",
+        "weights.pth",
+        "model_epoch_2.pth",
+    }
 
 
 def test_save_comes_before_the_report(monkeypatch, cheap):
@@ -1013,12 +1230,20 @@ def test_two_processes_train_what_one_does(tmp_path, cheap):
     flags = *TRAIN, "--conditional", "--epochs", 1
     command = [*TORCHRUN, REPOSITORY / "train.py", *flags, "--out-dir", "two"]
     done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=240
+        list(map(str, command)),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.stdout.count("epoch   1/1") == 1 and "on cpu, 2 processes" in done.stdout
     succeed("train.py", *flags, "--out-dir", "one")
     one, two = (checkpoint_of(name) for name in ("one", "two"))
-    assert two["history"][0]["train_loss"] == pytest.approx(one["history"][0]["train_loss"], rel=1e-5)
+    assert two["history"][0]["train_loss"] == pytest.approx(
+        one["history"][0]["train_loss"], rel=1e-5
+    )
     for name, weight in one["weights"].items():
         assert torch.allclose(two["weights"][name], weight, atol=1e-3), name
     assert files(Path("one")) == files(Path("two"))
@@ -1030,9 +1255,22 @@ def test_two_processes_train_what_one_does(tmp_path, cheap):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_end_of_one_of_two_processes(number, tmp_path):
     """A killed worker ends the run with a clear message; Ctrl-C on torchrun saves first. The checkpoint is whole."""
-    command = [*TORCHRUN, str(REPOSITORY / "train.py"), *TRAIN, "--epochs", "100000", "--out-dir", "two"]
+    command = [
+        *TORCHRUN,
+        str(REPOSITORY / "train.py"),
+        *TRAIN,
+        "--epochs",
+        "100000",
+        "--out-dir",
+        "two",
+    ]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while "epoch " not in (line := process.stdout.readline()):
         assert line, process.stderr.read()
@@ -1058,7 +1296,9 @@ def test_environment_of_processes_that_is_wrong(monkeypatch):
 
 def like_processes(mean, rank=0) -> SimpleNamespace:
     """As if there were others, who are asked by `mean`."""
-    return SimpleNamespace(rank=rank, local_rank=0, size=1, start=lambda x: x, share=lambda n: slice(0, n), mean=mean)
+    return SimpleNamespace(
+        rank=rank, local_rank=0, size=1, start=lambda x: x, share=lambda n: slice(0, n), mean=mean
+    )
 
 
 def test_only_the_first_process_speaks_and_writes(monkeypatch, cheap):
@@ -1070,7 +1310,11 @@ def test_only_the_first_process_speaks_and_writes(monkeypatch, cheap):
     assert len(steps) == 8 and not Path("out").exists()
     assert all(options["disable"] is True for _, options in bars)
     signal_at_step(monkeypatch, 1, signal.SIGTERM)
-    assert call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out") == (128 + signal.SIGTERM, "", "")
+    assert call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out") == (
+        128 + signal.SIGTERM,
+        "",
+        "",
+    )
     assert not Path("out").exists()
 
 
@@ -1078,13 +1322,17 @@ def test_all_processes_stop_if_one_is_told_to(monkeypatch, cheap):
     """The mean over processes says so, whichever it was."""
     told = like_processes(lambda *values: [0.5 if value is False else value for value in values])
     monkeypatch.setattr(train.Processes, "from_environment", lambda: told)
-    monkeypatch.setattr(train, "load_data", lambda *_: (take(load_digits("train", "offline"), 64), torch.zeros(1)))
+    monkeypatch.setattr(
+        train, "load_data", lambda *_: (take(load_digits("train", "offline"), 64), torch.zeros(1))
+    )
     code, _, err = call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out")
     assert code == 128 + signal.SIGTERM and "Stopped by SIGTERM after step 1 of 8" in err
 
 
 def test_losses_are_means_over_processes(monkeypatch, cheap):
-    others = like_processes(lambda *values: [value + 1 if type(value) is float else value for value in values])
+    others = like_processes(
+        lambda *values: [value + 1 if type(value) is float else value for value in values]
+    )
     succeed("train.py", *TRAIN, "--epochs", 1, "--out-dir", "alone")
     monkeypatch.setattr(train.Processes, "from_environment", lambda: others)
     succeed("train.py", *TRAIN, "--epochs", 1, "--out-dir", "out")
@@ -1102,7 +1350,9 @@ def test_machines_with_different_digits(monkeypatch):
 # Bad input: a non-zero exit, one line that says "error", no traceback, no file
 
 
-@pytest.mark.parametrize("name", ["nowhere", "folder", "cut.pth", "noise.pth", "empty.pth", "other.pth", "tensor.pth"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "folder", "cut.pth", "noise.pth", "empty.pth", "other.pth", "tensor.pth"]
+)
 @pytest.mark.parametrize("flag", ["--resume", "--init"])
 def test_bad_checkpoint(flag, name, bad_files):
     """The message names the file."""

@@ -14,12 +14,23 @@ import trainer as trainer_module
 from dataset import stream_seed
 from diffusion import DiscreteDiffusion
 from model import Autocast, UNet
-from trainer import Muon, Processes, Recorded, Trainer, decay_start, learning_rate, move_average, orthogonalized
+from trainer import (
+    Muon,
+    Processes,
+    Recorded,
+    Trainer,
+    decay_start,
+    learning_rate,
+    move_average,
+    orthogonalized,
+)
 
 
 def small_diffusion(num_labels=10, **kwargs) -> DiscreteDiffusion:
     torch.manual_seed(0)
-    return DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=num_labels), timesteps=10, **kwargs)
+    return DiscreteDiffusion(
+        UNet(channels=(8, 8, 8), num_labels=num_labels), timesteps=10, **kwargs
+    )
 
 
 def batch(i: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,7 +62,9 @@ def test_steps_are_those_written_out_by_hand(decay):
     network, average = (UNet(channels=(8, 8, 8), num_labels=10) for _ in range(2))
     network.load_state_dict(d.model.state_dict())
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    trainer = Trainer(d, total, 8, peak, decay=decay, label_dropout=0.3, seed=seed, max_grad_norm=max_norm)
+    trainer = Trainer(
+        d, total, 8, peak, decay=decay, label_dropout=0.3, seed=seed, max_grad_norm=max_norm
+    )
     clipped = []
     for i in range(total):
         x_0, y = batch(i)
@@ -73,7 +86,11 @@ def test_steps_are_those_written_out_by_hand(decay):
         for p in network.parameters():
             p.grad *= (max_norm / (norm + 1e-6)).clamp(max=1)
         warm = min(1, (i + 1) / 2)  # a tenth of 24
-        down = min(1.0, (24 - i) / (0.3 * 24)) if decay == "late" else 0.5 + 0.5 * math.cos(math.pi * i / total)
+        down = (
+            min(1.0, (24 - i) / (0.3 * 24))
+            if decay == "late"
+            else 0.5 + 0.5 * math.cos(math.pi * i / total)
+        )
         optimizer.param_groups[0]["lr"] = peak * warm * down
         assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(peak * warm * down)
         optimizer.step()
@@ -92,11 +109,15 @@ def test_steps_are_those_written_out_by_hand(decay):
 def test_gradients_are_clipped_to_norm_1(monkeypatch):
     d = small_diffusion(0)
     monkeypatch.setattr(
-        DiscreteDiffusion, "loss", lambda self, *args, loss=DiscreteDiffusion.loss: 1000 * loss(self, *args)
+        DiscreteDiffusion,
+        "loss",
+        lambda self, *args, loss=DiscreteDiffusion.loss: 1000 * loss(self, *args),
     )
     trainer = Trainer(d, 10, 8)
     trainer.step(*batch(0))
-    norm = torch.stack([p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]).norm()
+    norm = torch.stack(
+        [p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]
+    ).norm()
     assert norm == pytest.approx(1, rel=1e-3)
 
 
@@ -104,14 +125,18 @@ def test_gradients_are_clipped_to_norm_1(monkeypatch):
 def test_dropout_is_a_function_of_seed_step_and_share(part, monkeypatch):
     """What comes before makes no difference; and it is none of the streams that noise is drawn from."""
     drawn = []
-    monkeypatch.setattr(Trainer, "_update", lambda self, *given: drawn.append(torch.rand(3)) or torch.zeros(()))
+    monkeypatch.setattr(
+        Trainer, "_update", lambda self, *given: drawn.append(torch.rand(3)) or torch.zeros(())
+    )
     for i in (0, 0, 1):
         trainer = Trainer(small_diffusion(), 9, 8, seed=i * (part == "seed"))
         trainer.steps, trainer.shard = i * (part == "step"), slice(4 * i * (part == "share"), 8)
         torch.rand(len(drawn))
         trainer.step(*batch(0))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(stream_seed(0, 0, 0))))
+    assert not torch.equal(
+        drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(stream_seed(0, 0, 0)))
+    )
 
 
 def test_noise_is_a_function_of_seed_and_step(monkeypatch):
@@ -163,7 +188,9 @@ def test_parts_have_the_names_that_the_benchmark_reads(monkeypatch):
 
     monkeypatch.setattr(trainer_module, "record_function", spy)
     monkeypatch.setattr(
-        torch.Tensor, "backward", lambda self, *_, f=torch.Tensor.backward: (parts.append("!"), f(self))
+        torch.Tensor,
+        "backward",
+        lambda self, *_, f=torch.Tensor.backward: (parts.append("!"), f(self)),
     )
     Trainer(small_diffusion(), 10, 8).step(*batch(0))
     names = ("noise", "forward", "backward", "optimizer", "average")
@@ -200,7 +227,9 @@ def test_going_on_is_exact(optimizer, dropout):
     options = {"lr": 0.01, "optimizer": optimizer, "seed": 3}
 
     def small():
-        return DiscreteDiffusion(UNet(channels=(8, 8, 8), num_labels=10, dropout=dropout), timesteps=10)
+        return DiscreteDiffusion(
+            UNet(channels=(8, 8, 8), num_labels=10, dropout=dropout), timesteps=10
+        )
 
     torch.manual_seed(0)
     straight = Trainer(small(), 12, 8, **options)
@@ -273,7 +302,9 @@ def test_recorded_steps_are_the_usual_ones(optimizer, output, loss, dropout):
     def make(device, usual=Recorded.USUAL):
         torch.manual_seed(0)
         network = UNet(channels=(8, 8, 8), num_labels=10, output=output, dropout=dropout).to(device)
-        trainer = Trainer(DiscreteDiffusion(network, timesteps=10, loss_type=loss), 40, 8, 0.01, optimizer)
+        trainer = Trainer(
+            DiscreteDiffusion(network, timesteps=10, loss_type=loss), 40, 8, 0.01, optimizer
+        )
         if device == "cuda":
             trainer.update.USUAL = usual
         return trainer
@@ -285,7 +316,9 @@ def test_recorded_steps_are_the_usual_ones(optimizer, output, loss, dropout):
     steps(recorded, 3)
     recorded.load_state_dict(copy(middle))
     expected = steps(plain, 6)
-    assert steps(recorded, 6) == pytest.approx(expected, rel=0.01) and hasattr(recorded.update, "graph")
+    assert steps(recorded, 6) == pytest.approx(expected, rel=0.01) and hasattr(
+        recorded.update, "graph"
+    )
     for p, q in zip(*(t.averaged.model.parameters() for t in (recorded, plain)), strict=True):
         assert torch.allclose(p, q, atol=0.01)
 
@@ -325,7 +358,9 @@ def test_learning_rate_by_hand():
     late = [learning_rate(2.0, step, 1000) for step in (0, 49, 99, 100, 700, 701, 850, 999)]
     assert late == pytest.approx([0.02, 1, 2, 2, 2, 2 * 299 / 300, 1, 2 / 300])
     cosine = [learning_rate(2.0, step, 1000, "cosine") for step in (0, 100, 500, 999)]
-    assert cosine == pytest.approx([0.02, 1 + math.cos(math.pi / 10), 1, 1 + math.cos(math.pi * 0.999)])
+    assert cosine == pytest.approx(
+        [0.02, 1 + math.cos(math.pi / 10), 1, 1 + math.cos(math.pi * 0.999)]
+    )
     short = [learning_rate(2.0, step, 30) for step in range(4)]
     assert short == pytest.approx([2 / 3, 4 / 3, 2, 2])  # a tenth of the steps
     assert learning_rate(2.0, 0, 1) == pytest.approx(2)
@@ -411,7 +446,9 @@ def test_muon_by_hand(dtype):
         Muon(network, dtype, lr=0.05),
         torch.optim.AdamW(twin.parameters(), 0.05, betas=(0.9, 0.99), weight_decay=0.01),
     )
-    by_hand = {i: p.detach().clone() for i, p in enumerate(network.parameters()) if id(p) in matrices}
+    by_hand = {
+        i: p.detach().clone() for i, p in enumerate(network.parameters()) if id(p) in matrices
+    }
     momenta = {i: torch.zeros_like(p) for i, p in by_hand.items()}
     assert len(by_hand) > 20
     for k in range(3):
@@ -475,11 +512,16 @@ def test_autocast():
 def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
     """Not what is averaged and saved, whose names stay those of the network."""
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or nn.Sequential(model))
+    monkeypatch.setattr(
+        torch, "compile", lambda model: compiled.append(model) or nn.Sequential(model)
+    )
     d = small_diffusion(0)
     trainer = Trainer(d, 10, 8, amp=True, compiled=True)
     assert isinstance(compiled[0], Autocast) and compiled[0].network is d.model
-    assert isinstance(trainer.diffusion.model, nn.Sequential) and trainer.diffusion.model[0] is compiled[0]
+    assert (
+        isinstance(trainer.diffusion.model, nn.Sequential)
+        and trainer.diffusion.model[0] is compiled[0]
+    )
     assert trainer.state_dict()["weights"].keys() == trainer.state_dict()["averaged_weights"].keys()
     assert trainer.state_dict()["weights"].keys() == small_diffusion(0).model.state_dict().keys()
     plain = Trainer(small_diffusion(0), 10, 8)
@@ -488,7 +530,9 @@ def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
 
 def test_amp_stays_close():
     """bfloat16 moves the loss by its rounding, not more."""
-    plain, amp = (steps(Trainer(small_diffusion(), 20, 8, lr=0.01, amp=amp), 10) for amp in (False, True))
+    plain, amp = (
+        steps(Trainer(small_diffusion(), 20, 8, lr=0.01, amp=amp), 10) for amp in (False, True)
+    )
     assert plain != amp and plain == pytest.approx(amp, rel=0.02)
 
 

@@ -25,7 +25,11 @@ def test_every_family_makes_transition_matrices(transition, schedule, K):
     """[T+1, S, S] in float64, the identity at 0, rows summing to one; the table knows how many states are extra."""
     Q = transition_matrices(transition, schedule, K, 50)
     S = K + 1 if transition == "absorbing" else K
-    assert Q.shape == (51, S, S) and Q.dtype == torch.float64 and FAMILIES[transition].extra_states == S - K
+    assert (
+        Q.shape == (51, S, S)
+        and Q.dtype == torch.float64
+        and FAMILIES[transition].extra_states == S - K
+    )
     assert torch.equal(Q[0], torch.eye(S, dtype=torch.float64))
     assert (Q >= 0).all()
     np.testing.assert_allclose(Q.sum(-1), 1, atol=1e-13)
@@ -62,13 +66,16 @@ def test_gaussian_transitions(K):
         total = sum(math.exp(-4 * n**2 / scale) for n in range(-(K - 1), K))
         for i, j in itertools.product(range(K), repeat=2):
             if i != j:
-                assert Q[t, i, j].item() == pytest.approx(math.exp(-4 * (i - j) ** 2 / scale) / total, abs=1e-14)
+                assert Q[t, i, j].item() == pytest.approx(
+                    math.exp(-4 * (i - j) ** 2 / scale) / total, abs=1e-14
+                )
     np.testing.assert_allclose(Q, Q.mT, atol=1e-15)
     assert Q[1, 1, 1].item() == pytest.approx(0.999, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    "transition, K, least", [("uniform", 2, 1), ("uniform", 8, 1), ("absorbing", 3, 1), ("gaussian", 5, 20)]
+    "transition, K, least",
+    [("uniform", 2, 1), ("uniform", 8, 1), ("absorbing", 3, 1), ("gaussian", 5, 20)],
 )
 def test_default_schedules_reach_noise(transition, K, least):
     """Whatever x_0 was, x_T is uniform, or exactly the mask; Gaussian transitions need a few steps for it."""
