@@ -1,118 +1,155 @@
-"""Files: outputs that are whole or not there, the folder of a training run, checkpoints that describe themselves.
+"""Files: atomic writes, checkpoints that describe themselves, the folder of a training run.
 
-A checkpoint is a dict of plain values and tensors. What drawing needs: `network` and `diffusion`, the configurations,
-and `averaged_weights`; train.py adds `data`, `binarize` and `step`, and what a run needs to go on.
+A checkpoint is a dict of plain values and tensors. Sampling needs the configurations `network` and
+`diffusion`, and `averaged_weights`. train.py adds `data`, `binarize`, `step`, and the run's state.
 """
 
-import contextlib
 import errno
 import io
 import json
 import math
 import os
 import secrets
+import shlex
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
-from cli import REPOSITORY, provenance
+from cli import REPOSITORY, UserError, provenance, user_errors
 
-import filelock
 import torch
 
 from diffusion import DiscreteDiffusion
 from model import build_network
+from trajectories import respaced
 
-# What the scripts use where no checkpoint is named, and how they draw from any
+try:
+    import fcntl
+
+    def lock_file(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+except ImportError:  # Windows
+    import msvcrt
+
+    def lock_file(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+
+# Defaults of the scripts; the results page says why
 RELEASED = REPOSITORY / "results_d3pm" / "released" / "d3pm_mnist.pth"
-TIMESTEPS = 30  # unless training had fewer; see the results page
-PARTICLES = 16  # walks to choose from where a digit is filled in; see the results page
-LAST_STEP = "mode"  # as in the authors' code; see `DiscreteDiffusion.reverse_process`
+TIMESTEPS = 30  # or fewer, if training had fewer
+PARTICLES = 16  # trajectories to choose from when filling in
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+def default_last_step(diffusion: DiscreteDiffusion) -> str:
+    """The default of --last-step: the paper's joint form has no mode in its last step."""
+    return "mode" if diffusion.reverse == "mixture" else "draw"
+
+
+# --------------------------------------------------------------------------------------------------
 # Outputs
 
 
 @contextmanager
 def atomic_writes(
     *paths: str | Path, inputs: Iterable[str | Path] = ()
-) -> Iterator[list[BinaryIO]]:
-    """Yield binary files that become `paths`, all together, when the block ends well; a failure leaves what was there.
+) -> Iterator[list[io.BytesIO]]:
+    """Yield buffers that become the files `paths` when the block ends without an error.
 
-    Folders are made as needed and symbolic links followed; a new file has the mode that the umask gives, a replaced one
-    keeps its own where the file system knows modes.
-
-    Raises:
-        OSError: before the block if one of the paths can't be written.
-        ValueError: before the block if two of them, or one and one of the `inputs`, are the same file.
+    After an error the older files are still there. Folders are created, links followed, modes kept.
+    Raises OSError before the block if a path can't be written, and UserError if two of the paths
+    and `inputs` are the same file; OSError after the block, for a full disk, say.
     """
     targets = [Path(path).expanduser().resolve() for path in paths]
     taken = [(Path(path).resolve(), "read") for path in inputs]
-    for path, target in zip(paths, targets, strict=True):
-        for other, done in taken:
+    for target in targets:
+        for other, use in taken:
             if target == other or (target.exists() and other.exists() and target.samefile(other)):
-                raise ValueError(
-                    f"{path} can't be written: the same file is {done} by this command"
-                )
+                raise UserError(f"can't write {target}: the same file is {use} by this command")
         taken.append((target, "written"))
-    opened: list[tuple[BinaryIO, Path]] = []
+    temporaries: list[Path] = []
     try:
         for target in targets:
-            opened.append(open_temporary(target))
-        yield [file for file, _ in opened]
-        for file, _ in opened:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        for (_, temporary), target in zip(opened, targets, strict=True):
-            if target.exists():
-                with contextlib.suppress(OSError):  # not every file system has modes
-                    os.chmod(temporary, target.stat().st_mode & 0o777)
-            os.replace(temporary, target)
+            with naming(target):
+                temporaries.append(create_beside(target))
+        buffers = [io.BytesIO() for _ in targets]
+        yield buffers
+        for target, temporary, buffer in zip(targets, temporaries, buffers, strict=True):
+            with naming(target), open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                flush_to_disk(file.fileno())
+        for target, temporary in zip(targets, temporaries, strict=True):
+            with naming(target):
+                replace(temporary, target)
     finally:
-        for file, temporary in opened:
-            with contextlib.suppress(OSError):  # closing flushes, and the disk may be full
-                file.close()
+        for temporary in temporaries:
             temporary.unlink(missing_ok=True)
 
 
-def open_temporary(target: Path) -> tuple[BinaryIO, Path]:
-    """A new file beside `target`. Raises OSError in words if there can't be one."""
-    if target.exists() and not target.is_file():
-        raise OSError(f"{target} is not a regular file")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return open(temporary, "xb"), temporary
-    except OSError as error:
-        raise OSError(f"can't write {target}: {error.strerror}") from None
-
-
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """`atomic_writes` of one file."""
+def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
     with atomic_writes(path) as (file,):
         yield file
 
 
+@contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """Name `target` in an OSError: the system names no file, or the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"can't write {target}: {error.strerror or error}") from error
+
+
+def create_beside(target: Path) -> Path:
+    """Create an empty temporary file in the folder of `target`."""
+    if target.exists() and not target.is_file():
+        raise OSError("it is not a regular file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Cut, because the target's name may have all the 255 bytes that file systems allow.
+    temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(4)}")
+    temporary.touch(exist_ok=False)
+    return temporary
+
+
+def flush_to_disk(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # FUSE mounts and some network disks don't have it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
+def replace(temporary: Path, target: Path) -> None:
+    """os.replace that keeps the mode. Windows refuses while a virus scanner reads the target."""
+    with suppress(OSError):  # no older file, or no modes on this file system
+        os.chmod(temporary, target.stat().st_mode & 0o777)
+    for seconds in (0.1, 0.2, 0.4, 0.8, None):
+        try:
+            return os.replace(temporary, target)
+        except PermissionError:
+            if seconds is None:
+                raise
+            time.sleep(seconds)
+
+
 def json_bytes(value: dict) -> bytes:
-    """The dict as JSON with `provenance` in front; what is infinite or not a number becomes a string."""
+    """The dict as JSON after its `provenance`; infinities, NaN and paths become strings."""
 
     def plain(x):
         if isinstance(x, dict):
             return {str(key): plain(item) for key, item in x.items()}
         if isinstance(x, list | tuple):
             return [plain(item) for item in x]
-        return (
-            str(x) if isinstance(x, Path) or (isinstance(x, float) and not math.isfinite(x)) else x
-        )
+        not_finite = isinstance(x, float) and not math.isfinite(x)
+        return str(x) if not_finite or isinstance(x, Path) else x
 
-    return (
-        json.dumps(plain({"provenance": provenance()} | value), indent=2, allow_nan=False).encode()
-        + b"\n"
-    )
+    value = plain({"provenance": provenance()} | value)
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
 
 
 def write_json(path: str | Path, value: dict) -> None:
@@ -120,131 +157,91 @@ def write_json(path: str | Path, value: dict) -> None:
         file.write(json_bytes(value))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a checkpoint atomically.
 
-    Raises:
-        OSError: a full disk, no permission; any older file stays.
-        ValueError: if it holds what could not be read back, numbers of numpy, say; the older file stays, too.
+    Raises OSError, or ValueError if it could not be read back (a NumPy number in it, say).
     """
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    try:
-        torch.load(io.BytesIO(buffer.getbuffer()), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types here, with pages of text
-        raise ValueError(
-            f"{path}: this checkpoint could not be read back ({type(error).__name__})"
-        ) from None
     with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+        torch.save(checkpoint, file)
+        file.seek(0)
+        try:
+            torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types
+            name = type(error).__name__
+            raise ValueError(f"{path}: this checkpoint could not be read back ({name})") from error
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """The dict that `save_checkpoint` wrote, on the CPU, read with `weights_only=True`.
 
-    Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: as the file system says.
-        ValueError: if the file is damaged or is not a checkpoint of this repository.
+    Raises OSError, or UserError if it is damaged or not a checkpoint of this repository.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path} is not a regular file")  # opening a named pipe would wait
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen types here, with pages of text
-            raise ValueError(
-                f"{path} is damaged or is not a checkpoint (torch.load: {type(error).__name__})"
-            ) from None
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"network", "diffusion", "averaged_weights"} <= checkpoint.keys()
-    ):
-        raise ValueError(f"{path} is not a checkpoint of this repository")
-    if not all(
-        isinstance(checkpoint[key], dict) for key in ("network", "diffusion", "averaged_weights")
-    ):
-        raise ValueError(f"{path} is not a checkpoint of this repository")
-    config = checkpoint["diffusion"]
-    if "num_classes" in config:  # written before num_levels had its name
-        config["num_levels"] = config.pop("num_classes")
-        for values in (config, checkpoint.get("settings") or {}):
-            if config.get("transition") == "gaussian":
-                values["schedule"] = "fitted"  # then called linear
-            if "hybrid_weight" in values:  # then beside T times L_{t-1}
-                values["hybrid_weight"] /= config["timesteps"]
+        except Exception as error:  # torch raises many types, with pages of text
+            reason = f"torch.load: {type(error).__name__}"
+            raise UserError(f"{path} is damaged or is not a checkpoint ({reason})") from None
+    described = checkpoint if isinstance(checkpoint, dict) else {}
+    parts = [described.get(part) for part in ("network", "diffusion", "averaged_weights")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} is not a checkpoint of this repository")
+    if "num_classes" in parts[1]:  # the name in the first released models
+        parts[1]["num_levels"] = parts[1].pop("num_classes")
     return checkpoint
 
 
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", timesteps: int | None = None
 ) -> DiscreteDiffusion:
-    """A ready `DiscreteDiffusion` in eval mode with the averaged weights, respaced to so many timesteps if given.
+    """A `DiscreteDiffusion` in eval mode with the averaged weights, respaced to `timesteps`.
 
-    Raises what `read_checkpoint` and `DiscreteDiffusion.respaced` raise.
+    Raises UserError, or OSError as `read_checkpoint` does.
     """
     return build_diffusion(read_checkpoint(path), path, device, timesteps)
 
 
-def build_diffusion(
-    checkpoint: dict, path: str | Path, device="cpu", timesteps=None
-) -> DiscreteDiffusion:
-    """`load_checkpoint` of what `read_checkpoint` gave; `path` is for messages."""
-    weights = checkpoint["averaged_weights"]
+def build_diffusion(checkpoint: dict, path, device="cpu", timesteps=None) -> DiscreteDiffusion:
+    """`load_checkpoint` of what `read_checkpoint` returned; `path` is for messages."""
+    config, weights = checkpoint["network"], checkpoint["averaged_weights"]
     try:
-        claimed = [
-            n
-            for v in checkpoint["network"].values()
-            for n in (v if isinstance(v, list | tuple) else [v])
-        ]
-        held = max([len(weights), *(n for p in weights.values() for n in p.shape)])
-        if any(isinstance(n, int) and n > held for n in claimed):  # before memory is asked for
+        lists = [v if isinstance(v, list | tuple) else [v] for v in config.values()]
+        limit = max(len(weights), *(n for p in weights.values() for n in p.shape))
+        if any(isinstance(n, int) and n > limit for values in lists for n in values):
+            # Found before memory is allocated for it
             raise ValueError("it describes a larger network than its weights are of")
-        diffusion = DiscreteDiffusion(
-            build_network(checkpoint["network"]), **checkpoint["diffusion"]
-        )
+        diffusion = DiscreteDiffusion(build_network(config), **checkpoint["diffusion"])
         diffusion.model.load_state_dict(weights)
-    except (
-        RuntimeError,
-        TypeError,
-        KeyError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # whatever a broken configuration leads to
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not fit this version of the repository: {reason}") from None
+        message = f"{path} does not fit this version of the repository: {reason}"
+        raise UserError(message) from error
     if not all(p.isfinite().all() for p in weights.values()):
-        raise ValueError(f"{path} holds weights that are not finite: its training has diverged")
+        raise UserError(f"{path} holds weights that are not finite: its training has diverged")
     if timesteps is not None:
-        diffusion = diffusion.respaced(timesteps)
+        with user_errors():
+            diffusion = respaced(diffusion, timesteps)
     return diffusion.eval().to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folder of a training run
 
 
 class RunFolder:
-    """checkpoints/, samples/ and the reports of one run, by their names; one live process owns it."""
+    """The checkpoints, samples and reports of one run. One process owns it."""
 
-    CHECKPOINTS = ("last.pth", "constant.pth", "weights.pth", "model_epoch_*.pth")
-    NO_LOCKS = (
-        errno.ENOSYS,
-        errno.ENOLCK,
-        errno.ENOTSUP,
-        errno.EOPNOTSUPP,
-    )  # what some network shares answer
-    REPORTS = (
-        "metrics.csv",
-        "loss_curve.png",
-        "evaluation.json",
-        "bound_terms.png",
-        "gain.png",
-        "nearest.png",
-    )
+    RESUMABLE = ("last.pth", "constant.pth", "model_epoch_*.pth")
+    CHECKPOINTS = (*RESUMABLE, "weights.pth")
+    REPORTS = ("metrics.csv", "loss_curve.png", "evaluation.json")
+    REPORTS += ("bound_terms.png", "gain.png", "nearest.png")
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -252,64 +249,75 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """The folder is this process's until the block ends, however it ends: the system frees a dead process's lock.
+        """Own the folder until the block ends or the process dies, where the disk has locks.
 
-        Raises:
-            ValueError: if another process owns it.
-            OSError: if it can't be written.
+        Without a run in it, the folder is left as it was found. Raises UserError if another process
+        owns it, OSError if it can't be written.
         """
         new = not self.path.exists()
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
+        with naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ValueError(
-                f"another run is alive in {self.path}: wait for it, or take another --out-dir"
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in self.NO_LOCKS:
-                raise OSError(f"can't write {self.path}: {error.strerror}") from None
-            print(
-                f"warning: {self.path} can't be locked: start no second run there", file=sys.stderr
-            )
+            (self.path / ".lock").touch()
+        with open(self.path / ".lock", "rb+") as file:
+            with naming(self.path):
+                self._lock(file.fileno())
+            try:
+                yield
+            finally:
+                if not self.holds_a_run():
+                    with suppress(OSError):
+                        (self.path / ".lock").unlink()
+                        if new:
+                            self.path.rmdir()
+
+    def _lock(self, descriptor: int) -> None:
+        message = f"another run is alive in {self.path}: wait for it, or take another --out-dir"
         try:
-            yield
-        finally:
-            lock.release()
-            if not self.holds_a_run():  # an error that came first leaves nothing
-                (self.path / ".lock").unlink(missing_ok=True)
-                if new:
-                    with contextlib.suppress(OSError):
-                        self.path.rmdir()
+            lock_file(descriptor)
+        except (BlockingIOError, PermissionError):
+            raise UserError(message) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                raise
+            warning = f"warning: {self.path} can't be locked: start no second run there"
+            print(warning, file=sys.stderr)
+        # Its last owner deleted this file before releasing it, so a third run may have a new one.
+        if os.fstat(descriptor).st_nlink == 0:
+            raise UserError(message)
 
     def holds_a_run(self) -> bool:
-        return (self.path / "metrics.csv").exists() or bool(
-            self._own(self.checkpoints, self.CHECKPOINTS)
-        )
+        checkpoints = self._own(self.checkpoints, self.CHECKPOINTS)
+        return (self.path / "metrics.csv").exists() or bool(checkpoints)
 
     def newest(self) -> Path:
-        """last.pth, or the youngest of the others. Raises ValueError if there is none."""
-        found = [
-            path
-            for path in self._own(self.checkpoints, self.CHECKPOINTS)
-            if path.name != "weights.pth"
-        ]
-        if not found:
-            raise ValueError(f"--resume: there is no checkpoint in {self.checkpoints}")
-        return max(found, key=lambda path: (path.name == "last.pth", path.stat().st_mtime))
+        """last.pth, or else the checkpoint of the highest step.
+
+        Raises UserError if there is none, or if a checkpoint that may be the newest is damaged.
+        """
+        steps, damaged = {}, ""
+        for path in self._own(self.checkpoints, self.RESUMABLE):
+            try:
+                steps[path] = read_checkpoint(path).get("step", 0)
+            except UserError as error:
+                damaged = damaged or str(error)
+            if path.name == "last.pth" and not damaged:
+                return path
+        newest = max(steps, key=steps.get, default=None)
+        if damaged and newest:
+            damaged += f"; go on from the next one with --resume {shlex.quote(str(newest))}"
+        if damaged or not newest:
+            raise UserError(damaged or f"--resume: there is no checkpoint in {self.checkpoints}")
+        return newest
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for path in [
-            *self._own(self.checkpoints, self.CHECKPOINTS),
-            *self._own(self.samples, ("sample_epoch_*.png",)),
-            *self._own(self.path, self.REPORTS),
-        ]:
+        written = self._own(self.checkpoints, self.CHECKPOINTS)
+        written += self._own(self.samples, ["sample_epoch_*.png"])
+        for path in written + self._own(self.path, self.REPORTS):
             path.unlink()
 
     def tidy(self) -> None:
-        """Delete what a killed save has left behind; with the lock held, nobody else is saving under these names."""
+        """Delete the temporary files of a killed save. For the folder's owner only."""
         for path in self._own(self.checkpoints, [f".{name}.????????" for name in self.CHECKPOINTS]):
             path.unlink(missing_ok=True)
 

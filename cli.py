@@ -1,4 +1,4 @@
-"""What every script does around its own work: arguments, the device, errors in one line. Import it before torch."""
+"""What all scripts share: arguments, the device, errors in one line. Import it before torch."""
 
 import argparse
 import contextlib
@@ -9,24 +9,43 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-# Read when torch loads: waiting threads sleep instead of spinning, 3 times as fast beside another busy program.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import torch
 
 REPOSITORY = Path(__file__).resolve().parent
 
+# OpenMP reads this when torch loads: idle threads sleep instead of spinning, which is 3 times as
+# fast beside another busy program. Only for our own scripts; a program that imports us decides.
+script = getattr(sys.modules["__main__"], "__file__", None) or ""
+if Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402 (the policy comes first)
+
+
+class UserError(ValueError):
+    """A mistake of the user: `run` prints its message in one line, without a traceback."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError into a UserError. Only around what is built from flags or from a file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
 
 class Unbreakable:
-    """A text stream whose reader may go away, or that may be full: what can't be said must not stop the work."""
+    """An output stream whose errors don't stop the program: a closed pipe, a full disk."""
 
     def __init__(self, stream):
-        self.stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115 (Python has none where it is closed)
+        # Python has no stream at all where it is closed.
+        self.stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115
         if hasattr(stream, "reconfigure"):
-            # A code page without ± is no reason to fail either; a log shows each line when it is written.
+            # Letters that the terminal lacks become "?"; a log shows each line at once.
             stream.reconfigure(errors="replace", line_buffering=True)
 
     def write(self, text: str) -> int:
@@ -35,76 +54,72 @@ class Unbreakable:
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # Python calls this once more at its end
+        with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
 
-def run(main: Callable[[], int | None], who: str = "") -> None:
-    """Call a script's main and exit: 0, or one line on stderr and 1; `who` is put before an error's text."""
+def run(main: Callable[[], int | None], prefix: str = "") -> None:
+    """Call a script's `main` and exit with its code.
+
+    UserError, OSError and running out of memory exit with 1 and print one line that starts with
+    `prefix`. Ctrl-C exits with 130. Every other exception is a mistake in the code: a traceback.
+    """
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    code: int | None = 1
     try:
         code = main()
-    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError, ImportError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"{Path(sys.argv[0]).name}: error: {who}{line}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        text = str(error).strip() or type(error).__name__
+        no_memory = "out of memory" in text or "DefaultCPUAllocator" in text  # GPU, CPU
+        if isinstance(error, RuntimeError) and not no_memory:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {prefix}{text.splitlines()[0]}", file=sys.stderr)
+        code = 1
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arguments
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    kept_lines = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=kept_lines)
 
 
-def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
-    """The type of an argument that takes integers low..high."""
+def number(
+    low: float, high: float = math.inf, above: bool = False, kind: type = float
+) -> Callable[[str], float]:
+    """The type of an argument that takes finite numbers from low (or `above` it) to high."""
 
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            bound = f"at least {low}" if value < low else f"at most {high}"
+    def parse(text: str) -> float:
+        value = kind(text)
+        bound = f"at most {high}" if value > high else f"{'above' if above else 'at least'} {low}"
+        if not low <= value <= high or value == math.inf or (above and value == low):
             raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
         return value
 
-    parse.__name__ = "integer"
+    parse.__name__ = "integer" if kind is int else "number"  # argparse prints it
     return parse
 
 
-def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """The type of an argument that takes finite numbers low..high; or, `above`, only those greater than low."""
-
-    def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high or not math.isfinite(value) or (above and value == low):
-            bound = f"above {low:g}" if above else f"at least {low:g}"
-            raise argparse.ArgumentTypeError(
-                f"must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, got {text}"
-            )
-        return value
-
-    parse.__name__ = "number"
-    return parse
+def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    return number(low, high, kind=int)
 
 
 def path(suffix: str = "") -> Callable[[str], Path]:
-    """The type of an argument that names a file or folder: ~ is the home folder; the name ends in `suffix`."""
+    """The type of an argument that names a file or folder and ends in `suffix`; ~ is expanded."""
 
     def parse(text: str) -> Path:
         if not text.strip():
             raise argparse.ArgumentTypeError("is empty (an unset variable?)")
         value = Path(text).expanduser()
-        if value.suffix != suffix and suffix:
+        if suffix and value.suffix != suffix:
             raise argparse.ArgumentTypeError(f"must end in {suffix}, got {text}")
         return value
 
@@ -115,80 +130,71 @@ def path(suffix: str = "") -> Callable[[str], Path]:
 SEED = integer(0, 2**32 - 1)
 
 
-def add_last_step(add: Callable, choices: tuple[str, ...], default: str) -> None:
-    add("--last-step", choices=choices, default=default, help="take the most probable x_0 given x_1 (mode, as in the "
-        "authors' code: fewer stray pixels), or draw it, as in the model that the bound is of (default "
-        f"{default})")  # fmt: skip
+def add_last_step(add: Callable, choices: tuple[str, ...], default: str | None = None) -> None:
+    words = """how x_0 is chosen given x_1: mode takes the most probable (fewer stray pixels), draw
+        samples (as in the bound's model); default: mode for the mixture, draw for the joint form"""
+    add("--last-step", choices=choices, default=default, help=words)
 
 
 def add_device(add: Callable) -> None:
-    add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best there is)")
+    add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best one)")
 
 
 def add_speed(add: Callable, default: bool | None = False) -> None:
-    add("--compile", action="store_true", default=default, help="compile the network first: takes a minute or more, so "
-        "it pays in long runs")  # fmt: skip
-    add("--amp", action="store_true", default=default, help="run the network in bfloat16: pays where the hardware has "
-        "it (recent GPUs, and CPUs with AMX)")  # fmt: skip
+    switch = {"action": "store_true", "default": default}
+    add("--compile", **switch, help="compile the network, which takes minutes: for long runs")
+    add("--amp", **switch, help="network in bfloat16: faster on recent GPUs and CPUs with AMX")
 
 
 def add_data(
     add: Callable, defaults: tuple[str | None, Path | None] = ("auto", Path("data"))
 ) -> None:
-    add("--data", choices=["auto", "mnist", "offline"], default=defaults[0], help="auto (default): MNIST from "
-        "--data-root or a download, else 5,000 offline digits; mnist: no fallback; offline: those 5,000")  # fmt: skip
-    add(
-        "--data-root",
-        type=path(),
-        default=defaults[1],
-        help="where MNIST is or goes (default data)",
-    )
+    words = """auto (default): MNIST from --data-root or a download, else 5,000 offline digits;
+        mnist: no fallback; offline: those 5,000"""
+    add("--data", choices=["auto", "mnist", "offline"], default=defaults[0], help=words)
+    add("--data-root", type=path(), default=defaults[1], help="MNIST's folder (default data)")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU. Raises ValueError if it can't be used."""
+    """The device `name`; "auto" is CUDA, MPS or the CPU. Raises UserError if it can't be used."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        best = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((device for device, there in best.items() if there), "cpu")
     try:
-        torch.zeros(1, device=name).cpu()  # fails here rather than in the middle of the work
+        torch.zeros(1, device=name).cpu()  # fails now rather than in the middle of the work
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} can't be used here: {str(error).split('. ')[0][:200]}"
-        ) from None
+        reason = str(error).split("\n")[0].split(". ")[0][:200]
+        raise UserError(f"device {name!r} can't be used here: {reason}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    """The GPU, if there is one, and the CPU."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # Linux has a better name
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    with contextlib.suppress(RuntimeError):  # the GPU may be in exclusive use
+        if torch.cuda.is_available():
+            return f"{torch.cuda.get_device_name()}, {cpu}"
+    return cpu
 
 
 def provenance() -> dict[str, str]:
-    """Where a number comes from: the command, the machine, torch's version and the repository's commit."""
-    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
+    """Where a number comes from: the command, the machine, torch's version, our commit."""
+    # Both folders are named: git must not take a repository around this one, or that of GIT_DIR.
+    git = ["git", "--git-dir", REPOSITORY / ".git", "--work-tree", REPOSITORY]
+    git += ["describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):  # Linux keeps the name that people know here
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(
-            line.split(":")[1].strip() for line in lines if line.startswith("model name")
-        )
-    with contextlib.suppress(RuntimeError):  # somebody else's, perhaps
-        processor = (
-            f"{torch.cuda.get_device_name()}, {processor}"
-            if torch.cuda.is_available()
-            else processor
-        )
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "machine": f"{processor}, {torch.get_num_threads()} of {os.cpu_count()} cores",
+        "machine": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
         "torch": torch.__version__,
         "commit": commit,
     }

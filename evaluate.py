@@ -1,13 +1,16 @@
-"""Measure a model: its bound on test digits, the quality of its samples, and whether it only remembers.
+"""Measure a model: its bound on test digits, the quality of its samples, and whether it memorized
+the training set.
 
-    python evaluate.py                                        # the model that ships with the repository
+    python evaluate.py                                   # the released model
     python evaluate.py results_d3pm/checkpoints/last.pth
-    python evaluate.py CHECKPOINT --exact --images 500        # every t for 500 digits, instead of a few t for all
-    python evaluate.py CHECKPOINT --trajectories 64           # and the importance-weighted bound, from 100 digits
-    python evaluate.py --train-classifier                     # how the judge of the samples was made
+    python evaluate.py CHECKPOINT --exact --images 500   # every t for 500 digits
+    python evaluate.py CHECKPOINT --trajectories 64      # also the importance-weighted bound
+    python evaluate.py --train-classifier                # how the classifier was trained
 
-Writes evaluation.json, bound_terms.png, nearest.png and, with --trajectories, gain.png into the folder of the
-checkpoint's run (or --out-dir). Samples are those of sample.py's defaults; the bound is that of the whole chain.
+Writes evaluation.json, bound_terms.png, nearest.png and, with --trajectories, gain.png. They go
+into the folder of the checkpoint's run. Files of an earlier evaluation are kept: choose another
+--out-dir, or delete them with --overwrite. Samples are drawn with the defaults of sample.py. The
+bound uses all timesteps, unless --timesteps is given.
 """
 
 import argparse
@@ -17,121 +20,115 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cli import (
-    SEED,
-    add_data,
-    add_device,
-    add_last_step,
-    add_speed,
-    integer,
-    number,
-    parser,
-    path,
-    pick_device,
-    run,
-)
+import cli
+from cli import UserError, integer, number, path
 
 import torch
 from torch import Tensor
 
-from checkpoint import (
-    LAST_STEP,
-    RELEASED,
-    TIMESTEPS,
-    atomic_writes,
-    build_diffusion,
-    json_bytes,
-    read_checkpoint,
-)
-from dataset import Digits, load_digits, sha256, to_levels
+import checkpoint as files
+import metrics
+from checkpoint import RELEASED, TIMESTEPS
+from dataset import Digits, load_digits, sha256, stream_seed, to_levels
 from diffusion import LAST_STEPS, BoundTerms, DiscreteDiffusion
-from metrics import (
-    Classifier,
-    judge,
-    load_classifier,
-    nearest_digits,
-    quality,
-    rows_of_classes,
-    spread,
-    summarize_bound,
-    summarize_gain,
-    train_classifier,
-)
+from metrics import load_classifier, spread, summarize_bound, summarize_gain
 from model import accelerated
-from pictures import image_grid, plot_gains, plot_terms, save_figure
+from pictures import image_grid, plot_gains, plot_terms, save_figure, write_picture
+from trajectories import log_weights, respaced
 
-WEIGHED = 100  # digits whose trajectories are weighed: the gain hardly varies between digits
-FEWEST = 20  # samples that are judged
+OUTPUTS = ("evaluation.json", "bound_terms.png", "gain.png", "nearest.png")
+OF_THE_BOUND = ("images", "repeats", "exact", "binarizations", "trajectories", "weighted_images")
+OF_THE_SAMPLES = ("guidance", "last_step", "no_labels", "seed")
+MIN_SAMPLES = 20
+NO_BOUND = "the offline digits are in MNIST's training split, which this model was trained on"
 
 
 def parse_arguments() -> argparse.Namespace:
-    p = parser(__doc__)
+    p = cli.parser(__doc__)
     add = p.add_argument
-    add(
-        "checkpoint",
-        nargs="?",
-        type=path(),
-        help="a .pth file written by train.py (default: the released model)",
-    )
-    add("--split", choices=["test", "validation"], default="test", help="of MNIST, to judge by (default test); choices "
-        "are made on validation digits. The offline digits have no test split")  # fmt: skip
-    add("--timesteps", type=int, metavar="N", help="from noise to digits (default: those of sample.py for the "
-        "samples, all for the bound); the bound becomes that of the shorter chain")  # fmt: skip
-    add("--binarizations", type=integer(1), default=1, metavar="N", help="average the bound over N random "
-        "binarizations of the digits (default 1); for checkpoints of train.py --binarize dynamic")  # fmt: skip
-    add("--images", type=integer(2), metavar="N", help="bound on N of the digits only (default all); with "
-        f"--trajectories, the bound is on all and the weights are of N (default {WEIGHED})")  # fmt: skip
-    add("--trajectories", type=integer(1), metavar="N", help="also the importance-weighted bound, the average of N "
-        "weights inside the logarithm: N passes for every timestep and digit")  # fmt: skip
-    add(
-        "--repeats",
-        type=integer(1),
-        default=4,
-        help="timesteps drawn per digit for the bound (default 4)",
-    )
-    add(
-        "--exact",
-        action="store_true",
-        help="every timestep for the bound: T passes over the digits",
-    )
-    add("--num-samples", type=integer(0), default=500, help=f"images drawn to judge (default 500; at least {FEWEST}: "
-        "fewer say nothing about a distribution; 0: the bound alone)")  # fmt: skip
-    add("--guidance", type=number(0), metavar="W", help="of the samples (default 0)")
-    add_last_step(add, LAST_STEPS, LAST_STEP)
-    add(
-        "--no-labels",
-        action="store_true",
-        help="draw them without classes from a conditional checkpoint",
-    )
-    add("--seed", type=SEED, default=0, help="of the samples, as for sample.py (default 0)")
-    add_data(add)
-    add("--out-dir", type=path(), help="where to write (default: the folder of the run; results_d3pm/evaluation for "
-        "the released models)")  # fmt: skip
-    add_device(add)
-    add_speed(add)
-    add("--train-classifier", action="store_true", help="make the classifier that judges samples, classifier.pth in "
-        "--out-dir (default results_d3pm); needs MNIST")  # fmt: skip
+    words = "a .pth file written by train.py (default: the released model)"
+    add("checkpoint", nargs="?", type=path(), help=words)
+    words = "the digits of MNIST to evaluate on (default test); choose settings on validation"
+    add("--split", choices=["test", "validation"], default="test", help=words)
+    words = "how many timesteps (default: for the bound all, for samples those of sample.py)"
+    add("--timesteps", type=int, metavar="N", help=words)
+    add("--images", type=integer(2), metavar="N", help="digits for the bound (default all)")
+    words = "timesteps drawn for each digit of the bound (default 4)"
+    add("--repeats", type=integer(1), help=words)
+    words = "the bound from every timestep: T passes over the digits"
+    add("--exact", action="store_true", help=words)
+    words = """average the bound over N random binarizations of the digits (default 1), for
+        checkpoints of train.py --binarize dynamic"""
+    add("--binarizations", type=integer(1), metavar="N", help=words)
+    words = """also the importance-weighted bound, with N weights inside the logarithm: N passes
+        over each digit in every timestep"""
+    add("--trajectories", type=integer(1), metavar="N", help=words)
+    words = "digits for the weights (default 100): the gain varies little between digits"
+    add("--weighted-images", type=integer(2), metavar="N", help=words)
+    words = f"images to draw and judge (default 500, at least {MIN_SAMPLES}; 0: only the bound)"
+    add("--num-samples", type=integer(0), default=500, help=words)
+    words = "strength of classifier-free guidance for the samples (default 0)"
+    add("--guidance", type=number(0), metavar="W", help=words)
+    cli.add_last_step(add, LAST_STEPS)
+    words = "draw samples without classes from a conditional checkpoint"
+    add("--no-labels", action="store_true", help=words)
+    add("--seed", type=cli.SEED, help="random seed of the samples (default 0)")
+    cli.add_data(add)
+    words = "default: the folder of the run; for the released models results_d3pm/evaluation"
+    add("--out-dir", type=path(), help=words)
+    add("--overwrite", action="store_true", help="replace an earlier evaluation in --out-dir")
+    cli.add_device(add)
+    cli.add_speed(add)
+    words = "train the classifier that judges samples, on MNIST, and write OUT_DIR/classifier.pth"
+    add("--train-classifier", action="store_true", help=words)
     args = p.parse_args()
-    if args.checkpoint and args.train_classifier:
-        p.error("give a checkpoint or --train-classifier")
-    if 0 < args.num_samples < FEWEST:
-        p.error(
-            f"--num-samples must be at least {FEWEST}, or 0 to draw none, got {args.num_samples}"
-        )
-    if args.guidance is not None and args.no_labels:
-        p.error("--guidance needs labels, --no-labels has none")
-    if args.out_dir is None and not args.train_classifier:
+    args.given = {key for key in vars(args) if getattr(args, key) != p.get_default(key)}
+    try:
+        check_arguments(args)
+    except UserError as error:
+        p.error(str(error))
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Fill in --out-dir. Raises UserError for flags that contradict each other or do nothing."""
+    if args.train_classifier:
+        useless = args.given - {"train_classifier", "data_root", "out_dir"}
+        refuse(args, useless, "--train-classifier")
+        args.out_dir = args.out_dir or Path("results_d3pm")
+        return
+    if 0 < args.num_samples < MIN_SAMPLES:
+        raise UserError(f"--num-samples must be 0 or at least {MIN_SAMPLES}")
+    if args.num_samples == 0:
+        refuse(args, OF_THE_SAMPLES, "--num-samples 0")
+    if args.exact:
+        refuse(args, ["repeats"], "--exact")
+    if not args.trajectories:
+        refuse(args, ["weighted_images"], "no --trajectories")
+    if args.no_labels:
+        refuse(args, ["guidance"], "--no-labels")
+    if args.out_dir is None:
         folder = (args.checkpoint or RELEASED).resolve().parent
         args.out_dir = folder.parent if folder.name == "checkpoints" else folder
         if folder == RELEASED.parent:  # part of the repository
             args.out_dir = Path("results_d3pm") / "evaluation"
-    return args
+
+
+def refuse(args: argparse.Namespace, names, reason: str) -> None:
+    """Raise UserError if a flag was given that does nothing for this reason."""
+    for name in sorted(args.given & set(names)):
+        flag = f"--{name.replace('_', '-')}" if name != "checkpoint" else "a checkpoint"
+        raise UserError(f"{flag} does nothing here: {reason}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The digits
 
 
 @dataclass
 class RealDigits:
-    """What a model is held against: `test`, for bound and samples; `other` real digits, which show how near to the
-    test digits samples can come; `train`, where memorized digits would be found."""
+    """`test`: for the bound, and the reference for samples. `other`: real digits that are judged
+    like samples, for comparison. `train`: where memorized digits would be found."""
 
     test: Digits
     other: Digits
@@ -141,245 +138,259 @@ class RealDigits:
 
 
 def real_digits(args: argparse.Namespace, trained_on: str) -> RealDigits:
-    """A split of MNIST where MNIST is at hand; else the offline digits that are kept out of training."""
+    """Splits of MNIST, or the offline digits where MNIST can't be had."""
     train = load_digits("train", args.data, args.data_root)
     if train.source == "mnist":
-        test, name = load_digits(args.split, "mnist", args.data_root), f"MNIST {args.split} split"
-        other = "validation" if args.split == "test" else "test"  # the classifier never saw either
-        other = load_digits(other, "mnist", args.data_root)
+        other = "validation" if args.split == "test" else "test"  # new to the classifier, too
+        test, other = (load_digits(split, "mnist", args.data_root) for split in (args.split, other))
         if trained_on == "offline":
             train = load_digits("train", "offline")
-        return RealDigits(test, other, train, name, seen=False)
-    name = "offline validation digits (not the MNIST test split)"
-    seen = trained_on == "mnist"  # all offline digits are from MNIST's training split
+        return RealDigits(test, other, train, f"MNIST {args.split} split", seen=False)
+    # The offline digits are part of MNIST's training split.
+    name, seen = "offline validation digits (not the MNIST test split)", trained_on == "mnist"
     return RealDigits(load_digits("validation", "offline"), train, train, name, seen)
 
 
-def measure_bound(
-    diffusion: DiscreteDiffusion, levels, digits: Digits, labelled: bool, args: argparse.Namespace
-) -> list[BoundTerms]:
-    """The bound's terms for each random binarization of the digits, given their labels or without."""
-    n, num_t = None if args.trajectories else args.images, None if args.exact else args.repeats
-    grey, y = spread(digits.images, n), spread(digits.labels, n) if labelled else None
-    return [
-        diffusion.bound_terms(
-            levels(grey, seed), num_t, torch.Generator().manual_seed(seed), y, progress=True
-        )
-        for seed in range(args.binarizations)
-    ]
+# --------------------------------------------------------------------------------------------------
+# The measurements
 
 
-def measure_weights(
-    diffusion: DiscreteDiffusion, levels, digits: Digits, labelled: bool, args: argparse.Namespace
-) -> Tensor:
-    """log-weights [images, N] of --images digits; these are divided among the binarizations of `measure_bound`."""
-    rows = spread(torch.arange(len(digits.labels)), args.images or WEIGHED)
-    parts = []
-    for seed in range(min(args.binarizations, len(rows))):
-        some = rows[seed :: args.binarizations]
-        x_0, y = levels(digits.images, seed)[some], digits.labels[some] if labelled else None
+@dataclass
+class Evaluation:
+    """One model, the digits it is measured on, and the arguments."""
+
+    diffusion: DiscreteDiffusion
+    binarize: str
+    digits: RealDigits
+    args: argparse.Namespace
+
+    def levels(self, grey: Tensor, seed: int) -> Tensor:
+        # The bound draws its noise from `seed` itself. Binarizing needs a stream of its own.
+        generator = torch.Generator().manual_seed(stream_seed(seed))
+        return to_levels(grey, self.diffusion.num_levels, self.binarize, generator)
+
+    def test_digits(self, rows: Tensor, seed: int, labelled: bool) -> tuple[Tensor, Tensor | None]:
+        """x_0 and the labels of these rows, for a random binarization."""
+        test = self.digits.test
+        return self.levels(test.images, seed)[rows], test.labels[rows] if labelled else None
+
+    def bound_terms(self, rows: Tensor, seed: int, labelled: bool) -> BoundTerms:
+        x_0, y = self.test_digits(rows, seed, labelled)
+        num_t = None if self.args.exact else self.args.repeats or 4
         generator = torch.Generator().manual_seed(seed)
-        parts.append(diffusion.log_weights(x_0, args.trajectories, generator, y, progress=True))
-    return torch.cat(parts)
+        return self.diffusion.bound_terms(x_0, num_t, generator, y, progress=True)
+
+    def log_weights(self, rows: Tensor, labelled: bool) -> Tensor:
+        """[rows, --trajectories]. The rows are divided among the binarizations of the bound."""
+        parts, n = [], self.args.binarizations or 1
+        for seed in range(min(n, len(rows))):
+            x_0, y = self.test_digits(rows[seed::n], seed, labelled)
+            request = self.args.trajectories, torch.Generator().manual_seed(seed), y
+            parts.append(log_weights(self.diffusion, x_0, *request, progress=True))
+        return torch.cat(parts)
+
+    def announce(self) -> None:
+        """Print the expected minutes of whatever takes more than one, from short trials."""
+        args, T, n = self.args, self.diffusion.timesteps, self.diffusion.suitable_batch()
+        x_0 = self.levels(self.digits.test.images[:1], 0).repeat(n, 1, 1, 1)
+        images = min(args.images or math.inf, len(self.digits.test.images))
+        variants = 0 if self.digits.seen else 2 if self.diffusion.num_labels else 1
+        bound = images * (T if args.exact else 1 + (args.repeats or 4)) * (args.binarizations or 1)
+        weights = min(args.weighted_images or 100, images) * (args.trajectories or 0) * T
+        steps = T if args.timesteps else min(TIMESTEPS, T)
+        samples = args.num_samples * steps * (2 if args.guidance else 1)
+        short = respaced(self.diffusion, min(2, T))
+        for name, passes, trial in (
+            ("bound", bound * variants, partial(short.bound_terms, x_0)),
+            ("weights", weights * variants, partial(log_weights, short, x_0[:1], n)),
+            ("samples", samples, partial(short.sample, n)),
+        ):
+            trial_passes = n * short.timesteps
+            if passes > 4 * trial_passes:
+                trial()  # the first call includes the warm-up
+                start = time.perf_counter()
+                trial()
+                minutes = (time.perf_counter() - start) * passes / trial_passes / 60
+                if minutes > 1:
+                    print(f"The {name}: {passes:,} network passes, about {minutes:.3g} minutes")
+
+    def likelihood(self, title: str) -> tuple[dict, dict]:
+        """The bounds for the report, without labels and with them; figures by name."""
+        report, gains, figures, args, diffusion = {}, {}, {}, self.args, self.diffusion
+        rows = spread(torch.arange(len(self.digits.test.labels)), args.images)
+        weighted_rows = spread(rows, args.weighted_images or 100)
+        for labelled in [False, True] if diffusion.num_labels else [False]:
+            name = "with the label" if labelled else "no labels"
+            seeds = range(args.binarizations or 1)
+            draws = [self.bound_terms(rows, seed, labelled) for seed in seeds]
+            label_cost = math.log(diffusion.num_labels) if labelled else 0.0
+            bound = summarize_bound(*draws, label_cost=label_cost)
+            show_bound(bound, f"{title}, {name}")
+            if not labelled:
+                t = torch.cat([draw.t.flatten() for draw in draws])
+                terms = torch.cat([draw.terms.flatten() for draw in draws])
+                figures["bound_terms.png"] = partial(plot_terms, diffusion.network_t, t, terms)
+            if args.trajectories:
+                weighted = summarize_gain(self.log_weights(weighted_rows, labelled), bound)
+                show_gain(weighted)
+                bound["importance_weighted"] = weighted
+                gains[name] = bound["nats_per_image"], weighted["by_trajectories"]
+                figures["gain.png"] = partial(plot_gains, gains)
+            report["bound_with_labels" if labelled else "bound"] = bound
+        return report, figures
+
+    def samples(self, classifier) -> tuple[dict, Tensor]:
+        """The quality of samples and of as many real digits, for the report; and the samples."""
+        args, n, diffusion, digits = self.args, self.args.num_samples, self.diffusion, self.digits
+        if args.timesteps is None:
+            diffusion = respaced(diffusion, min(TIMESTEPS, diffusion.timesteps))
+        asked = None if args.no_labels else diffusion.labels(n)
+        last_step = args.last_step or files.default_last_step(diffusion)
+        how = {"guidance": args.guidance or 0.0, "last_step": last_step}
+        x = diffusion.sample(n, args.seed or 0, progress=True, y=asked, **how)
+        K, other = diffusion.num_levels, self.levels(digits.other.images, 1)
+        reference, _ = metrics.judge(classifier, self.levels(digits.test.images, 0), K)
+        how |= {"timesteps": diffusion.timesteps, "labels": asked is not None}
+        report = {"samples": how | metrics.quality(x, reference, classifier, K, asked)}
+        report["real_digits"] = metrics.quality(spread(other, n), reference, classifier, K)
+        if asked is not None:  # the classes of MNIST are not equally frequent
+            rows = metrics.rows_of_classes(digits.other.labels, asked.bincount(minlength=10))
+            same_classes = metrics.quality(other[rows], reference, classifier, K)
+            report["real_digits_of_these_classes"] = same_classes
+        return report, x
 
 
-def announce_cost(diffusion: DiscreteDiffusion, x_0: Tensor, args: argparse.Namespace) -> None:
-    """Say what the weights will cost, going by a few passes."""
-    short, seconds = diffusion.respaced(min(4, diffusion.timesteps)), 0.0
-    n = diffusion.suitable_batch()
-    for _ in range(2):  # the first time is slower
-        start = time.perf_counter()
-        short.log_weights(x_0[:1], n)
-        seconds = time.perf_counter() - start
-    each = (
-        min(args.images or WEIGHED, len(x_0))
-        * args.trajectories
-        * (2 if diffusion.num_labels else 1)
-    )
-    passes = each * diffusion.timesteps
-    minutes = passes * seconds / (n * short.timesteps) / 60
-    print(
-        f"Weights of {each:,} trajectories: {passes:,} network passes, about {minutes:.3g} minutes"
-    )
+# --------------------------------------------------------------------------------------------------
+# The printout
 
 
-def measure_likelihood(
-    diffusion: DiscreteDiffusion, levels, digits: Digits, of: str, args: argparse.Namespace
-) -> tuple[dict, dict]:
-    """The bounds, also given the labels where the network takes them, for the report; the figures of them by name."""
-    report, gains, figures = {}, {}, {}
-    if args.trajectories:
-        announce_cost(diffusion, levels(digits.images, 0), args)
-    for labelled in [False, True] if diffusion.num_labels else [False]:
-        name = "with the label" if labelled else "no labels"
-        draws = measure_bound(diffusion, levels, digits, labelled, args)
-        bound = summarize_bound(
-            *draws, label_cost=math.log(diffusion.num_labels) if labelled else 0.0
-        )
-        show_bound(bound, f"{of}, {name}")
-        if not labelled:
-            t, terms = (
-                torch.cat([getattr(draw, key).flatten() for draw in draws])
-                for key in ("t", "terms")
-            )
-            figures["bound_terms.png"] = plot_terms(diffusion.network_t, t, terms)
-        if args.trajectories:
-            log_w = measure_weights(diffusion, levels, digits, labelled, args)
-            bound["importance_weighted"] = summarize_gain(log_w, bound)
-            show_gain(bound["importance_weighted"])
-            gains[name] = bound["nats_per_image"], bound["importance_weighted"]["by_trajectories"]
-        report["bound_with_labels" if labelled else "bound"] = bound
-    if gains:
-        figures["gain.png"] = plot_gains(gains)
-    return report, figures
-
-
-def measure_samples(
-    diffusion: DiscreteDiffusion,
-    levels,
-    digits: RealDigits,
-    classifier: Classifier,
-    args: argparse.Namespace,
-) -> tuple[dict, Tensor]:
-    """The quality of samples beside that of as many real digits, at random and of the samples' classes; the samples."""
-    K, n = diffusion.num_levels, args.num_samples
-    asked = None if args.no_labels else diffusion.labels(n)
-    guidance = args.guidance or 0.0
-    if args.timesteps is None:
-        diffusion = diffusion.respaced(min(TIMESTEPS, diffusion.timesteps))
-    samples = diffusion.sample(
-        n, args.seed, progress=True, y=asked, guidance=guidance, last_step=args.last_step
-    )
-    reference, _ = judge(classifier, levels(digits.test.images, 0), K)
-    other = levels(digits.other.images, 1)
-    how = {"timesteps": diffusion.timesteps, "guidance": guidance}
-    how |= {"last_step": args.last_step, "labels": asked is not None}
-    report = {"samples": how | quality(samples, reference, classifier, K, asked)}
-    report["real_digits"] = quality(spread(other, n), reference, classifier, K)
-    if (
-        asked is not None
-    ):  # MNIST has not as many of each class: real digits with the samples' classes
-        rows = rows_of_classes(digits.other.labels, asked.bincount(minlength=10))
-        report["real_digits_of_these_classes"] = quality(other[rows], reference, classifier, K)
-    return report, samples
-
-
-def show_bound(bound: dict, of: str) -> None:
-    print(
-        f"Bound, {of}: {bound['nats_per_image']:.2f} +- {bound['standard_error']:.2f} nats per image = "
-        f"{bound['bits_per_dimension']:.4f} bits per dimension\n"
-        f"  L_T {bound['L_T']:.3f}, sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}, L_0 {bound['L_0']:.3f}"
-        + (f", the label {bound['label_cost']:.3f}" if "label_cost" in bound else "")
-    )
+def show_bound(bound: dict, title: str) -> None:
+    nats = f"{bound['nats_per_image']:.2f} +- {bound['standard_error']:.2f} nats per image"
+    print(f"Bound, {title}: {nats} = {bound['bits_per_dimension']:.4f} bits per dimension")
+    label = f", the label {bound['label_cost']:.3f}" if "label_cost" in bound else ""
+    middle = f"sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}"
+    print(f"  L_T {bound['L_T']:.3f}, {middle}, L_0 {bound['L_0']:.3f}{label}")
     if "binarizations" in bound:
-        print(
-            f"  mean of {bound['binarizations']} binarizations, whose standard error is "
-            f"{bound['standard_error_over_binarizations']:.3f}"
-        )
+        error = bound["standard_error_over_binarizations"]
+        print(f"  mean of {bound['binarizations']} binarizations, standard error {error:.3f}")
 
 
 def show_gain(weighted: dict) -> None:
     print(f"  importance-weighted, gain from {weighted['images']} digits:")
     for row in weighted["by_trajectories"]:
-        print(
-            f"  {row['trajectories']:5} trajectories  gain {row['gain']:5.2f} +- {row['gain_standard_error']:.2f}   "
-            f"bound {row['nats_per_image']:.2f} +- {row['standard_error']:.2f}"
-        )
+        gain = f"gain {row['gain']:5.2f} +- {row['gain_standard_error']:.2f}"
+        bound = f"bound {row['nats_per_image']:.2f} +- {row['standard_error']:.2f}"
+        print(f"  {row['trajectories']:5} trajectories  {gain}   {bound}")
 
 
 def show_samples(report: dict) -> None:
-    columns = {
-        "samples": "samples",
-        "real_digits": "real digits",
-        "real_digits_of_these_classes": "of these classes",
-    }
-    columns = {column: heading for column, heading in columns.items() if column in report}
-    print(" " * 18 + "".join(f"{heading:>17}" for heading in columns.values()))
-    for key in ("frechet_distance", "precision", "recall", "mean_confidence", "isolated_white", "isolated_black",
-                "ink_in_border", "ink", "label_accuracy"):  # fmt: skip
-        shown = "".join(
-            f"{report[column][key]:17.3f}" for column in columns if key in report[column]
-        )
-        if shown:
-            print(f"{key.replace('_', ' '):18}{shown}")
-    for column in ("samples", "real_digits"):
-        shares = " ".join(f"{share:.2f}" for share in report[column]["class_histogram"])
-        print(f"classes 0-9, {columns[column]}: {shares}")
+    names = ("samples", "real_digits", "real_digits_of_these_classes")
+    headings = ("samples", "real digits", "of these classes")
+    columns = [report[name] for name in names if name in report]
+    print(" " * 18 + "".join(f"{heading:>17}" for heading in headings[: len(columns)]))
+    keys = ["frechet_distance", "precision", "recall", "mean_confidence", "isolated_white"]
+    for key in [*keys, "isolated_black", "ink_in_border", "ink", "label_accuracy"]:
+        cells = [f"{column[key]:.3f}" for column in columns if key in column]
+        if key == "isolated_white":
+            errors = [f" +- {column[f'{key}_standard_error']:.3f}" for column in columns]
+            cells = [cell + error for cell, error in zip(cells, errors, strict=True)]
+        if cells:
+            print(f"{key.replace('_', ' '):18}" + "".join(f"{cell:>17}" for cell in cells))
+    for heading, column in zip(headings[:2], columns, strict=False):
+        shares = " ".join(f"{share:.2f}" for share in column["class_histogram"])
+        print(f"classes 0-9, {heading}: {shares}")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise UserError if files of an earlier evaluation, or the checkpoint, would be lost."""
+    for file in (args.out_dir / name for name in OUTPUTS):
+        if file.exists() and args.checkpoint.exists() and file.samefile(args.checkpoint):
+            raise UserError(f"can't write {file}: the same file is read by this command")
+        if file.exists() and not file.is_file():
+            raise UserError(f"can't write {file}: it is not a regular file")
+        if file.exists() and not args.overwrite:
+            raise UserError(f"{file} exists: give --overwrite, or another --out-dir")
+
+
+def load_evaluation(checkpoint: dict, args: argparse.Namespace, device) -> Evaluation:
+    """Raises UserError for an unusable checkpoint, or flags that do nothing for it."""
+    diffusion = files.build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
+    diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
+    trained_on, binarize = checkpoint.get("data"), checkpoint.get("binarize", "threshold")
+    if trained_on not in ("mnist", "offline"):
+        raise UserError(f"{args.checkpoint} does not say which digits it was trained on")
+    if not diffusion.num_labels:
+        refuse(args, ["no_labels", "guidance"], f"{args.checkpoint} was trained without classes")
+    if binarize != "dynamic":
+        reason = f"{args.checkpoint} was trained on digits that are not drawn at random"
+        refuse(args, ["binarizations"], reason)
+    digits = real_digits(args, trained_on)
+    if digits.seen:
+        refuse(args, OF_THE_BOUND, NO_BOUND)
+        if not args.num_samples:
+            raise UserError(f"there is nothing to measure: {NO_BOUND}")
+    return Evaluation(diffusion, binarize, digits, args)
+
+
+def evaluate(evaluation: Evaluation, classifier, title: str) -> tuple[dict, dict]:
+    """The results for the report; functions that write the pictures into a file, by name."""
+    report, pictures = {}, {}
+    evaluation.announce()
+    if evaluation.digits.seen:
+        print(f"No bound: {NO_BOUND}")
+    else:
+        report, figures = evaluation.likelihood(title)
+        for name, plot in figures.items():
+            pictures[name] = lambda file, plot=plot: save_figure(plot(), file)
+    if evaluation.args.num_samples:
+        of_samples, x = evaluation.samples(classifier)
+        show_samples(of_samples)
+        train = evaluation.levels(evaluation.digits.train.images, 1)
+        rows, distances = metrics.nearest_digits(x[:8], train)
+        report |= of_samples
+        report["nearest_training_digit"] = {"least_distances": distances.tolist()}
+        grid = image_grid(rows, evaluation.diffusion.num_levels, columns=8)
+        pictures["nearest.png"] = partial(grid.save, format="png")
+    return report, pictures
 
 
 def main() -> None:
     args = parse_arguments()
     if args.train_classifier:
-        out = (args.out_dir or Path("results_d3pm")) / "classifier.pth"
-        train_classifier(args.data_root, out)
+        out = args.out_dir / "classifier.pth"
+        metrics.train_classifier(args.data_root, out)
         print(f"Wrote {out} ({out.stat().st_size / 1000:.0f} kB)")
         return
     if args.checkpoint is None:
         args.checkpoint = RELEASED
         print(f"Using the released model, {RELEASED}")
-    checkpoint = read_checkpoint(args.checkpoint)
-    device = pick_device(args.device)
-    diffusion = build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
-    diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
+    check_outputs(args)
+    device = cli.pick_device(args.device)
     classifier = load_classifier(device)
-    K, protocol, trained_on = (
-        diffusion.num_levels,
-        checkpoint.get("binarize", "threshold"),
-        checkpoint.get("data"),
-    )
-    if trained_on not in ("mnist", "offline"):
-        raise ValueError(f"{args.checkpoint} does not say which digits it was trained on")
-    if not diffusion.num_labels and (args.no_labels or args.guidance is not None):
-        flag = "--no-labels" if args.no_labels else "--guidance"
-        raise ValueError(f"{flag}: {args.checkpoint} was trained without classes")
-    if args.binarizations > 1 and protocol != "dynamic":
-        raise ValueError(
-            f"--binarizations: {args.checkpoint} was trained on digits that are not drawn at random"
-        )
-
-    def levels(grey: Tensor, seed: int) -> Tensor:
-        return to_levels(grey, K, protocol, torch.Generator().manual_seed(seed))
-
-    names = ["evaluation.json", "nearest.png", "bound_terms.png", "gain.png"]
-    outputs, pictures = [args.out_dir / name for name in names], {}
-    with atomic_writes(*outputs, inputs=[args.checkpoint]) as (json_file, *picture_files):
-        digits = real_digits(args, trained_on)
-        report = {
-            "checkpoint": str(args.checkpoint),
-            "sha256": sha256(args.checkpoint),
-            "digits": digits.name,
-        }
-        report |= {"levels": K, "binarization": protocol, "timesteps": diffusion.timesteps}
-        report["digits_were_in_training"] = digits.seen
-        if digits.seen:
-            print(
-                "No bound: the offline digits are part of MNIST's training split, which this model was trained on."
-            )
-        else:
-            whole = checkpoint["diffusion"]["timesteps"]
-            steps = (
-                f"{whole}" if diffusion.timesteps == whole else f"{diffusion.timesteps} of {whole}"
-            )
-            of = f"{digits.name}, {f'{K} levels' if K > 2 else f'{protocol} binarization'}, {steps} timesteps"
-            bounds, figures = measure_likelihood(diffusion, levels, digits.test, of, args)
-            report |= bounds
-            pictures = {name: partial(save_figure, figure) for name, figure in figures.items()}
-        if args.num_samples:
-            quality_report, samples = measure_samples(diffusion, levels, digits, classifier, args)
-            report |= quality_report
-            show_samples(report)
-            rows, least = nearest_digits(samples[:8], levels(digits.train.images, 1))
-            report["nearest_training_digit"] = {"least_distances": least.tolist()}
-            pictures["nearest.png"] = partial(image_grid(rows, K, columns=8).save, format="png")
-        for name, file in zip(names[1:], picture_files, strict=True):
-            if name in pictures:
-                pictures[name](file)
-        json_file.write(json_bytes(report))
-    for out in [out for out in outputs[1:] if out.name not in pictures]:  # nor is an older one left
-        outputs.remove(out)
-        out.unlink()
-    print(f"Wrote {', '.join(out.name for out in outputs)} in {args.out_dir}")
+    checkpoint = files.read_checkpoint(args.checkpoint)
+    evaluation = load_evaluation(checkpoint, args, device)
+    with files.atomic_write(args.out_dir / OUTPUTS[0]) as json_file:  # errors come before the work
+        K, T = evaluation.diffusion.num_levels, evaluation.diffusion.timesteps
+        trained_T = checkpoint["diffusion"]["timesteps"]
+        report = {"checkpoint": str(args.checkpoint), "sha256": sha256(args.checkpoint)}
+        report |= {"digits": evaluation.digits.name, "levels": K, "timesteps": T}
+        report["binarization"] = evaluation.binarize
+        report["digits_were_in_training"] = evaluation.digits.seen
+        kind = f"{K} levels" if K > 2 else f"{evaluation.binarize} binarization"
+        steps = f"{T}" if trained_T == T else f"{T} of {trained_T}"
+        title = f"{evaluation.digits.name}, {kind}, {steps} timesteps"
+        results, pictures = evaluate(evaluation, classifier, title)
+        json_file.write(files.json_bytes(report | results))
+    written = [OUTPUTS[0]]
+    for name in OUTPUTS[1:]:
+        (args.out_dir / name).unlink(missing_ok=True)  # of an earlier evaluation
+        if name in pictures and write_picture(args.out_dir / name, pictures[name]):
+            written.append(name)
+    print(f"Wrote {', '.join(written)} in {args.out_dir}")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -2,12 +2,15 @@
 
     x_t      integers [B, 1, H, W] in 0..num_states-1
     t        integers [B]
-    y        optional labels, int64 [B] in 0..num_labels-1, -1 for none; only for networks with num_labels > 0
+    y        labels, int64 [B] in 0..num_labels-1, -1 for none; only if num_labels > 0
     output   float [B, num_levels, H, W]
 
-A network of your own works everywhere if it keeps to this and has `config`, plain values that rebuild it; in training
-on CUDA it waits for no result, as `.item()` would. `num_labels` says how many labels it takes, `hidden_matrices()`
-which of its weights Muon may orthogonalise.
+For a network of your own, write a class that keeps to this, add it to `NETWORKS`, and name it with
+train.py --network. It is built with the keyword arguments num_levels, num_states, num_labels,
+channels, blocks, output, ordinal and dropout, and keeps those that rebuild it, and its `name`, as
+`config`. `hidden_matrices()` lists the weights that Muon may orthogonalise; without it, train with
+--optimizer adamw. On CUDA the training step is recorded, so forward must not wait for the device
+(no `.item()`).
 """
 
 import math
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 OUTPUTS = ("softmax", "logistic")
-FLOOR = 1e-6  # the authors' code, too, has log(p + 1e-6), but there the p no longer add up to one
+FLOOR = 1e-6  # as in the authors' log(p + 1e-6), but the probabilities still sum to one
 
 
 def time_features(t: Tensor, dim: int) -> Tensor:
@@ -43,15 +46,16 @@ def as_numbers(x: Tensor, num_levels: int) -> Tensor:
 
 
 def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
-    """Logits of a truncated discretized logistic (appendix A.8): mean and log-scale [B, 1, H, W] -> [B, K, H, W].
+    """Logits of a truncated discretized logistic (appendix A.8): [B, 1, H, W] -> [B, K, H, W].
 
-    The levels are the centres of K bins, -1 .. 1. A bin from a to b, in scales from the mean, has the logit
+    The levels are the centres of K bins, -1 .. 1. A bin from a to b, in scales from the mean, has
+    the logit
 
-        log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)),
+        log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)).
 
-    whose last term is the same for every bin and drops out of the softmax, which does the truncation. That leaves no
-    difference to cancel. As in the authors' code a log-scale of 0 stands for exp(-2). A logistic narrow enough for
-    black paper calls every other level impossible, and no bound survives that: FLOOR of the mass is uniform.
+    The last term is the same for every bin and drops out of the softmax, which truncates. A
+    log-scale of 0 stands for exp(-2), as in the authors' code. A very narrow logistic would call
+    all other levels impossible and make the bound infinite, so FLOOR of the mass is uniform.
     """
     centres = torch.linspace(-1, 1, num_levels, dtype=mean.dtype, device=mean.device).view(
         1, -1, 1, 1
@@ -66,7 +70,7 @@ def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block; the time embedding scales and shifts between its two convolutions."""
+    """Pre-activation residual block. The time embedding scales and shifts between convolutions."""
 
     def __init__(self, channels: int, emb_dim: int, dropout: float):
         super().__init__()
@@ -107,7 +111,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution: residual blocks, each followed by attention where that is affordable."""
+    """Residual blocks of one resolution, each followed by attention if it is affordable."""
 
     def __init__(self, channels: int, blocks: int, emb_dim: int, dropout: float, attention: bool):
         super().__init__()
@@ -123,29 +127,28 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """The default network, made for CPUs: `UNet()` is for two grey levels.
+    """The default network, made for CPUs. `UNet()` is for two grey levels.
 
-    2x2 pixels are folded into channels at the input and unfolded at the output, so that all work happens at 1/2, 1/4
-    and 1/8 of the resolution, with attention at the two lower ones. The way up adds what the way down saw. The output
-    also gets a learned table that depends on t and on the pixel's own noisy state: how far to trust what is seen at t
-    is the first thing to know about x_0.
+    The input folds 2x2 pixels into channels and the output unfolds them, so all work is done at
+    1/2, 1/4 and 1/8 of the resolution, with attention at the two lower ones. The way up adds the
+    features of the way down. A learned table by t and by the pixel's own noisy state is added to
+    the output: how far to trust x_t at t is the first thing to know about x_0.
 
     Args:
-        num_levels: K, how many values x_0 takes.
-        num_states: S, how many values x_t takes; K if not given.
+        num_levels: K, the values of x_0.
+        num_states: S, the values of x_t; K by default.
         channels: width at 1/2, 1/4 and 1/8 of the resolution, multiples of 8.
         blocks: residual blocks at each resolution, on the way down and again on the way up.
-        num_labels: how many classes may be given as y; 0 for a network without labels.
-        output: "softmax", or "logistic" for levels in an order: a pixel's logits are those of a discretized logistic,
-            whose log-scale and mean, as a correction to the noisy level, are what the network gives. The authors take
-            the hyperbolic tangent of that mean; without it, no correction at all says that x_0 is x_t.
-        ordinal: beside its one-hot form, show x_t as a number from -1 to 1 (a mask as 0), as the authors do: what a
-            level has in common with its neighbours need not be learned for each of 256.
-        dropout: the share of each residual block's activations that training hides, against overfitting.
+        num_labels: the number of classes; 0 for none.
+        output: "softmax", or "logistic" for ordered levels: a discretized logistic, whose mean is
+            the noisy level plus a correction. The authors take the tanh of that sum; without it,
+            a correction of 0 says that x_0 is x_t.
+        ordinal: show x_t as a number from -1 to 1 beside its one-hot form, as the authors do, so
+            that neighbouring levels look alike from the start.
+        dropout: the share of each residual block's activations that training drops.
 
     Raises:
-        ValueError: for widths, blocks or a dropout out of range; by `forward` for images whose sides are not multiples
-            of 8, or with colours.
+        ValueError: for arguments out of range; by `forward` for sides that are not multiples of 8.
     """
 
     def __init__(
@@ -171,17 +174,9 @@ class UNet(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         num_states = num_states or num_levels
-        self.config = {
-            "name": "unet",
-            "num_levels": num_levels,
-            "num_states": num_states,
-            "channels": list(channels),
-            "blocks": blocks,
-            "num_labels": num_labels,
-            "output": output,
-            "ordinal": ordinal,
-            "dropout": dropout,
-        }
+        self.config = {"name": "unet", "num_levels": num_levels, "num_states": num_states}
+        self.config |= {"channels": list(channels), "blocks": blocks, "num_labels": num_labels}
+        self.config |= {"output": output, "ordinal": ordinal, "dropout": dropout}
         self.num_labels, self.output, self.ordinal = num_labels, output, ordinal
         self.num_levels, self.num_states, self.time_dim = num_levels, num_states, channels[0]
         high, middle, low = channels
@@ -255,32 +250,34 @@ class UNet(nn.Module):
         return logistic_logits(as_numbers(x_t, self.num_levels) + shift, log_scale, self.num_levels)
 
     def head(self, h: Tensor, emb: Tensor, x: Tensor) -> Tensor:
-        """The output, [B, K or 2, H, W], from h [B, high, H/2, W/2] and the table by t and noisy state."""
+        """h [B, high, H/2, W/2], plus the table by t and noisy state, -> [B, K or 2, H, W]."""
         h = F.pixel_shuffle(self.unfold(h), 2)
         table = self.own_state(emb).view(len(h), -1, self.num_states)
         return h + torch.einsum("bks,bshw->bkhw", table, x)
 
 
-def build_network(config: dict) -> UNet:
+NETWORKS = {"unet": UNet}
+
+
+def build_network(config: dict) -> nn.Module:
     """The network that `network.config` describes. Raises ValueError for an unknown name."""
     arguments = dict(config)
     name = arguments.pop("name", None)
-    if name != "unet":
-        raise ValueError(f"unknown network {name!r}: this repository has the unet")
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}: choose from {', '.join(NETWORKS)}")
     # Channels last: convolutions on the CPU are 5 to 10 % faster for it.
-    return UNet(**arguments).to(memory_format=torch.channels_last)
+    return NETWORKS[name](**arguments).to(memory_format=torch.channels_last)
 
 
 class Autocast(nn.Module):
-    """A network that computes in bfloat16 where that is safe. Its logits come out in float32: the probabilities that
-    are made of them need all the digits."""
+    """A network that computes in bfloat16 where that is safe, and returns float32 logits."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, x_t: Tensor, *args) -> Tensor:
-        # On CPUs the fused attention is several times slower than two products for images as small as these.
+        # Fused attention on CPUs is several times slower for images as small as these.
         plain_attention = (
             sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext()
         )
@@ -289,6 +286,6 @@ class Autocast(nn.Module):
 
 
 def accelerated(network: nn.Module, amp: bool, compiled: bool) -> nn.Module:
-    """The same network, of the same weights, in bfloat16 if `amp`, and compiled."""
+    """The same network and weights, in bfloat16 if `amp`, and compiled if asked."""
     network = Autocast(network) if amp else network
     return torch.compile(network) if compiled else network

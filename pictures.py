@@ -1,10 +1,16 @@
-"""Pictures of images and of numbers."""
+"""Pictures of digits and of numbers."""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from cli import UserError
 
 import numpy as np
 import torch
@@ -12,65 +18,65 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from checkpoint import atomic_write
 from dataset import to_levels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GROUND = 96  # the grey between images, and of states that are no level
+BACKGROUND = 96  # the grey between images, also for masks and for unknown pixels
 
 
 def image_grid(x: Tensor, num_levels: int = 2, columns: int | None = None) -> Image.Image:
-    """Images [n, 1, H, W] of integer levels as one picture, black to white, row by row on a grey ground.
+    """One picture of the images [n, 1, H, W], integers, row by row; level 0 is black.
 
-    Where nothing is yet, in a state beyond the levels, the mask of absorbing transitions, and at -1, the ground shows.
+    States that are not levels (-1, or a mask) get the colour of the background.
     """
     n, _, H, W = x.shape
     columns = columns or math.isqrt(n - 1) + 1
-    rows, gap = -(-n // columns), 2
-    grey = np.append(np.linspace(0, 255, num_levels).round(), GROUND).astype(np.uint8)
-    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap), GROUND, dtype=np.uint8)
-    for i, image in enumerate(
-        x[:, 0].cpu().long().clamp(max=num_levels).numpy()
-    ):  # -1 is the ground, too
+    rows, gap = math.ceil(n / columns), 2
+    grey = np.append(np.linspace(0, 255, num_levels).round(), BACKGROUND).astype(np.uint8)
+    shape = rows * (H + gap) + gap, columns * (W + gap) + gap
+    sheet = np.full(shape, BACKGROUND, dtype=np.uint8)
+    states = x[:, 0].cpu().long().clamp(max=num_levels).numpy()
+    for i, image in enumerate(states):
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[top : top + H, left : left + W] = grey[image]
+        sheet[top : top + H, left : left + W] = grey[image]  # grey[-1] is the background
     scale = 2 if n <= 1024 else 1
-    return Image.fromarray(sheet).resize(
-        (sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST
-    )
+    size = shape[1] * scale, shape[0] * scale
+    return Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST)
 
 
 def read_partial_digit(path: str | Path, num_levels: int = 2) -> Tensor:
-    """What a picture gives of a digit, int64 [1, 1, 32, 32]: levels, or -1 where it is (at least half) transparent.
+    """The known pixels of a digit, int64 [1, 1, 32, 32]: levels, or -1 where they are unknown.
 
-    The picture is a PNG of any kind, the digit white on black; its grey values become levels as in training. Pictures
-    of 28x28 are padded as MNIST is, and that border is given: it is black.
+    The file is a PNG, 28x28 or 32x32, white on black. Pixels are unknown where it is at least half
+    transparent. Grey values become levels as in training. 28x28 is padded with known black pixels.
 
     Raises:
         OSError: if the file can't be read.
-        ValueError: if it is no PNG, of another size, or without a transparent pixel.
+        UserError: if it is not such a PNG, or has no unknown pixel.
     """
     with open(path, "rb") as file:
         try:
             picture = Image.open(file, formats=["PNG"])
-            if fits := picture.size in ((28, 28), (32, 32)):  # before it is unpacked
-                pixels = np.array(picture.convert("RGBA").convert("LA"))
-        except Exception as error:  # Pillow raises half a dozen types here
-            raise ValueError(
-                f"{path} is damaged or is not a PNG ({type(error).__name__})"
-            ) from None
-    if not fits:
-        raise ValueError(f"{path} is {picture.width}x{picture.height} pixels: give 28x28 or 32x32")
+            fits = picture.size in ((28, 28), (32, 32))
+            pixels = np.array(picture.convert("RGBA").convert("LA")) if fits else None
+        except Exception as error:  # Pillow raises half a dozen types
+            reason = type(error).__name__
+            raise UserError(f"{path} is damaged or is not a PNG ({reason})") from None
+    if pixels is None:
+        raise UserError(f"{path} is {picture.width}x{picture.height} pixels: give 28x28 or 32x32")
     grey, alpha = torch.from_numpy(pixels).unbind(2)
-    if (alpha >= 128).all():
-        raise ValueError(f"{path} has nothing to draw: make transparent what is unknown")
-    known = torch.where(alpha >= 128, to_levels(grey, num_levels).long(), -1)
+    given = alpha >= 128
+    if given.all():
+        raise UserError(f"{path} has nothing to draw: make unknown pixels transparent")
+    known = torch.where(given, to_levels(grey, num_levels).long(), -1)
     return F.pad(known, [(32 - len(known)) // 2] * 4)[None, None]
 
 
 def titled_frame(x_t: Tensor, num_levels: int, title: str) -> Image.Image:
-    """The images as one picture with a line of text above."""
+    """The image grid under a line of text."""
     grid = image_grid(x_t, num_levels)
     frame = Image.new("L", (grid.width, grid.height + 24), 255)
     frame.paste(grid, (0, 24))
@@ -78,18 +84,57 @@ def titled_frame(x_t: Tensor, num_levels: int, title: str) -> Image.Image:
     return frame
 
 
+def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
+    """Write what `draw` draws into a file. Any failure is a warning and returns False.
+
+    A picture must not end a program that has trained or measured for hours.
+    """
+    try:
+        with atomic_write(path) as file:
+            draw(file)
+        return True
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"warning: {path} was not written: {reason}", file=sys.stderr)
+        return False
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Matplotlib's default settings, whatever a user's matplotlibrc says. Usable as a decorator."""
+    # A notebook's shells inherit MPLBACKEND. It may name a backend that is missing in this
+    # environment, with which matplotlib can't be imported. We need none: PNGs are always Agg's.
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    import matplotlib  # takes half a second, so only for figures
+
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+@default_style()
 def new_figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # half a second that drawing digits does not need
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
+@default_style()
 def save_figure(figure: Figure, file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=120)
 
 
+@default_style()
 def plot_history(history: list[dict]) -> Figure:
-    """Training loss and validation bound of a run, epoch by epoch."""
+    """Training loss and validation bound of a run by epoch."""
     epochs = [row["epoch"] for row in history]
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
@@ -104,51 +149,41 @@ def plot_history(history: list[dict]) -> Figure:
     return figure
 
 
+@default_style()
 def plot_terms(network_t: Tensor, t: Tensor, terms: Tensor) -> Figure:
-    """The mean of the bound's terms by t: t and terms are flat, t counts the timesteps of a chain with `network_t`."""
+    """The mean of the bound's terms by t: flat `t` and `terms`, of a chain with `network_t`."""
     sums = terms.new_zeros(len(network_t)).index_add_(0, t, terms)
     counts = t.bincount(minlength=len(network_t))
     seen = counts > 0
     figure = new_figure(7, 4)
     axis = figure.subplots()
     axis.plot(network_t[seen], (sums / counts)[seen], marker=".", linewidth=0.8)
-    axis.set(
-        xlabel="t",
-        ylabel="mean term of the bound, nats per image",
-        yscale="log",
-        title="Where the bound comes from",
-    )
+    axis.set(xlabel="t", ylabel="mean term of the bound, nats per image", yscale="log")
+    axis.set_title("Where the bound comes from")
     axis.grid(alpha=0.3, which="both")
     return figure
 
 
+@default_style()
 def plot_gains(bounds: dict[str, tuple[float, list[dict]]]) -> Figure:
-    """Importance-weighted bounds against the number of trajectories, by name: the plain bound and its rows of
-    `metrics.summarize_gain`."""
+    """Importance-weighted bounds by the number of trajectories.
+
+    `bounds` holds, by name, the plain bound and the rows of `metrics.summarize_gain`.
+    """
     figure = new_figure(7, 4)
     axis = figure.subplots()
     for i, (name, (plain, rows)) in enumerate(bounds.items()):
-        axis.axhline(
-            plain,
-            color=f"C{i}",
-            linestyle="--",
-            linewidth=0.8,
-            label=f"plain bound, {name}: {plain:.2f}",
-        )
-        values = [
-            [row[key] for row in rows] for key in ("trajectories", "gain", "gain_standard_error")
-        ]
-        axis.errorbar(
-            values[0], [plain - gain for gain in values[1]], values[2], marker=".", color=f"C{i}",
-            label=f"importance-weighted, {name}: {plain - values[1][-1]:.2f}",
-        )  # fmt: skip
+        style = {"color": f"C{i}", "linestyle": "--", "linewidth": 0.8}
+        axis.axhline(plain, label=f"plain bound, {name}: {plain:.2f}", **style)
+        x = [row["trajectories"] for row in rows]
+        y = [plain - row["gain"] for row in rows]
+        errors = [row["gain_standard_error"] for row in rows]
+        label = f"importance-weighted, {name}: {y[-1]:.2f}"
+        axis.errorbar(x, y, errors, marker=".", color=f"C{i}", label=label)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(
-        xlabel="trajectories",
-        ylabel="bound, nats per image",
-        title="Averaging weights before the logarithm",
-    )
+    axis.set(xlabel="trajectories", ylabel="bound, nats per image")
+    axis.set_title("Averaging weights before the logarithm")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -1,11 +1,12 @@
-"""One training step and all that it carries from step to step: weights, their average, the optimizer, the noise."""
+"""The training step and its state: weights, their average, the optimizer, the noise."""
 
 import copy
 import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,10 @@ from dataset import stream_seed
 from diffusion import DiscreteDiffusion
 from model import accelerated
 
-OPTIMIZERS = ("muon", "adamw")
-DECAYS = ("late", "cosine")
+OPTIMIZERS = ("muon", "adamw", "adam")
+DECAYS = ("late", "cosine", "constant")
 WARMUP_STEPS = 100
-LATE = 0.3  # the share of the steps over which the late decay goes down
+LATE = 0.3  # the late decay takes this share of the steps
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -29,7 +30,7 @@ MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is among those that torchrun has started: by number, and by number on this machine."""
+    """This process's rank, its rank on this machine, and how many torchrun started."""
 
     rank: int = 0
     local_rank: int = 0
@@ -37,7 +38,7 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> "Processes":
-        """Raises ValueError if torchrun's variables are there in part or are not numbers."""
+        """Read torchrun's variables. Raises ValueError if only some are set or one is no number."""
         text = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
         if not any(text):
             return cls()
@@ -46,13 +47,14 @@ class Processes:
             if not 0 <= local_rank <= rank < size:
                 raise ValueError
         except (TypeError, ValueError):
+            values = ", ".join(map(repr, text))
             raise ValueError(
-                f"RANK, LOCAL_RANK and WORLD_SIZE are {', '.join(map(repr, text))}: torchrun sets all three"
+                f"RANK, LOCAL_RANK and WORLD_SIZE are {values}: torchrun sets all three"
             ) from None
         return cls(rank, local_rank, size)
 
     def start(self, device: torch.device) -> torch.device:
-        """Meet the others, if any; the device of this process."""
+        """Connect to the other processes, if any. Returns the device of this process."""
         if self.size == 1:
             return device
         if device.type == "cuda":
@@ -62,7 +64,7 @@ class Processes:
         return device
 
     def mean(self, *values: float) -> list[float]:
-        """The mean of each value over all processes, which wait here for each other."""
+        """The mean of each value over all processes. Waits until each of them has called this."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -70,7 +72,7 @@ class Processes:
         return (sums / self.size).tolist()
 
     def share(self, batch_size: int) -> slice:
-        """This process's part of a batch. Raises ValueError if it can't be shared equally."""
+        """This process's part of a batch. Raises ValueError if the parts would not be equal."""
         if batch_size % self.size:
             raise ValueError(
                 f"the batch of {batch_size} can't be shared equally by {self.size} processes"
@@ -79,27 +81,26 @@ class Processes:
 
 
 class Trainer:
-    """A diffusion in training.
+    """Trains the network of a diffusion.
 
     Args:
-        diffusion: around the network, which is already on its device.
-        total_steps: how many steps the learning rate is planned for.
-        batch_size: images per step, those of all processes together.
-        lr: the peak learning rate; see `learning_rate` for its course with `decay`.
-        optimizer: "adamw" or "muon".
-        label_dropout: the share of images whose label is hidden from a network that takes labels.
-        seed: of the noise; with the number of the step it decides all that is random here, but for a network's dropout,
-            whose masks also depend on this process's share of the batch.
+        diffusion: around the network, which is on its device already.
+        total_steps: the number of steps that the learning rate is planned for.
+        batch_size: images per step, all processes together.
+        lr: the peak learning rate. decay: how it goes down, one of DECAYS; see `learning_rate`.
+        optimizer: one of OPTIMIZERS.
+        label_dropout: hide this share of the labels from a network that takes labels.
+        seed: seed of the noise.
         amp: run the network in bfloat16. compiled: compile it first.
-        max_grad_norm: the gradient is clipped to this norm.
+        processes: the processes that share each batch.
 
     Attributes:
-        network: what is trained. averaged: the diffusion around the average of its weights, in eval mode.
+        network: the network in training. averaged: the diffusion around its averaged weights.
         steps: how many steps are done.
-        source: the device that the noise is drawn on, and that batches are best served from.
+        source: the device on which noise is drawn. Batches from there save a copy.
 
     Raises:
-        ValueError: for Muon and a network without `hidden_matrices`, or a batch that can't be shared equally.
+        ValueError: for Muon without `hidden_matrices`, or a batch that can't be shared.
     """
 
     def __init__(
@@ -114,91 +115,100 @@ class Trainer:
         seed: int = 0,
         amp: bool = False,
         compiled: bool = False,
-        max_grad_norm: float = MAX_GRAD_NORM,
         processes: Processes = Processes(),
     ):
-        self.network, self.steps = diffusion.model, 0
-        self.total_steps, self.batch_size, self.lr, self.decay = total_steps, batch_size, lr, decay
-        self.label_dropout, self.seed, self.max_grad_norm = label_dropout, seed, max_grad_norm
-        self.shard = processes.share(batch_size)
+        self.network, self.steps, self.total_steps = diffusion.model, 0, total_steps
+        self.lr, self.decay, self.label_dropout, self.seed = lr, decay, label_dropout, seed
+        self.processes, self.shard = processes, processes.share(batch_size)
         model = accelerated(self.network, amp, compiled)
         model = DistributedDataParallel(model) if processes.size > 1 else model
         self.diffusion = diffusion.around(model)
         self.averaged = diffusion.around(copy.deepcopy(self.network)).eval()
         self.network.train()
-        device = next(self.network.parameters()).device
-        self.source = device if device.type == "cuda" else torch.device("cpu")
-        self.records = device.type == "cuda" and processes.size == 1
+        self.device = next(self.network.parameters()).device
+        self.source = self.device if self.device.type == "cuda" else torch.device("cpu")
+        # A network that does not say that it has no dropout may draw random numbers.
+        self.draws = getattr(self.network, "config", {}).get("dropout", 1) > 0
+        self.records = self.device.type == "cuda" and processes.size == 1
         if self.records:
-            torch.cuda.set_device(device)
-        self.rate = (
-            torch.tensor(lr, device=device) if self.records else lr
-        )  # recorded: read from where it was
+            torch.cuda.set_device(self.device)
+        # A recorded step reads the rate from the place in memory where it was during the recording.
+        self.rate = torch.tensor(lr, device=self.device) if self.records else lr
         options = {"lr": self.rate, "capturable": self.records}
+        parameters = self.network.parameters()
+        self.optimizer: torch.optim.Optimizer
         if optimizer == "muon":
-            dtype = torch.bfloat16 if amp else torch.float32
-            self.optimizer: torch.optim.Optimizer = Muon(self.network, dtype, **options)
+            self.optimizer = Muon(self.network, torch.bfloat16 if amp else torch.float32, **options)
+        elif optimizer == "adamw":
+            options |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
+            self.optimizer = torch.optim.AdamW(parameters, **options)
         else:
-            parameters = self.network.parameters()
-            self.optimizer = torch.optim.AdamW(
-                parameters, betas=BETAS, weight_decay=WEIGHT_DECAY, **options
-            )
+            self.optimizer = torch.optim.Adam(parameters, **options)
         self.update = Recorded(self._update) if self.records else self._update
 
     def step(self, x_0: Tensor, y: Tensor | None = None) -> Tensor:
-        """Learn from one batch of all processes, x_0 [B, 1, H, W] and labels y [B]; the loss, a scalar, detached.
+        """Learn from one batch of all processes, x_0 [B, 1, H, W] with labels y [B].
 
-        The noise depends on (seed, step) alone: a resumed run draws what the uninterrupted one would have drawn, and
-        processes that share a batch draw what one process would have drawn, and take their part of it. (CUDA draws its
-        own: the CPU's would take longer than the step.) What the network draws, dropout's masks, comes from torch's
-        global generator, which is seeded here; it depends on the process's share, too.
+        Returns the loss, a detached scalar. (seed, step) alone decide the noise, so a resumed run
+        draws what an uninterrupted one would have drawn, and processes that share a batch draw what
+        one process would. CUDA draws other numbers than the CPU does.
         """
-        device = next(self.network.parameters()).device
         with record_function("noise"):
-            generator = torch.Generator(self.source).manual_seed(
-                stream_seed(self.seed, 0, self.steps)
-            )
-            t = self.diffusion.draw_t(len(x_0), generator)
-            u = torch.rand(x_0.shape, generator=generator, device=self.source)
-            if self.diffusion.num_labels:
-                hidden = (
-                    torch.rand(len(x_0), generator=generator, device=self.source)
-                    < self.label_dropout
-                )
-                y = torch.full((len(x_0),), -1) if y is None else y
-                y = y.to(self.source).masked_fill(hidden, -1)
-            else:
-                y = None
-            x_0, t, u, y = (v if v is None else v[self.shard].to(device) for v in (x_0, t, u, y))
-            torch.manual_seed(
-                stream_seed(self.seed, 3, self.steps, self.shard.start)
-            )  # for a network that draws
+            inputs = self._add_noise(x_0, y)
         rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.fill_(rate) if self.records else rate
-        loss = self.update(x_0, t, u, y)
+        with self._seeded_dropout():
+            loss = self.update(*inputs)
         with record_function("average"):
             move_average(self.averaged.model, self.network, self.steps)
         self.steps += 1
         return loss
 
+    def _add_noise(self, x_0: Tensor, y: Tensor | None) -> list[Tensor | None]:
+        """This process's part of x_0, t, uniforms u and labels y, on the network's device."""
+        generator = torch.Generator(self.source)
+        generator.manual_seed(stream_seed(self.seed, 0, self.steps))
+        t = self.diffusion.draw_t(len(x_0), generator)
+        u = torch.rand(x_0.shape, generator=generator, device=self.source)
+        if self.diffusion.num_labels:
+            hidden = torch.rand(len(x_0), generator=generator, device=self.source)
+            y = torch.full((len(x_0),), -1) if y is None else y
+            y = y.to(self.source).masked_fill(hidden < self.label_dropout, -1)
+        else:
+            y = None
+        return [v if v is None else v[self.shard].to(self.device) for v in (x_0, t, u, y)]
+
+    @contextmanager
+    def _seeded_dropout(self) -> Iterator[None]:
+        """Seed torch's global generator, which dropout draws from, and restore it afterwards."""
+        if not self.draws:
+            yield
+            return
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # Each process masks its own part of the batch, so its masks are its own, too.
+            torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))
+            yield
+
     def _update(self, x_0: Tensor, t: Tensor, u: Tensor, y: Tensor | None) -> Tensor:
-        """Loss, gradient, optimizer: what CUDA records. It waits for no result."""
+        """Loss, gradient, optimizer. CUDA records this: no sync with the device is allowed."""
         with record_function("forward"):
             loss = self.diffusion.loss(x_0, t, u, y)
         with record_function("backward"):
             self.optimizer.zero_grad()
             loss.backward()
         with record_function("optimizer"):
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
             self.optimizer.step()
         return loss.detach()
 
     def validate(self, x_0: Tensor) -> float:
-        """The averaged network's bound in nats per image, L_0 and one t a digit: the same noise each time."""
-        return (
-            self.averaged.variational_bound(x_0, 1, torch.Generator().manual_seed(0)).mean().item()
-        )
+        """The averaged network's mean bound in nats per image, from L_0 and one t per image.
+
+        The noise is the same in each call.
+        """
+        generator = torch.Generator().manual_seed(0)
+        return self.averaged.variational_bound(x_0, 1, generator).mean().item()
 
     def state_dict(self) -> dict:
         return {
@@ -209,11 +219,11 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state_dict` was taken. Raises ValueError if it is another network's or optimizer's."""
+        """Go on from `state_dict()`. Raises ValueError if the network or optimizer is another."""
         try:
             self.network.load_state_dict(state["weights"])
             self.averaged.model.load_state_dict(state["averaged_weights"])
-            saved = state["optimizer"]  # perhaps on another kind of device
+            saved = state["optimizer"]  # perhaps from another kind of device
             groups = [group | {"capturable": self.records} for group in saved["param_groups"]]
             self.optimizer.load_state_dict(saved | {"param_groups": groups})
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -223,15 +233,19 @@ class Trainer:
             ) from None
         self.steps = state["step"]
         if self.records:
-            self.update = Recorded(self._update)  # the optimizer's tensors are others now
+            self.update = Recorded(self._update)  # the old recording uses the old state's memory
 
 
 def learning_rate(peak: float, step: int, total: int, decay: str = "late") -> float:
-    """A short warm-up; then the peak until the last 30 % of the steps, which go down to 0 in a line; or a cosine."""
+    """The rate of a step, 0..total-1: a warm-up of 100 steps (or total // 10), then by `decay`.
+
+    late: the peak, then a straight line to 0 over the last 30 % of the steps. cosine: half a cosine
+    from the start. constant: the peak.
+    """
     rate = peak * min(1.0, (step + 1) / max(1, min(WARMUP_STEPS, total // 10)))
     if decay == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * step / total))
-    return rate * min(1.0, (total - step) / (LATE * total))
+    return rate * min(1.0, (total - step) / (LATE * total)) if decay == "late" else rate
 
 
 def decay_start(total: int) -> int:
@@ -241,7 +255,7 @@ def decay_start(total: int) -> int:
 
 @torch.no_grad()
 def move_average(averaged: nn.Module, current: nn.Module, n: int) -> None:
-    """Exponential moving average over about the last ninth of the n steps so far, at most 1,000 of them."""
+    """Exponential moving average over about the last ninth of n steps, at most 1,000."""
     decay = min(0.999, (1 + n) / (10 + n)) if n else 0.0
     torch._foreach_lerp_(list(averaged.parameters()), list(current.parameters()), 1 - decay)
     for a, c in zip(averaged.buffers(), current.buffers(), strict=True):
@@ -249,89 +263,89 @@ def move_average(averaged: nn.Module, current: nn.Module, n: int) -> None:
 
 
 class Recorded:
-    """A function of CUDA tensors that does the same thing every time: recorded as a CUDA graph, then replayed.
+    """A function of CUDA tensors, recorded as a CUDA graph and then replayed.
 
-    The thousand kernels of a step take less time than it takes to ask for them one by one. The first calls are made as
-    usual: they compile, and find their memory. Each call's tensors have the shapes of the first one's, and the function
-    may not wait for a result.
+    A step has a thousand kernels, and launching them one by one takes longer than running them.
+    The first WARMUP calls run as usual: they compile and allocate. All calls must have the shapes
+    of the first, and the function must not sync with the device.
     """
 
-    USUAL = 3
+    WARMUP = 3
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
 
-    def __call__(self, *given: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
         self.calls += 1
-        if self.calls <= self.USUAL:
+        if self.calls <= self.WARMUP:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*capturable=True")  # so it is, but not yet
-                result = self.function(*given)
+                # torch warns about a capturable optimizer outside a recording.
+                warnings.filterwarnings("ignore", ".*capturable=True")
+                result = self.function(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
-        if self.calls == self.USUAL + 1:
-            self.given, self.graph = (
-                [v if v is None else v.clone() for v in given],
-                torch.cuda.CUDAGraph(),
-            )
+        if self.calls == self.WARMUP + 1:
+            self.inputs = [v if v is None else v.clone() for v in inputs]
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.function(*self.given)
-        for mine, yours in zip(self.given, given, strict=True):
-            if mine is not None:
-                mine.copy_(yours)
+                self.result = self.function(*self.inputs)
+        for recorded, new in zip(self.inputs, inputs, strict=True):
+            if recorded is not None:
+                recorded.copy_(new)
         self.graph.replay()
         return self.result.clone()
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but the matrices inside the network step along their orthogonalised momentum (Jordan et al. 2024).
+    """AdamW, but hidden matrices step along their orthogonalized momentum (Jordan et al. 2024).
 
-    torch.optim.Muon takes no convolutions, and computes in bfloat16, which most CPUs only emulate. The update is scaled
-    to AdamW's typical size, so that one learning rate serves both (Liu et al. 2025, arXiv:2502.16982).
+    The update is scaled to AdamW's typical size, so that one learning rate serves both (Liu et al.
+    2025, arXiv:2502.16982). torch.optim.Muon takes no convolutions, and computes in bfloat16, which
+    most CPUs only emulate.
+
+    Raises:
+        ValueError: if the network has no `hidden_matrices()`.
     """
 
     MOMENTUM = 0.95
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, **options):
         if not hasattr(network, "hidden_matrices"):
-            raise ValueError(
-                f"muon needs a network with hidden_matrices(), which {type(network).__name__} has not"
-            )
+            name = type(network).__name__
+            raise ValueError(f"muon needs a network with hidden_matrices(), which {name} has not")
         super().__init__(network.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, **options)
         self.dtype = dtype
-        self.alike: dict[tuple, list[nn.Parameter]] = defaultdict(
-            list
-        )  # matrices of one shape, which go together
+        self.by_shape: dict[tuple, list[nn.Parameter]] = defaultdict(list)  # one batch each
         for p in network.hidden_matrices():
-            self.alike[p.flatten(1).shape].append(p)
+            self.by_shape[p.flatten(1).shape].append(p)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for shape, matrices in self.alike.items():
+        for shape, matrices in self.by_shape.items():
             for p in matrices:
-                if p not in self.state:  # AdamW wants a step in every state that it loads
+                if p not in self.state:  # AdamW wants "step" in each state that it loads
                     self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
-            gradients, momenta = (
-                [p.grad for p in matrices],
-                [self.state[p]["momentum"] for p in matrices],
-            )
+            gradients = [p.grad for p in matrices]
+            momenta = [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
-            ahead = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)  # Nesterov's
-            updates = orthogonalized(torch.stack([v.flatten(1) for v in ahead]), self.dtype)
+            nesterov = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
+            updates = orthogonalized(torch.stack([v.flatten(1) for v in nesterov]), self.dtype)
             updates = updates * (group["lr"] * 0.2 * math.sqrt(max(shape)))
+            updates = [v.view_as(p) for p, v in zip(matrices, updates, strict=True)]
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(
-                matrices, [v.view_as(p) for p, v in zip(matrices, updates, strict=True)]
-            )
+            torch._foreach_sub_(matrices, updates)
             for p in matrices:
-                p.grad = None  # AdamW passes over it
+                p.grad = None  # AdamW skips parameters without a gradient
         super().step()
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """U V^T of each matrix U S V^T, [..., R, C], roughly: its singular values are 0.7 to 1.2 (Newton-Schulz)."""
+    """Approximate U V^T of each matrix U S V^T, [..., R, C], by five steps of Newton-Schulz.
+
+    The singular values of the result are between 0.7 and 1.2.
+    """
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     x = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):

@@ -1,32 +1,35 @@
-"""The transition matrices of D3PM and their noise schedules (Austin et al. 2021, section 3.1 and appendix A.2).
+"""The Markov chain of one pixel: noise schedules, transition matrices, tables, and operations.
 
     beta_1 .. beta_T   float64 [T], how much noise each step adds
-    Q_1 .. Q_T         float64 [T, S, S], Q_t[i, j] = q(x_t = j | x_{t-1} = i); S states, K of them grey levels
+    Q_1 .. Q_T         float64 [T, S, S], Q_t[i, j] = q(x_t = j | x_{t-1} = i), for S states
 
-A new family is a function that returns Q_1 .. Q_T and one entry in `FAMILIES`.
+Austin et al. 2021, section 3.1 and appendix A.2. A new family is a function that returns
+Q_1 .. Q_T, and one entry in `FAMILIES`.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial, reduce
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDEST = math.log(1e4)  # of a squared width that is as good as infinite: the kernel is flat
+LOG_ZERO = -1e30  # log 0 inside sums, where -inf would turn gradients into NaN
+WIDEST = math.log(1e4)  # log of a squared width at which a Gaussian kernel is flat
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Noise schedules: (T, K) -> beta_1 .. beta_T, float64 [T]
 
 
 def cosine_betas(T: int, K: int) -> Tensor:
-    """alpha_bar_t = cos((t/T + s) / (1 + s) * pi/2), s = 0.008, and beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}.
+    """beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, alpha_bar_t = cos((t/T + s) / (1 + s) pi/2).
 
-    The paper's schedule for uniform transitions (after Hoogeboom et al. 2021): the cosine, not its square. It is
-    not clipped, so beta_T = 1: x_T is exactly stationary and L_T = 0.
+    The paper's schedule for uniform transitions (Hoogeboom et al. 2021), s = 0.008: the cosine,
+    not its square. It is not clipped, so beta_T = 1, x_T is exactly stationary and L_T = 0.
     """
     t = torch.arange(T + 1, dtype=torch.float64)
     alpha_bar = torch.cos((t / T + 0.008) / 1.008 * torch.pi / 2)
@@ -35,29 +38,29 @@ def cosine_betas(T: int, K: int) -> Tensor:
 
 
 def linear_betas(T: int, K: int) -> Tensor:
-    """1e-4 .. 0.02, evenly spaced: the DDPM schedule that is widely copied.
+    """1e-4 .. 0.02, evenly spaced: the widely copied schedule of DDPM, kept for comparison.
 
-    With T = 200 it stops halfway: bar_Q_T = [[0.57, 0.43], [0.43, 0.57]] for two uniform levels, so the sampler starts
-    from noise that the network never saw and L_T alone costs 9.0 nats per 32x32 image. Kept for comparison.
+    With T = 200 and two levels it stops at bar_Q_T = [[0.57, 0.43], [0.43, 0.57]]. Sampling starts
+    from noise that the network never saw, and L_T alone costs 9.0 nats per 32x32 image.
     """
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 
 def mutual_info_betas(T: int, K: int) -> Tensor:
-    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T: the same share of the pixels is lost at every step.
+    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T.
 
-    For absorbing transitions the mutual information between x_t and x_0 then falls linearly (appendix A.7); for others
-    the name is only a name.
+    For absorbing transitions the mutual information of x_t and x_0 then falls linearly (appendix
+    A.7). For others it does not.
     """
     return 1 / (T - torch.arange(T, dtype=torch.float64))
 
 
 def fitted_betas(T: int, K: int) -> Tensor:
-    """Evenly spaced squared widths for Gaussian transitions, as in the paper, with end points that fit K and T.
+    """Evenly spaced squared widths for Gaussian transitions, with end points that fit K and T.
 
-    beta_1 lets a middle level go in the first step with probability 0.001; beta_T is found by bisection so that every
-    row of bar_Q_T is within 1e-4 (total variation) of uniform. The paper's 1e-4 .. 0.02 are made for K = 256 and
-    T = 1000: with few levels the kernel is then so narrow that next to nothing ever moves.
+    beta_1 moves a middle level in the first step with probability 0.001. beta_T brings every row
+    of bar_Q_T within 1e-4 (total variation) of uniform. The paper's 1e-4 .. 0.02 suit K = 256 and
+    T = 1000; with few levels the kernel would be so narrow that hardly any pixel moves.
 
     Raises:
         ValueError: if no width reaches uniform in T steps.
@@ -68,7 +71,7 @@ def fitted_betas(T: int, K: int) -> Tensor:
         return torch.linspace(beta_1, math.exp(log_beta_T), T, dtype=torch.float64)
 
     def distance(log_beta_T: float) -> float:
-        row = np.eye(K)[0]  # an edge is the last to forget where it started
+        row = np.eye(K)[0]  # the first level is the slowest to become uniform
         for spectrum, stays in zip(*gaussian_blurs(K, betas(log_beta_T)), strict=True):
             row = blurred(row, spectrum, stays)
         return 0.5 * np.abs(row - 1 / K).sum()
@@ -79,12 +82,11 @@ def fitted_betas(T: int, K: int) -> Tensor:
 
 
 def information_betas(T: int, K: int) -> Tensor:
-    """Squared widths for Gaussian transitions such that what x_t says about x_0 falls as cos^2(pi/2 t/T), or nearly.
+    """Squared widths of Gaussian transitions for a mutual information that falls as a cosine.
 
-    That is the mutual information of x_t and x_0 for a pixel whose K levels are equally likely, as a share of log K
-    (appendix A.7 lets it fall in a line). Evenly spaced widths have lost half of it after a tenth of the steps for
-    K = 8, after a fiftieth for K = 256, and nothing is left to lose in the second half. The last 12 steps are as wide
-    as can be and lose the rest: a step goes at most half of the way to uniform.
+    The mutual information of x_t and x_0, for K equally likely levels and divided by log K, is
+    cos^2(pi/2 t/T), approximately. Evenly spaced widths lose half of it in a tenth of the steps
+    for K = 8, in a fiftieth for K = 256. The last 12 steps are as wide as possible.
 
     Raises:
         ValueError: if T is too small for that.
@@ -101,10 +103,8 @@ def information_betas(T: int, K: int) -> Tensor:
         return 1 + (q * np.log(q)).sum(1).mean() / math.log(K)
 
     few = min(K, 8)
-    rows = np.eye(K)[((np.arange(few) + 0.5) * K / few).astype(int)]  # a few x_0 that stand for all
-    narrowest = math.log(
-        4 / ((K - 1) ** 2 * math.log(2e9))
-    )  # a pixel moves once in a thousand million times
+    rows = np.eye(K)[((np.arange(few) + 0.5) * K / few).astype(int)]  # x_0 that represent all
+    narrowest = math.log(4 / ((K - 1) ** 2 * math.log(2e9)))  # moves with probability 1e-9
     log_betas = []
     for t in range(1, T - 11):
         target = math.cos(math.pi / 2 * t / (T - 12)) ** 2
@@ -113,72 +113,45 @@ def information_betas(T: int, K: int) -> Tensor:
     return torch.tensor([*log_betas, *[WIDEST] * 12], dtype=torch.float64).exp()
 
 
-def bisect(
-    f: Callable[[float], float], target: float, low: float, high: float, steps: int
-) -> float:
-    """Where the falling f comes down to the target, or just beyond; `high` if it doesn't."""
+def bisect(f: Callable, target: float, low: float, high: float, steps: int) -> float:
+    """Where the falling function f reaches the target; `high` if it does not."""
     for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if f(middle) > target else (low, middle)
     return high
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Transition families: (K, betas) -> Q_1 .. Q_T, float64 [T, S, S]
 
 
 def uniform_transitions(K: int, betas: Tensor) -> Tensor:
-    """Q_t = (1 - beta_t) I + beta_t / K 11^T: with probability beta_t, draw the level anew (appendix A.2.1). S = K."""
+    """Q_t = (1 - beta_t) I + beta_t / K 11^T: draw the level anew (appendix A.2.1). S = K."""
     beta = betas[:, None, None]
     return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K
 
 
 def absorbing_transitions(K: int, betas: Tensor) -> Tensor:
-    """Q_t = (1 - beta_t) I + beta_t 1 e_m^T: with probability beta_t, become the mask m (appendix A.2.2). S = K + 1.
+    """Q_t = (1 - beta_t) I + beta_t 1 e_m^T: become the mask m (appendix A.2.2). S = K + 1.
 
-    The mask is a state of its own, the last one, and a pixel that shows a level has always shown it. (The authors'
-    image code absorbs into the middle grey level instead.)
+    The mask is a state of its own, the last one. The authors' image code absorbs into the middle
+    grey level instead.
 
     Raises:
-        ValueError: if a pixel can survive to T, where the prior is all mask: L_T would be infinite.
+        ValueError: if a pixel can survive to T: L_T would be infinite.
     """
     if betas.max() < 1:
-        raise ValueError(
-            "absorbing transitions need a schedule that ends with every pixel masked (some beta_t = 1)"
-        )
+        raise ValueError("absorbing transitions need some beta_t = 1, so that all ends masked")
     beta = betas[:, None, None]
     mask = F.one_hot(torch.tensor(K), K + 1).double()
     return (1 - beta) * torch.eye(K + 1, dtype=torch.float64) + beta * mask
 
 
-def gaussian_kernel(K: int, betas: Tensor) -> Tensor:
-    """What Q_t[i, j] is for i != j in `gaussian_transitions`, by the distance |i - j| = 0..K-1: float64 [T, K]."""
-    n = torch.arange(K, dtype=torch.float64)
-    kernel = torch.exp(-4 * n**2 / ((K - 1) ** 2 * betas[:, None]))
-    return kernel / (2 * kernel.sum(-1, keepdim=True) - kernel[:, :1])
-
-
-def gaussian_blurs(K: int, betas: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """What `blurred` takes for each of `gaussian_transitions`: spectra [T, K+1], and what stays beyond, [T, K]."""
-    kernel = gaussian_kernel(K, betas).numpy()
-    mirrored = np.concatenate([kernel, 0 * kernel[:, :1], kernel[:, :0:-1]], axis=1)
-    cumulative = kernel.cumsum(1)
-    return np.fft.rfft(mirrored), 1 - (cumulative + cumulative[:, ::-1] - kernel[:, :1])
-
-
-def blurred(rows: np.ndarray, spectrum: np.ndarray, stays: np.ndarray) -> np.ndarray:
-    """rows @ Q_t, [..., K]: but for its diagonal, Q_t convolves; 2K places keep the ends apart."""
-    K = rows.shape[-1]
-    return np.fft.irfft(spectrum * np.fft.rfft(rows, 2 * K), 2 * K)[..., :K] + stays * rows
-
-
 def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
-    """Discretized Gaussian kernel for ordinal levels, doubly stochastic (appendix A.2.3). S = K.
+    """A discretized Gaussian kernel for ordinal levels, doubly stochastic (appendix A.2.3). S = K.
 
-    Q_t[i, j] = exp(-4 |i - j|^2 / ((K - 1)^2 beta_t)) / sum over n = -(K-1)..K-1 of exp(-4 n^2 / ((K - 1)^2 beta_t))
-    for i != j, and the diagonal takes the rest.
-
-    It takes K of at least 3: for K = 2 a symmetric kernel is the uniform one.
+    Q_t[i, j] = exp(-4 |i - j|^2 / ((K - 1)^2 beta_t)) / sum over n = -(K-1)..K-1 of
+    exp(-4 n^2 / ((K - 1)^2 beta_t)) for i != j. The diagonal takes the rest.
     """
     n = torch.arange(K)
     Q = gaussian_kernel(K, betas)[:, (n[:, None] - n).abs()]
@@ -187,21 +160,39 @@ def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
     return Q
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def gaussian_kernel(K: int, betas: Tensor) -> Tensor:
+    """The off-diagonal of `gaussian_transitions` by distance 0..K-1: float64 [T, K]."""
+    n = torch.arange(K, dtype=torch.float64)
+    kernel = torch.exp(-4 * n**2 / ((K - 1) ** 2 * betas[:, None]))
+    return kernel / (2 * kernel.sum(-1, keepdim=True) - kernel[:, :1])
+
+
+def gaussian_blurs(K: int, betas: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """For `blurred`: the spectra of the kernels [T, K+1], and the rest of the diagonals [T, K]."""
+    kernel = gaussian_kernel(K, betas).numpy()
+    mirrored = np.concatenate([kernel, 0 * kernel[:, :1], kernel[:, :0:-1]], axis=1)
+    cumulative = kernel.cumsum(1)
+    return np.fft.rfft(mirrored), 1 - (cumulative + cumulative[:, ::-1] - kernel[:, :1])
+
+
+def blurred(rows: np.ndarray, spectrum: np.ndarray, stays: np.ndarray) -> np.ndarray:
+    """rows @ Q_t, [..., K], by FFT: Q_t is a convolution apart from its diagonal."""
+    K = rows.shape[-1]
+    return np.fft.irfft(spectrum * np.fft.rfft(rows, 2 * K), 2 * K)[..., :K] + stays * rows
+
+
+# -------------------------------------------------------------------------------------------------
 # The table of legal combinations
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family makes Q_t, the schedules that go with it, the default first, and its states beyond the levels.
-
-    With fewer than `least_levels` it would be uniform transitions.
-    """
+    """Makes Q_1 .. Q_T; its schedules, the default first; its states beyond the levels."""
 
     matrices: Callable[[int, Tensor], Tensor]
     schedules: dict[str, Callable[[int, int], Tensor]]
     extra_states: int = 0
-    least_levels: int = 2
+    min_levels: int = 2  # with fewer it would be uniform transitions
 
 
 FAMILIES = {
@@ -215,50 +206,206 @@ FAMILIES = {
         extra_states=1,
     ),
     "gaussian": Family(
-        gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}, least_levels=3
+        gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}, min_levels=3
     ),
 }
 SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.schedules))
 
 
 def family_and_schedule(transition: str, schedule: str | None) -> tuple[Family, str]:
-    """The family of that name and its schedule's name, by default its first. Raises ValueError in one line."""
+    """The family and its schedule's name, by default the first. Raises ValueError."""
     if transition not in FAMILIES:
         raise ValueError(f"unknown transition {transition!r}: choose from {', '.join(FAMILIES)}")
     family = FAMILIES[transition]
-    schedule = next(iter(family.schedules)) if schedule is None else schedule
+    schedule = schedule or next(iter(family.schedules))
     if schedule not in family.schedules:
-        raise ValueError(
-            f"{transition} transitions go with the schedule {' or '.join(family.schedules)}, not {schedule}"
-        )
+        choices = " or ".join(family.schedules)
+        raise ValueError(f"{transition} transitions need the schedule {choices}, not {schedule}")
     return family, schedule
 
 
 def transition_matrices(transition: str, schedule: str | None, K: int, T: int) -> Tensor:
-    """Q as float64 [T+1, S, S] with Q[0] the identity. Raises ValueError for what does not go together."""
+    """Q as float64 [T+1, S, S] with Q[0] the identity. Raises ValueError for illegal choices."""
     family, schedule = family_and_schedule(transition, schedule)
-    if family.least_levels > K:
-        raise ValueError(
-            f"{transition} transitions between {K} levels are uniform transitions in disguise: use those"
-        )
+    if family.min_levels > K:
+        raise ValueError(f"{transition} transitions between {K} levels are uniform transitions")
     steps = family.matrices(K, family.schedules[schedule](T, K))
     return torch.cat([torch.eye(steps.shape[-1], dtype=torch.float64)[None], steps])
 
 
 def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
-    """Q as float64 on the CPU, or a ValueError that says why it is not a chain of T transition matrices."""
+    """Q as float64 on the CPU; a ValueError unless it holds T transition matrices after Q[0]."""
     try:
         Q = torch.as_tensor(Q, dtype=torch.float64, device="cpu").detach()
     except (TypeError, RuntimeError):
         raise ValueError("Q must be a tensor") from None
     if Q.ndim != 3 or Q.shape[0] != T + 1 or Q.shape[1] != Q.shape[2] or Q.shape[1] < K:
-        raise ValueError(
-            f"Q must be [timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}, got {list(Q.shape)}"
-        )
-    if (Q < 0).any() or not torch.allclose(
-        Q.sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-6
-    ):
+        wanted = f"[timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}"
+        raise ValueError(f"Q must be {wanted}, got {list(Q.shape)}")
+    if (Q < 0).any() or not torch.allclose(Q.sum(-1), torch.ones(1).double(), atol=1e-6):
         raise ValueError("Q must hold probabilities, each row summing to one")
     if not torch.equal(Q[0], torch.eye(Q.shape[1], dtype=torch.float64)):
         raise ValueError("Q[0] must be the identity (t = 0 is clean data)")
     return Q
+
+
+# -------------------------------------------------------------------------------------------------
+# The chain of one pixel, looked up by t
+
+
+class MarkovChain:
+    """The matrices of every t, float64 on the CPU, and their logarithms log_Q, log_bar_Q.
+
+    Q       [T+1, S, S], Q[t][i, j] = q(x_t = j | x_{t-1} = i) (equation 2); Q[0] = identity
+    bar_Q   [T+1, S, S], bar_Q[t] = Q[1] Q[2] ... Q[t] (equation 3)
+    prior   [S], p(x_T): the mean over the K levels of q(x_T | x_0)
+    """
+
+    def __init__(self, Q: Tensor, K: int):
+        self.Q, self.bar_Q = Q, Q.clone()
+        for t in range(1, len(Q)):
+            self.bar_Q[t] = self.bar_Q[t - 1] @ Q[t]
+        self.bar_Q /= self.bar_Q.sum(-1, keepdim=True)  # or rounding would grow over T products
+        self.prior = self.bar_Q[-1, :K].mean(0)
+        self.log_Q, self.log_bar_Q = Q.log(), self.bar_Q.log()
+        self.tables: dict[tuple, Tensor] = {}  # not buffers: float64 is exact, and MPS has none
+        self.distance = 0.5 * (self.bar_Q[-1, :K] - self.prior).abs().sum(-1).max().item()
+
+    def at(self, name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The attribute of that name at t [B]: [B, S, S] on the device."""
+        key = (name, device, dtype)
+        if key not in self.tables:
+            self.tables[key] = getattr(self, name).to(dtype).to(device)
+        return self.tables[key][t.long().to(device)]
+
+    def rows(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Row x [B, 1, H, W] of the matrix at t, pixel by pixel: [B, S, H, W]."""
+        return take_columns(self.at(name, t, x.device, dtype).mT, x)
+
+    def columns(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Column x [B, 1, H, W] of the matrix at t, pixel by pixel: [B, S, H, W]."""
+        return take_columns(self.at(name, t, x.device, dtype), x)
+
+
+def markov_chain(
+    K: int, T: int, transition: str | None, schedule: str | None, Q: Tensor | None
+) -> tuple[MarkovChain, dict]:
+    """The chain of these names, or of Q, and its config. Raises ValueError for wrong arguments."""
+    if K < 2 or T < 1 or (T + 1) * (K + 1) ** 2 > 2**28:
+        limits = "K must be at least 2, T at least 1, T K^2 at most 2^28 to fit into memory"
+        raise ValueError(f"{limits}; got K = {K}, T = {T}")
+    if Q is None:
+        transition = transition or "uniform"
+        schedule = family_and_schedule(transition, schedule)[1]
+        chain, config = named_chain(transition, schedule, K, T), {"transition": transition}
+        config["schedule"] = schedule
+    elif transition or schedule:
+        raise ValueError("give Q or the name of a transition and its schedule, not both")
+    else:
+        chain = MarkovChain(check_transitions(Q, K, T), K)
+        config = {"Q": chain.Q}
+    if chain.distance > 1e-3:
+        far = f"bar_Q[T] is far from stationary (total variation {chain.distance:.3f}), so L_T > 0"
+        warnings.warn(f"{far}. Use another schedule or a larger T.", stacklevel=1)
+    return chain, config
+
+
+@lru_cache(maxsize=4)
+def named_chain(transition: str, schedule: str, K: int, T: int) -> MarkovChain:
+    """One object for one chain: DiscreteDiffusions around other networks share the tables."""
+    return MarkovChain(transition_matrices(transition, schedule, K, T), K)
+
+
+def take_columns(matrices: Tensor, x: Tensor) -> Tensor:
+    """Column x [B, 1, H, W] of matrices [B, S, S], pixel by pixel: [B, S, H, W]."""
+    index = x.long().flatten(2).expand(-1, matrices.shape[1], -1)
+    return matrices.gather(2, index).reshape(len(x), matrices.shape[1], *x.shape[2:])
+
+
+# -------------------------------------------------------------------------------------------------
+# Operations on distributions, whose states are in dimension 1
+
+
+def draw(probs: Tensor, u: Tensor | None = None, mode: bool = False) -> Tensor:
+    """Sample from probs [B, S, H, W] by inverting the cumulative distribution at u [B, 1, H, W],
+    or take the most probable state: int64 [B, 1, H, W].
+
+    A state of probability 0 is never drawn. u = 0 counts as a small u, or a state of next to no
+    probability would come up once in 2^24 draws. Raises ValueError (on the CPU) for NaN.
+    """
+    if probs.device.type == "cpu" and probs.isnan().any():
+        raise ValueError("the network's output is not finite")
+    if mode:
+        return probs.argmax(1, keepdim=True)
+    u = torch.rand(len(probs), 1, *probs.shape[2:], device=probs.device) if u is None else u
+    u = u.clamp(min=torch.finfo(u.dtype).eps / 4)
+    cumulative = probs.cumsum(1)
+    return (u * cumulative[:, -1:] >= cumulative[:, :-1]).sum(1, keepdim=True)
+
+
+def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """sum of q log(q / p) over the states, in nats, with 0 log 0 = 0; +inf where q > 0 = p."""
+    terms = log_q.exp() * (log_q - log_p)
+    return torch.where(log_q == -torch.inf, 0.0, terms).sum(1)
+
+
+def log_matmul(log_a: Tensor, log_M: Tensor) -> Tensor:
+    """log of a M: log_a [B, K, H, W], log_M [B, K, S] -> log sum over k of a_k M_kj, [B, S, H, W].
+
+    Up to 4 terms are added as logarithms, one by one. More would take too long: they become a
+    product of float64 matrices, and a sum that underflows there (e^-745) becomes its diagonal term.
+    """
+    (K, S), on_mps = log_M.shape[1:], log_a.device.type == "mps"  # MPS has no float64
+    if K <= 4:
+        terms = log_a[:, :, None] + log_M[..., None, None]
+        # -inf in every term would turn the gradient into NaN
+        total = reduce(torch.logaddexp, terms.clamp(min=LOG_ZERO).unbind(1))
+        return total.masked_fill(total < LOG_ZERO / 2, -torch.inf)
+    exact, (low, high) = (torch.float32, (1e-37, 80)) if on_mps else (torch.float64, (1e-307, 700))
+    a = log_a.flatten(2).to(exact).clamp(max=high).exp()  # [B, K, H W]
+    product = (log_M.to(exact).exp().mT @ a).view(len(a), S, *log_a.shape[2:])
+    log_product = product.clamp(min=low).log().to(log_a.dtype)
+    diagonal = log_a + log_M.diagonal(dim1=1, dim2=2)[..., None, None]
+    diagonal = F.pad(diagonal, (0, 0, 0, 0, 0, S - K), value=-torch.inf)
+    return torch.where(product < low, diagonal, log_product)
+
+
+def as_float(x: Tensor) -> Tensor:
+    """Half precision becomes float32; the rest stays."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> Tensor:
+    """x as a tensor; a ValueError unless it holds integers low..high. None is any length.
+
+    Values are checked on the CPU only, since a GPU would have to be waited for.
+    """
+    x = torch.as_tensor(x)
+    fits = len(shape) == x.ndim and all(a in (None, b) for a, b in zip(shape, x.shape, strict=True))
+    if not fits or x.is_floating_point() or x.is_complex():
+        wanted = ", ".join("any" if side is None else str(side) for side in shape)
+        raise ValueError(f"{name} must be integers [{wanted}], got {x.dtype} {list(x.shape)}")
+    if x.device.type == "cpu" and x.numel() and not (low <= x.min() and x.max() <= high):
+        raise ValueError(f"{name} must be in {low}..{high}, got {x.min()}..{x.max()}")
+    return x
+
+
+class RandomStreams:
+    """A random stream for each image i of first .. first + n - 1, made from (seed, i, *more)."""
+
+    def __init__(self, n: int, seed: int, first: int, *more: int):
+        limits = {"n": (n, 1, 2**62), "seed": (seed, 0, 2**32 - 1), "first": (first, 0, 2**62)}
+        for name, (value, low, high) in limits.items():
+            if not isinstance(value, int | np.integer) or not low <= value <= high:
+                raise ValueError(f"{name} must be an integer in {low}..{high}, got {value!r}")
+        images = range(first, first + n)
+        self.streams = [np.random.default_rng((seed, i, *more)) for i in images]
+
+    def uniforms(self, shape: tuple, device: torch.device) -> Tensor:
+        """The next uniforms in [0, 1) of every stream, float32 [n, *shape]."""
+        noise = np.stack([stream.random(shape, dtype=np.float32) for stream in self.streams])
+        return torch.from_numpy(noise).to(device)
+
+    def gumbel(self) -> Tensor:
+        """The next Gumbel variable of every stream, float64 [n]."""
+        return torch.tensor([stream.gumbel() for stream in self.streams], dtype=torch.float64)

@@ -1,51 +1,48 @@
-"""Write an animated GIF of the reverse process: from noise at t = T to digits at t = 0.
+"""Write an animated GIF of the reverse process, from noise at t = T to digits at t = 0.
 
-    python visualize_denoising.py                    # with the model that ships with the repository
-    python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 --out denoising_process.gif
-    python visualize_denoising.py --fill part.png    # what is transparent in the picture of a digit, as for sample.py
+    python visualize_denoising.py                    # the released model
+    python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 --out x.gif
+    python visualize_denoising.py --fill part.png    # complete a partly transparent digit
 
-The digits are the first of what sample.py draws with the same seed and as many timesteps.
+The digits are those of sample.py with the same seed and as many timesteps.
 """
 
 import argparse
 from pathlib import Path
 
-from cli import SEED, add_device, integer, number, parser, path, pick_device, run
+import cli
+from cli import integer, number, path
 
 from tqdm import tqdm
 
-from checkpoint import LAST_STEP, PARTICLES, RELEASED, atomic_writes, load_checkpoint
+from checkpoint import PARTICLES, RELEASED, atomic_writes, default_last_step, load_checkpoint
 from pictures import read_partial_digit, titled_frame
+from trajectories import filling_process
 
-HOLD_MS = 3000  # how long the finished digits stay
+HOLD_MS = 3000  # how long the last frame stays
 
 
 def parse_arguments() -> argparse.Namespace:
-    p = parser(__doc__)
+    p = cli.parser(__doc__)
     add = p.add_argument
-    add("checkpoint", nargs="?", type=path(), default=RELEASED, help="a .pth file written by train.py; it knows its "
-        "network, T and schedule (default: the released model)")  # fmt: skip
-    add("--timesteps", type=int, metavar="N", help="from noise to digits (default: all that the checkpoint was "
-        "trained with)")  # fmt: skip
-    add("--out", type=path(".gif"), default=Path("denoising_process.gif"), help="the GIF (default "
-        "denoising_process.gif)")  # fmt: skip
+    words = "a .pth file written by train.py (default: the released model)"
+    add("checkpoint", nargs="?", type=path(), default=RELEASED, help=words)
+    add("--timesteps", type=int, metavar="N", help="how many steps (default: those of training)")
+    gif = Path("denoising_process.gif")
+    add("--out", type=path(".gif"), default=gif, help=f"the GIF (default {gif})")
     add("--n", type=integer(1, 256), default=16, help="how many digits, 1 to 256 (default 16)")
-    add("--fill", type=path(".png"), metavar="PART.png", help="draw what is transparent in this picture of a digit, "
-        "as sample.py does; the given pixels come out of the noise, too")  # fmt: skip
-    add("--particles", type=integer(1), metavar="N", help=f"choose each --fill from N walks by their weights (default "
-        f"{PARTICLES})")  # fmt: skip
-    add("--fps", type=number(1, 50), default=20, help="frames per second, 1 to 50 (default 20); a frame of a GIF lasts "
-        "whole hundredths of a second, so the nearest rate that there is")  # fmt: skip
-    add(
-        "--seed",
-        type=SEED,
-        default=0,
-        help="the digits are images 0 .. n-1 of sample.py with this seed (default 0)",
-    )
-    add_device(add)
+    words = "draw the transparent pixels of this picture of a digit, as sample.py does"
+    add("--fill", type=path(".png"), metavar="PART.png", help=words)
+    words = f"for --fill: choose from N weighted trajectories (default {PARTICLES})"
+    add("--particles", type=integer(1), metavar="N", help=words)
+    words = """frames per second, 1 to 50 (default 20). GIF counts hundredths of a second, so the
+        nearest possible rate is used"""
+    add("--fps", type=number(1, 50), default=20, help=words)
+    add("--seed", type=cli.SEED, default=0, help="random seed (default 0)")
+    cli.add_device(add)
     args = p.parse_args()
     if args.particles and not args.fill:
-        p.error("--particles is for --fill")
+        p.error("--particles needs --fill")
     return args
 
 
@@ -53,32 +50,29 @@ def main() -> None:
     args = parse_arguments()
     centiseconds = round(100 / args.fps)
     if abs(100 / centiseconds - args.fps) > 0.005:
-        print(
-            f"{100 / centiseconds:.4g} frames per second: a frame of a GIF lasts whole hundredths of a second"
-        )
+        print(f"{100 / centiseconds:.4g} frames per second: GIF counts hundredths of a second")
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
-    diffusion = load_checkpoint(args.checkpoint, pick_device(args.device), args.timesteps)
-    T, asked = diffusion.timesteps, {"last_step": LAST_STEP}
-    if args.fill:
-        known = read_partial_digit(args.fill, diffusion.num_levels)
-        asked |= {"known": known, "particles": args.particles or PARTICLES, "progress": True}
-    else:
-        asked["y"] = diffusion.labels(args.n)
-    with atomic_writes(args.out, inputs=[args.checkpoint, *([args.fill] if args.fill else [])]) as (
-        file,
-    ):
-        chain = enumerate(diffusion.reverse_process(args.n, args.seed, **asked))
+    diffusion = load_checkpoint(args.checkpoint, cli.pick_device(args.device), args.timesteps)
+    known = read_partial_digit(args.fill, diffusion.num_levels) if args.fill else None
+    request = {"n": args.n, "seed": args.seed, "last_step": default_last_step(diffusion)}
+    inputs = [file for file in (args.checkpoint, args.fill) if file]
+    with atomic_writes(args.out, inputs=inputs) as (file,):  # errors come before the work
+        if known is None:
+            chain = diffusion.reverse_process(y=diffusion.labels(args.n), **request)
+        else:
+            particles = args.particles or PARTICLES
+            chain = filling_process(diffusion, known, particles=particles, progress=True, **request)
+        times = diffusion.network_t.flip(0).tolist()  # T, ..., 0
         frames = [
-            titled_frame(x_t, diffusion.num_levels, f"t = {diffusion.network_t[T - i]}")
-            for i, x_t in tqdm(chain, total=T + 1, desc="denoising", unit="step")
+            titled_frame(x_t, diffusion.num_levels, f"t = {t}")
+            for t, x_t in zip(tqdm(times, desc="denoising", unit="step"), chain, strict=True)
         ]
-        durations = [10 * centiseconds] * T + [HOLD_MS]
-        frames[0].save(
-            file, format="gif", save_all=True, append_images=frames[1:], duration=durations, loop=0
-        )
+        durations = [10 * centiseconds] * diffusion.timesteps + [HOLD_MS]
+        animation = {"save_all": True, "append_images": frames[1:], "loop": 0}
+        frames[0].save(file, format="gif", duration=durations, **animation)
     print(f"Wrote {args.out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

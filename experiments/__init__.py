@@ -1,1 +1,1 @@
-"""The tables and figures of the results page, one file each: `python -m experiments.NAME`."""
+"""The tables and figures of the results page."""

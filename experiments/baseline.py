@@ -1,51 +1,35 @@
-"""What this repository is compared with: the network, the data path and the training of most small implementations."""
-
-import math
+"""What this repository is compared with: the network and training of many small implementations."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from dataset import Digits
 from diffusion import DiscreteDiffusion
 from model import time_features
 from trainer import Trainer
 
 
 class PlainUNet(nn.Module):
-    """Three levels of plain convolutions with batch norm, 64-128-256 channels at full, 1/2 and 1/4 resolution."""
+    """Plain convolutions with batch norm: 64, 128 and 256 channels at full, 1/2, 1/4 resolution."""
 
-    def __init__(self, num_levels: int = 2, num_states: int | None = None):
+    def __init__(self):
         super().__init__()
-        self.num_states = num_states or num_levels
-        self.config = {"name": "plain", "num_levels": num_levels, "num_states": self.num_states}
-
-        def double_conv(i, o):
-            layers = []
-            for c in (i, o):
-                layers += [nn.Conv2d(c, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
-            return nn.Sequential(*layers)
-
+        self.config = {"name": "plain"}
         self.embed_t = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 256))
-        self.enc1, self.enc2, self.mid = (
-            double_conv(1, 64),
-            double_conv(64, 128),
-            double_conv(128, 256),
-        )
+        self.enc1, self.enc2 = double_conv(1, 64), double_conv(64, 128)
+        self.mid = double_conv(128, 256)
         self.up2, self.dec2 = nn.ConvTranspose2d(256, 128, 2, stride=2), double_conv(256, 128)
         self.up1, self.dec1 = nn.ConvTranspose2d(128, 64, 2, stride=2), double_conv(128, 64)
-        self.out = nn.Conv2d(64, num_levels, 1)
+        self.out = nn.Conv2d(64, 2, 1)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The weights between input, embedding and output: what Muon orthogonalises."""
+        """The weights between input, embedding and output, which Muon orthogonalizes."""
         edges = ("enc1.0.", "embed_t.", "out.")
-        return [
-            p for name, p in self.named_parameters() if p.ndim > 1 and not name.startswith(edges)
-        ]
+        named = self.named_parameters()
+        return [p for name, p in named if p.ndim > 1 and not name.startswith(edges)]
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        h1 = self.enc1(x_t.float() / (self.num_states - 1))  # [B, 64, H, W]
+        h1 = self.enc1(x_t.float())  # [B, 64, H, W]
         h2 = self.enc2(F.max_pool2d(h1, 2))
         h = self.mid(F.max_pool2d(h2, 2)) + self.embed_t(time_features(t, 32))[:, :, None, None]
         h = self.dec2(torch.cat([self.up2(h), h2], dim=1))
@@ -53,44 +37,36 @@ class PlainUNet(nn.Module):
         return self.out(h)
 
 
-class PerSample(Dataset):
-    """The usual data path: each image alone through torchvision's transforms, every epoch anew; x_0 as int64, label."""
-
-    def __init__(self, digits: Digits):
-        from torchvision import transforms
-
-        self.grey = digits.images[
-            :, 0, 2:-2, 2:-2
-        ].contiguous()  # back to 28x28: padding is part of the path
-        self.labels = digits.labels
-        self.transform = transforms.Compose(
-            [transforms.ToPILImage(), transforms.Pad(2), transforms.ToTensor()]
-        )
-
-    def __len__(self) -> int:
-        return len(self.grey)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return (self.transform(self.grey[i]) > 0.5).long(), self.labels[i]
+def double_conv(i: int, o: int) -> nn.Sequential:
+    layers = []
+    for c in (i, o):
+        layers += [nn.Conv2d(c, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
-class ConstantAdam(torch.optim.Adam):
-    """Adam at 1e-4 from the first step to the last, whatever rate the trainer plans."""
+class MostProbable(nn.Module):
+    """The network's answer with all doubt removed: the most probable x_0 has probability 1.
 
-    @torch.no_grad()
-    def step(self):
-        self.param_groups[0]["lr"] = 1e-4
-        super().step()
+    The mixture of posteriors is then the posterior of this x_0: the "argmax" reverse step of many
+    small implementations. Its bound is infinite.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        logits = self.network(x_t, t)
+        best = logits.argmax(1, keepdim=True)
+        return torch.full_like(logits, -1e4).scatter_(1, best, 0.0)
 
 
 def usual_trainer(batch_size: int, device: torch.device | str = "cpu") -> Trainer:
-    """PlainUNet as it is usually trained: linear schedule, cross-entropy, Adam at 1e-4, gradients as they come.
+    """PlainUNet as usual: linear schedule, cross-entropy, Adam at 1e-4.
 
-    What it learns is in `trainer.network`: the average, which the trainer keeps all the same, is not of this recipe.
+    What it learns is in `trainer.network`; the trainer's average is not part of this recipe.
     """
     network = PlainUNet().to(device, memory_format=torch.channels_last)
-    trainer = Trainer(
-        DiscreteDiffusion(network, schedule="linear"), 1, batch_size, max_grad_norm=math.inf
-    )
-    trainer.optimizer = ConstantAdam(network.parameters(), capturable=trainer.records)
-    return trainer
+    diffusion = DiscreteDiffusion(network, schedule="linear")
+    # A plan of one step has no warm-up.
+    return Trainer(diffusion, 1, batch_size, 1e-4, "adam", "constant")

@@ -1,86 +1,80 @@
-"""The noise that the network sees: how many pixels are changed at t, and how much they still say about the digit.
+"""Two pictures of noise: a digit at t = 0, 25, ..., 200, and the information that is left at t.
 
-python -m experiments.noise
+    python -m experiments.noise --data offline
+
+Writes forward.png and noise.png.
 """
 
 import math
+from functools import partial
 
-from cli import integer, parser, run
+from cli import run
 
 import torch
 from torch import Tensor
 
-from checkpoint import atomic_write, write_json
-from diffusion import DiscreteDiffusion, kl_divergence
-from experiments.common import OUT, markdown, render
-from pictures import new_figure, save_figure
+from dataset import load_digits, to_levels
+from diffusion import DiscreteDiffusion
+from experiments.common import experiment_parser, output
+from pictures import new_figure, save_figure, write_picture
 from transitions import FAMILIES
+
+LEVELS, DIGIT = 8, 8
 
 
 def mutual_information(diffusion: DiscreteDiffusion) -> Tensor:
-    """I(x_t; x_0) of a pixel whose K levels are equally likely, as a share of log K: float64 [T+1], 1 at t = 0."""
+    """I(x_t; x_0) of a pixel with K equally likely levels, as a share of log K: float64 [T+1]."""
     q = diffusion.bar_Q[:, : diffusion.num_levels]  # q(x_t | x_0), [T+1, K, S]
-    return kl_divergence(q, q.mean(1, keepdim=True).expand_as(q), dim=2).mean(1) / math.log(
-        diffusion.num_levels
-    )
+    logs = torch.where(q > 0, (q / q.mean(1, keepdim=True)).log(), 0.0)
+    return (q * logs).sum(2).mean(1) / math.log(diffusion.num_levels)
 
 
 def changed(diffusion: DiscreteDiffusion) -> Tensor:
-    """The share of pixels whose level is no longer that of x_0, under the same levels: float64 [T+1]."""
+    """The share of pixels that no longer have the level of x_0: float64 [T+1]."""
     K = diffusion.num_levels
     return 1 - diffusion.bar_Q[:, :K, :K].diagonal(dim1=1, dim2=2).mean(1)
 
 
-def table(result: dict) -> str:
-    """The mutual information at some t, in per cent."""
-    T = result["timesteps"]
-    ts = [round(T * share) for share in (0.02, 0.1, 0.25, 0.5, 0.75, 1)]
-    rows = []
-    for name, curve in result["curves"].items():
-        rows.append([name, *(f"{100 * curve['mutual_information'][t]:.0f}" for t in ts)])
-    return markdown(
-        [f"information left, %, {result['levels']} levels, t of {T}", *map(str, ts)], rows
-    )
+def forward_figure(x_0: Tensor):
+    """The same noise at every t, so that a pixel changes once."""
+    diffusion = DiscreteDiffusion(torch.nn.Identity())
+    u = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0))
+    ts = range(0, diffusion.timesteps + 1, 25)
+    figure = new_figure(1.2 * len(ts), 1.5)
+    for t, axis in zip(ts, figure.subplots(1, len(ts)), strict=True):
+        x_t = diffusion.q_sample(x_0, torch.tensor([t]), u)
+        axis.imshow(x_t[0, 0].numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(f"t = {t}", fontsize=10)
+        axis.axis("off")
+    return figure
 
 
-def figure(result: dict):
-    plot = new_figure(12.5, 4)
-    labels = ("share of pixels changed", "mutual information of $x_t$ and $x_0$, of its maximum")
-    for axis, key, label in zip(
-        plot.subplots(1, 2), ("changed", "mutual_information"), labels, strict=True
-    ):
-        for name, curve in result["curves"].items():
-            axis.plot(
-                curve[key], label=name, linestyle="--" if name.startswith("absorbing") else "-"
-            )
-        axis.set(xlabel="t", ylabel=label)
+def noise_figure():
+    figure = new_figure(12.5, 4)
+    left, right = figure.subplots(1, 2)
+    for transition, family in FAMILIES.items():
+        style = "--" if transition == "absorbing" else "-"
+        for schedule in family.schedules:
+            diffusion = DiscreteDiffusion(torch.nn.Identity(), LEVELS, 200, transition, schedule)
+            label = f"{transition}, {schedule}"
+            left.plot(changed(diffusion), style, label=label)
+            right.plot(mutual_information(diffusion), style)
+    left.set(ylabel="share of pixels changed")
+    right.set(ylabel="mutual information of $x_t$ and $x_0$, of its maximum")
+    for axis in (left, right):
+        axis.set(xlabel="t")
         axis.grid(alpha=0.3)
-    plot.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
-    return plot
+    figure.legend(loc="outside right upper")
+    return figure
 
 
 def main() -> None:
-    p = parser(__doc__)
-    p.add_argument(
-        "--levels", type=integer(3, 256), default=8, metavar="K", help="grey levels (default 8)"
-    )
-    p.add_argument("--timesteps", type=integer(2), default=200, help="T (default 200)")
-    args = p.parse_args()
-    curves = {}
-    for transition, family in FAMILIES.items():
-        for schedule in family.schedules:
-            diffusion = DiscreteDiffusion(
-                torch.nn.Identity(), args.levels, args.timesteps, transition, schedule
-            )
-            curves[f"{transition}, {schedule}"] = {
-                "changed": changed(diffusion).tolist(),
-                "mutual_information": mutual_information(diffusion).tolist(),
-            }
-    file = OUT / "noise" / "noise.json"
-    write_json(file, {"levels": args.levels, "timesteps": args.timesteps, "curves": curves})
-    with atomic_write(OUT / "noise" / "noise.png") as picture:
-        save_figure(render(figure, file), picture)
-    print(render(table, file))
+    args = experiment_parser(__doc__).parse_args()
+    digits = load_digits("validation", args.data, args.data_root)
+    x_0 = to_levels(digits.images[digits.labels == DIGIT][:1])
+    for name, figure in (("forward", forward_figure(x_0)), ("noise", noise_figure())):
+        file = output("noise").with_name(f"{name}.png")
+        write_picture(file, partial(save_figure, figure))
 
 
 if __name__ == "__main__":

@@ -1,60 +1,76 @@
 """Fill the tables of the results page from the JSON files beside it.
 
     python -m experiments.page > page.md            # the page with its tables written anew
-    python -m experiments.page --check              # fails, in one line, if a table is not what its JSON file gives
+    python -m experiments.page --check              # an error if a table differs from its JSON file
     python -m experiments.page README.md --check    # the same for the front page
 
-A table stands between <!-- table: NAME --> and <!-- end -->, made of NAME.json by the `table` of experiments/NAME.py;
-evaluation-dynamic.json, say, is one more for experiments/evaluation.py. NAME may start with a folder, from the page's.
+A table stands between <!-- table: NAME --> and <!-- end -->. It is made from NAME.json by the
+experiment NAME. NAME may start with a folder.
 """
 
-import importlib
 import re
+from functools import partial
 from pathlib import Path
 
-from cli import parser, path, run
+from cli import UserError, parser, path, run
 
 from checkpoint import RELEASED
-from experiments.common import render
+from experiments import benchmark, common, fill, tables, time_to_quality
 
-MARKED = re.compile(r"(?<=<!-- table: )(\S+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+SOURCE = {"command": "`{}`", "machine": "{}", "torch": "torch {}", "commit": "commit {}"}
+MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
+MAKERS = {name: show for name, (_, _, show) in tables.TABLES.items()}
+MAKERS |= {"benchmark": benchmark.table, "fill": fill.table}
+MAKERS |= {"time_to_quality": time_to_quality.table}
 
 
 def source(result: dict) -> str:
-    """Where the numbers come from, as a line of Markdown."""
-    p = result["provenance"]
-    checkpoint = f", checkpoint {result['sha256'][:12]}" if "sha256" in result else ""
-    return f"`{p['command']}`, {p['machine']}, torch {p['torch']}, commit {p['commit']}{checkpoint}"
+    """Where the numbers come from; of the rows measured elsewhere only what differs."""
+    first: dict = {}
+    rows: dict[str, set[str]] = {}
+    for key, one in result.get("rows", {"": result}).items():
+        source = one.get("provenance") or result["provenance"]
+        text = [form.format(source[k]) for k, form in SOURCE.items() if source[k] != first.get(k)]
+        first = first or source
+        rows.setdefault(", ".join(text), set()).add(key.partition(", seed ")[0])
+    line, *others = rows
+    if "sha256" in result:
+        line += f", checkpoint {result['sha256'][:12]}"
+    for text in filter(None, others):
+        names = sorted(rows[text]) if len(rows[text]) < 4 else [f"{len(rows[text])} other rows"]
+        line += f"; {' and '.join(names)}: {text}"
+    return line
 
 
 def filled(name: str, folder: Path) -> str:
-    """The table called `name` and its source. Raises OSError or ValueError in one line."""
+    """The table called `name` and its source. Raises OSError or UserError."""
     file = folder / f"{name}.json"
-    module = file.stem.partition("-")[0]
-    try:
-        table = importlib.import_module(f"experiments.{module}").table
-    except (ImportError, AttributeError):
-        raise ValueError(f"there is no experiment {module!r} with a table") from None
-    return f"{render(table, file)}\n\n{render(source, file)}\n"
+    if file.stem not in MAKERS:
+        raise UserError(f"there is no experiment {file.stem!r} with a table")
+    make = MAKERS[file.stem]
+    if file.stem == "headline" and "/" in name:  # of the front page
+        make = partial(make, small=True)
+    return f"{common.render(make, file)}\n\n{common.render(source, file)}\n"
 
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("page", nargs="?", type=path(".md"), default=RELEASED.with_name("README.md"), help="default: the "
-                   "results page of the repository")  # fmt: skip
+    page = RELEASED.with_name("README.md")
+    p.add_argument(
+        "page", nargs="?", type=path(".md"), default=page, help="(default: results page)"
+    )
     p.add_argument("--check", action="store_true", help="compare only")
     args = p.parse_args()
     text = args.page.read_text()
-    if len(MARKED.findall(text)) != text.count("<!-- table:") or text.count(
-        "<!-- end -->"
-    ) != text.count("<!-- table:"):
-        raise ValueError(f"{args.page}: a table has no name of one word, or no end")
-    page = MARKED.sub(lambda match: match[1] + match[2] + filled(match[1], args.page.parent), text)
+    if not len(MARKED.findall(text)) == text.count("<!-- table:") == text.count("<!-- end -->"):
+        raise UserError(f"{args.page}: a table has no name of one word, or no end")
+    for name, old in MARKED.findall(text):
+        new = filled(name, args.page.parent)
+        if args.check and new != old:
+            raise UserError(f"{args.page}: the table {name} is not what {name}.json gives")
+        text = text.replace(f"<!-- table: {name} -->\n{old}", f"<!-- table: {name} -->\n{new}")
     if not args.check:
-        print(page, end="")
-    for (name, _, old), (_, _, new) in zip(MARKED.findall(text), MARKED.findall(page), strict=True):
-        if args.check and old != new:
-            raise ValueError(f"{args.page}: the table {name} is not what {name}.json gives")
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Chains so small that everything can be enumerated in numpy, and networks for them. No test is in here."""
+"""Chains small enough to enumerate in numpy, and networks for them. No test is in here."""
 
 import itertools
 from itertools import pairwise
@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from diffusion import DiscreteDiffusion
+from trajectories import respaced
 
-# Every legal combination, written out: test_transitions.py holds transitions.FAMILIES against this list.
+# Every legal combination, in full: test_transitions.py compares transitions.FAMILIES with it.
 LEGAL = [
     (transition, schedule, K)
     for transition, schedules, Ks in [
@@ -22,7 +23,7 @@ LEGAL = [
 
 
 class Constant(torch.nn.Module):
-    """A network that knows nothing: the same float64 logits for every pixel. `seen` is what it was last asked."""
+    """A network without knowledge: the same float64 logits everywhere. `seen` is its last input."""
 
     def __init__(self, K, logits=None):
         super().__init__()
@@ -34,7 +35,7 @@ class Constant(torch.nn.Module):
 
 
 class Labelled(torch.nn.Module):
-    """A network for five labels whose logits at every pixel are (y + 1, -2 (y + 1)), and zero without a label."""
+    """A network for five labels: its logits are (y + 1, -2 (y + 1)), and zero without a label."""
 
     num_labels = 5
 
@@ -52,7 +53,7 @@ def make(K=2, T=20, schedule=None, model=None, **kwargs):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Transition matrices that come from nowhere else, float64 numpy [T+1, S, S], and their products
 
 
@@ -76,7 +77,7 @@ def random_chain(K, S, T, seed=0, zeros=False):
 
 
 def absorbing_chain(K, T):
-    """Levels 0..K-1 and a mask state K that nothing leaves; all masked at T. Full of exact zeros."""
+    """Levels 0..K-1 and a mask K that nothing leaves; all masked at T. Full of exact zeros."""
     Q = np.stack([np.eye(K + 1)] * (T + 1))
     for t in range(1, T + 1):
         beta = 1 / (T - t + 1)
@@ -86,7 +87,7 @@ def absorbing_chain(K, T):
 
 
 def two_masks_chain(K, T):
-    """Two states beyond the levels: a level becomes the first mask, the first mask the second, and all end there."""
+    """Two extra states: levels become the first mask, the first the second, where all end."""
     Q = np.stack([np.eye(K + 2)] * (T + 1))
     for t in range(1, T + 1):
         lost = 1 if t == T else 0.3
@@ -97,12 +98,12 @@ def two_masks_chain(K, T):
     return Q, products(Q)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A perfect network, and all that follows from it
 
 
 class ExactPosterior(torch.nn.Module):
-    """log p(x_0^i | x_t) for each pixel i, by enumerating a toy data set: what cross-entropy converges to."""
+    """log p(x_0^i | x_t) for each pixel i, by enumeration: what cross-entropy converges to."""
 
     def __init__(self, images, probs, bar_Q):
         super().__init__()
@@ -127,7 +128,7 @@ class ExactPosterior(torch.nn.Module):
 
 
 def toy(name, K):
-    """images [N, D], probs [N], image_shape. One pixel with P(x_0 = 1) = 0.1, or correlated 2x2 images."""
+    """images [N, D], probs [N], image_shape: one pixel, or correlated 2x2 images."""
     if name == "pixel":
         probs = {2: [0.9, 0.1], 3: [0.6, 0.1, 0.3]}[K]
         return np.arange(K)[:, None], np.array(probs), (1, 1, 1)
@@ -152,7 +153,7 @@ class ExactChain:
         self.bar_Q, self.Q = reference.bar_Q.numpy(), reference.Q.numpy()
         self.d = make(K, T, model=ExactPosterior(self.images, self.probs, self.bar_Q), **kwargs)
         if kept is not None:  # the network stays the one of the T original timesteps
-            self.d, T = self.d.respaced(kept), len(kept)
+            self.d, T = respaced(self.d, kept), len(kept)
             identity = np.eye(self.Q.shape[-1])
             steps = [
                 products(np.stack([identity, *self.Q[a + 1 : b + 1]]))[-1]
@@ -170,7 +171,7 @@ class ExactChain:
         return self.probs @ self.likelihood(t)
 
     def reverse_kernel(self, t):
-        """p_theta(x_{t-1} | x_t) between all states, [x_t, x_{t-1}], for the x_t that can occur; others stay zero."""
+        """p_theta between all states, [x_t, x_{t-1}]; zero where x_t cannot occur."""
         possible = self.marginal(t) > 0
         x_t = torch.from_numpy(self.states[possible]).view(-1, *self.shape)
         p = self.d.p_theta(x_t, torch.full((len(x_t),), t)).flatten(2).numpy()  # [N, S, D]
@@ -186,7 +187,7 @@ class ExactChain:
         return distribution
 
     def mean_terms(self):
-        """E of L_T, of L_{t-1} summed over t = 2..T and of L_0, over x_0 and x_t, as the class computes them."""
+        """The expected L_T, sum of L_{t-1} over t = 2..T, and L_0, as the class computes them."""
         terms = np.zeros(self.T + 1)
         for n, (image, prob) in enumerate(zip(self.images, self.probs, strict=True)):
             x_0 = torch.from_numpy(image).view(1, *self.shape)
@@ -201,7 +202,7 @@ class ExactChain:
         return terms[0], terms[2:].sum(), terms[1]
 
     def theory(self):
-        """H(x_0) + KL(q(x_T) || prior); the sum over t of E KL(q(x_{t-1} | x_t) || product of its pixel marginals)."""
+        """H(x_0) + KL(q(x_T) || prior); sum over t of E KL(q(x_{t-1} | x_t) || its marginals)."""
         entropy = -(self.probs * np.log(self.probs)).sum()
         q_T, prior = self.marginal(self.T), np.prod(self.d.prior.numpy()[self.states], axis=-1)
         seen = q_T > 0

@@ -1,17 +1,24 @@
-"""One thread in each of pytest's two processes (pyproject.toml): the tensors are small, and runs in here agree bit for
+"""One thread in each of pytest's two processes (pyproject.toml): the tensors are small, and runs in
+here agree bit for
 bit with those of the subprocesses that tests/scripts.py starts."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scripts import TRAIN, succeed
+from scripts import SIGNALS, TRAIN, succeed
 
 from checkpoint import read_checkpoint
 
 torch.set_num_threads(1)
+# nohup and background jobs ignore signals, and so would the programs that are tested here.
+for number in SIGNALS:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
 
 
 @pytest.fixture
@@ -37,7 +44,8 @@ def my_run(run, tmp_path) -> Path:
 
 @pytest.fixture
 def cheap(monkeypatch):
-    """Training in this process without what takes most of its time here: validation, samples, plot. Same weights."""
+    """Training in this process without what takes most of its time here: validation, samples, plot.
+    Same weights."""
     monkeypatch.setattr("trainer.Trainer.validate", lambda self, x_0: 1.0)
     monkeypatch.setattr(
         "diffusion.DiscreteDiffusion.sample",

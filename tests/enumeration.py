@@ -1,13 +1,12 @@
-"""Chains so small that every trajectory can be summed over, by numpy code that shares nothing with diffusion.py."""
+"""Chains small enough to sum over every trajectory, in numpy code of its own."""
 
 import itertools
 
 import numpy as np
 import torch
 
-from checkpoint import save_checkpoint
 from diffusion import DiscreteDiffusion
-from model import UNet
+from trajectories import respaced
 from transitions import gaussian_transitions
 
 NAMES = (
@@ -22,7 +21,7 @@ NAMES = (
 
 
 class TableNetwork(torch.nn.Module):
-    """Arbitrary float32 logits for every x_t of D pixels in a row, every t and every label, -1 included."""
+    """Arbitrary float32 logits for every x_t of D pixels in a row, every t and every label."""
 
     def __init__(self, K, S, T, D, num_labels=0):
         super().__init__()
@@ -65,11 +64,11 @@ def small_chain(name, D=2):
             "schedule": schedule or None,
         }
     d = DiscreteDiffusion(network, **kwargs)
-    return d.respaced([3, 6, 7]) if name == "respaced" else d
+    return respaced(d, [3, 6, 7]) if name == "respaced" else d
 
 
 class Enumeration:
-    """Every state [N, D] and the probabilities of going between them, given a label or none, with guidance or none."""
+    """Every state [N, D] and the transition probabilities, given a label or guidance if any."""
 
     def __init__(self, d, D=2, y=None, guidance=0.0):
         self.d, self.D, self.y, self.guidance, self.T, self.K = (
@@ -89,7 +88,7 @@ class Enumeration:
         self.images = [n for n, state in enumerate(self.states) if max(state) < self.K]
 
     def posterior(self, t, x_t, w):
-        """q(x_{t-1} | x_t) of one pixel, [S], under w(x_0): Bayes' rule for each x_0 that can have led to x_t."""
+        """q(x_{t-1} | x_t) of one pixel, [S], under w(x_0), by Bayes' rule for each x_0."""
         mixed, mass = np.zeros(len(self.prior)), 0.0
         for x_0 in range(self.K):
             if self.bar_Q[t][x_0, x_t] > 0:
@@ -105,8 +104,10 @@ class Enumeration:
         ]
 
     def kernel(self, t, known=None):
-        """p(x_{t-1} | x_t) between states, [N, N] with x_t in front: the model's, or with the pixels of `known` (-1
-        where nothing is) on a forward trajectory that ends in them. Zeros for x_t that can't be."""
+        """p(x_{t-1} | x_t) between states, [x_t, x_{t-1}], zero where x_t cannot occur.
+
+        The pixels of `known` that are not -1 follow the forward process towards them.
+        """
         kernel = np.zeros((len(self.states),) * 2)
         for n in self.reachable(t):
             x_t, time = torch.from_numpy(self.states[n])[None, None, None], self.d.network_t[[t]]
@@ -139,8 +140,10 @@ class Enumeration:
         return p
 
     def walks(self, known):
-        """Every walk x_T, ..., x_0 that `known` can take, [n, T+1] numbers of states; its probability q; the model's
-        probability of all its steps over q's, p / q: at pixels that are not given both are the model's."""
+        """Every possible trajectory towards `known`, [n, T+1] indices of states; its q; its p / q.
+
+        At pixels that are not given, both p and q are the model's.
+        """
         p_0, q_0 = self.start(), self.start(known)
         walks = [([n], p_0[n], q_0[n]) for n in range(len(self.states)) if q_0[n] > 0]
         for t in range(self.T, 0, -1):
@@ -154,22 +157,18 @@ class Enumeration:
         return paths, q, p / q
 
 
+# Exceeded by chance once in 10,000, by degrees of freedom
+LIMITS = {0: 1e-9, 1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 7: 29.9, 8: 31.8}
+
+
 def chi_square(counts, probs):
-    """Pearson's statistic and the value that chance exceeds once in 10,000; what can't occur must not occur."""
-    counts, probs = np.asarray(counts, float), np.asarray(probs, float)
-    assert (counts[probs == 0] == 0).all()
-    expected, seen = probs * counts.sum(), probs > 0
-    limit = {1: 15.1, 2: 18.4, 3: 21.1, 7: 29.9, 8: 31.8}[seen.sum() - 1]
-    return ((counts - expected)[seen] ** 2 / expected[seen]).sum(), limit
+    """Pearson's statistic; impossible states must not occur."""
+    counts, expected = np.asarray(counts, float), np.asarray(probs, float) * float(sum(counts))
+    assert (counts[expected == 0] == 0).all()
+    seen = expected > 0
+    return ((counts - expected)[seen] ** 2 / expected[seen]).sum()
 
 
-def save_untrained(path, num_labels=0, binarize="threshold", timesteps=6):
-    """A checkpoint of a tiny network whose weights are noise: it has opinions, if no good ones."""
-    network = UNet(channels=(8, 8, 8), num_labels=num_labels)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    content = {"network": network.config, "averaged_weights": network.state_dict(), "step": 0}
-    content |= {"diffusion": DiscreteDiffusion(network, timesteps=timesteps).config}
-    save_checkpoint(path, content | {"data": "offline", "binarize": binarize})
+def fits(counts, probs):
+    """Whether the counts can be draws from these probabilities."""
+    return chi_square(counts, probs) < LIMITS[np.count_nonzero(probs) - 1]

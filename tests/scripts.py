@@ -1,4 +1,5 @@
-"""Running the scripts: inside this process, where a second is all that a run takes, or as real processes."""
+"""Running the scripts: inside this process, where a second is all that a run takes, or as real
+processes."""
 
 import importlib
 import io
@@ -21,13 +22,10 @@ from diffusion import DiscreteDiffusion
 from model import build_network
 
 REPOSITORY = cli.REPOSITORY
-# 4 steps an epoch
-TRAIN = [
-    *"--data offline --limit 64 --batch-size 16 --channels 8 8 8 --timesteps 10 --device cpu".split()
-]  # noqa: SIM905
-ENVIRONMENT = {
-    name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"
-}  # which hides much
+TRAIN = "--data offline --limit 64 --batch-size 16 --channels 8 8 8 --timesteps 10 --device cpu"
+TRAIN = TRAIN.split()  # 4 steps per epoch
+# PYTHONUNBUFFERED would hide that a log is not written line by line.
+ENVIRONMENT = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
 ENVIRONMENT["OMP_NUM_THREADS"] = "1"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -41,7 +39,7 @@ def call(script, *arguments, out=None) -> tuple[int, str, str]:
         patch.setattr(sys, "argv", [str(REPOSITORY / script), *map(str, arguments)])
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)
         try:
-            cli.run(module.main, getattr(module, "who", str)())
+            cli.run(module.main, getattr(module, "prefix", str)())
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
@@ -61,7 +59,8 @@ def succeed(script, *arguments) -> str:
 
 
 def fail(script, *arguments) -> str:
-    """The last line of stderr of a call that has to fail cleanly and change nothing in the working directory."""
+    """The last line of stderr of a call that has to fail cleanly and change nothing in the working
+    directory."""
     before = snapshot(Path())
     code, _, err = call(script, *arguments)
     assert code in (1, 2)
@@ -95,7 +94,8 @@ def files(folder: Path) -> set[str]:
 
 
 def same_weights(a: Path | str, b: Path | str) -> bool:
-    """Whether two checkpoints are of the same step and agree bit for bit, the optimizer's state included."""
+    """Whether two checkpoints are of the same step and agree bit for bit, the optimizer's state
+    included."""
     a, b = read_checkpoint(a), read_checkpoint(b)
     a_tensors, b_tensors = (
         [*c["weights"].values(), *c["averaged_weights"].values()] for c in (a, b)
@@ -110,7 +110,8 @@ def same_weights(a: Path | str, b: Path | str) -> bool:
 def untrained(
     path: Path, timesteps: int = 60, config: dict | None = None, **entries
 ) -> DiscreteDiffusion:
-    """Write the checkpoint of a small network of random weights, which answers to t and labels; its diffusion."""
+    """Write the checkpoint of a small network of random weights, which answers to t and labels; its
+    diffusion."""
     torch.manual_seed(0)
     network = {"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8]} | (
         config or {}

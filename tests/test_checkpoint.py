@@ -1,6 +1,7 @@
-"""Outputs that are whole or not there, whatever happens; checkpoints that come back as they were or are refused."""
+"""Atomic writes, whatever happens; checkpoints that load as they were saved or are refused."""
 
 import errno
+import fcntl
 import json
 import math
 import multiprocessing
@@ -9,9 +10,11 @@ import random
 import signal
 import stat
 import time
+from functools import partial
 from pathlib import Path
 
-import filelock
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +26,7 @@ from checkpoint import (
     atomic_write,
     atomic_writes,
     build_diffusion,
+    default_last_step,
     json_bytes,
     load_checkpoint,
     read_checkpoint,
@@ -31,30 +35,31 @@ from checkpoint import (
 )
 from diffusion import DiscreteDiffusion
 from model import UNet
+from trajectories import respaced
 
 pytestmark = pytest.mark.usefixtures("fresh_directory")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Atomic writes
 
 
-class NoSpace(OSError):
-    def __init__(self, *_):
-        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def failing(number, at=0, function=lambda *_: None):
+    """A system call that fails with this errno, all calls or the one that is numbered `at`."""
+    calls = []
+
+    def call(*args):
+        calls.append(args)
+        if at in (0, len(calls)):
+            raise OSError(number, os.strerror(number))
+        return function(*args)
+
+    return call
 
 
-def raise_no_space(*_):
-    raise NoSpace
-
-
-def raise_not_permitted(*_):
-    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-
-@pytest.mark.parametrize("error", [NoSpace, KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, ValueError])
 def test_failing_block_writes_nothing(error):
-    """After half of the bytes: old files stay as they were, new ones stay absent, and no temporary is left."""
+    """Old files stay as they were, new ones stay absent, and no temporary file is left."""
     Path("old").write_bytes(b"old")
     with pytest.raises(error), atomic_writes("old", "new") as files:
         for file in files:
@@ -65,63 +70,118 @@ def test_failing_block_writes_nothing(error):
         for i, file in enumerate(files):
             file.write(b"whole %d" % i)
         assert Path("old").read_bytes() == b"old" and not Path("new").exists()
-    contents = {
-        path.name: path.read_bytes()
-        for path in Path().rglob("*")
-        if path.is_file() and path.name == "old"
-    }
-    assert contents == {"old": b"whole 0"}
-    assert Path("new").read_bytes() == b"whole 1" and Path("deep/er/new").read_bytes() == b"whole 2"
+    assert Path("old").read_bytes() == b"whole 0"
+    assert len([path for path in Path().rglob("*") if path.is_file()]) == 3
+    assert Path("new").read_bytes() == b"whole 1"
+    assert Path("deep/er/new").read_bytes() == b"whole 2"
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("at", [1, 2])
 def test_failing_end_writes_none_of_several(function, at, monkeypatch):
-    """A disk that is full when the second is flushed costs the first, too; nothing is left beside them."""
+    """A full disk at the second file costs the first, too; the error names its file."""
     for name in ("a", "b"):
         Path(name).write_bytes(b"old")
-    calls, real = [], getattr(os, function)
-
-    def failing(*args):
-        calls.append(args)
-        return raise_no_space() if len(calls) == at + 1 else real(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, function, failing)
-        with pytest.raises(NoSpace), atomic_writes("a", "b") as files:
+        patch.setattr(os, function, failing(errno.ENOSPC, at, getattr(os, function)))
+        words = f"^can't write .*/{' ab'[at]}: No space left on device$"
+        with pytest.raises(OSError, match=words), atomic_writes("a", "b") as files:
             for file in files:
                 file.write(b"new")
     assert {path.name for path in Path().iterdir()} == {"a", "b"}
-    if (function, at) != ("replace", 1):  # no file system renames two files at once
+    if (function, at) != ("replace", 2):  # no file system renames two files at once
         assert Path("a").read_bytes() == b"old"
     assert Path("b").read_bytes() == b"old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk(monkeypatch):
+    """Where the bytes themselves don't fit, nothing replaces the older file."""
+    Path("x").write_bytes(b"old")
+    full = partial(open, "/dev/full", "wb")
+    monkeypatch.setattr(checkpoint, "open", lambda *_: full(), raising=False)
+    words = "^can't write .*/x: No space left on device$"
+    with pytest.raises(OSError, match=words), atomic_write("x") as file:
+        file.write(b"new")
+    assert snapshot(Path()) == {Path("x"): b"old"}
+
+
+@pytest.mark.parametrize("name", ["EINVAL", "ENOTSUP", "ENOSYS", "EIO"])
+def test_file_system_without_fsync(name, monkeypatch):
+    """Its answer is no reason to lose the file; an error of the disk is one."""
+    monkeypatch.setattr(os, "fsync", failing(getattr(errno, name)))
+    if name == "EIO":
+        with pytest.raises(OSError, match="x: Input/output error"):
+            write_json("x", {})
+        assert not list(Path().iterdir())
+    else:
+        write_json("x", {})
+        assert Path("x").read_bytes()
+
+
+@pytest.mark.parametrize("times", [1, 4, 5])
+def test_file_that_another_program_reads(times, monkeypatch):
+    """Windows refuses to replace it for a while: tried again for a second or two, then an error."""
+    waits, replace = [], os.replace
+
+    def refused(*args):
+        if len(waits) < times:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", refused)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    if times < 5:
+        write_json("x", {})
+        assert Path("x").read_bytes() and len(waits) == times
+    else:
+        with pytest.raises(OSError, match="x: Permission denied"):
+            write_json("x", {})
+        assert not list(Path().iterdir()) and 1 <= sum(waits) <= 2
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "n" * 251 + ".pth"])
+def test_names_of_all_lengths(name):
+    with atomic_write(name) as file:
+        file.write(b"1")
+    assert snapshot(Path()) == {Path(name): b"1"}
 
 
 def test_outputs_that_cannot_be_written_are_known_before_the_block():
     Path("file").touch()
     Path("folder").mkdir()
+    os.mkfifo("pipe")
     for name, words in (
-        ("file/x", "can't write"),
-        ("folder", "not a regular file"),
-        ("/dev/null", "not a regular file"),
+        ("file/x", "Not a directory|File exists"),
+        ("folder", "it is not a regular file"),
+        ("/dev/null", "it is not a regular file"),
+        ("pipe", "it is not a regular file"),
     ):
+        words = f"^can't write .*{Path(name).name}: ({words})$"
         with pytest.raises(OSError, match=words), atomic_writes("first", name):
             pytest.fail("began the work")
-    assert {path.name for path in Path().iterdir()} == {"file", "folder"}
+    with pytest.raises(OSError, match="File name too long"), atomic_writes("first", "n" * 256):
+        pytest.fail("began the work")
+    assert {path.name for path in Path().iterdir()} == {"file", "folder", "pipe"}
 
 
 def test_data_reach_the_disk_before_the_name_does(monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (done.append(("fsync", os.fstat(fd).st_size)), fsync(fd))
-    )
-    monkeypatch.setattr(
-        os, "replace", lambda x, y: (done.append((a.closed, Path(y).name)), replace(x, y))
-    )
+
+    def watched_fsync(descriptor):
+        done.append(("fsync", os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def watched_replace(source, target):
+        done.append((Path(source).stat().st_size, target.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
     with atomic_writes("a", "b") as (a, b):
         a.write(b"1")
         b.write(b"22")
-    assert done == [("fsync", 1), ("fsync", 2), (True, "a"), (True, "b")]
+    assert done == [("fsync", 1), ("fsync", 2), (1, "a"), (2, "b")]
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -132,31 +192,19 @@ def test_two_names_of_one_file(exists, tmp_path):
         os.link("x", "hard")
     Path("link").symlink_to("x")
     Path("up").symlink_to(tmp_path)
-    names = [
-        "x",
-        "./x",
-        tmp_path / "x",
-        "folder/../x",
-        "link",
-        "up/x",
-        *(["hard"] if exists else []),
-    ]
+    names = ["x", "./x", tmp_path / "x", "folder/../x", "link", "up/x"]
+    names += ["hard"] if exists else []
     for other in names:
-        with (
-            pytest.raises(ValueError, match="the same file is written"),
-            atomic_writes("x", "y", other),
+        for use, outputs, inputs in (
+            ("written", ["x", "y", other], []),
+            ("read", ["y", other], ["x"]),
+            ("read", ["x"], ["y", other]),
         ):
-            pytest.fail("began the work")
-        with (
-            pytest.raises(ValueError, match="the same file is read"),
-            atomic_writes("y", other, inputs=["x"]),
-        ):
-            pytest.fail("began the work")
-        with (
-            pytest.raises(ValueError, match="the same file is read"),
-            atomic_writes("x", inputs=["y", other]),
-        ):
-            pytest.fail("began the work")
+            with (
+                pytest.raises(UserError, match=f"the same file is {use}"),
+                atomic_writes(*outputs, inputs=inputs),
+            ):
+                pytest.fail("began the work")
     with atomic_writes("y", "z", inputs=["x"]) as (_, _):
         pass
 
@@ -193,7 +241,7 @@ def test_file_system_without_modes(monkeypatch):
     """A FAT stick refuses chmod: nothing depends on it."""
     Path("old").write_bytes(b"old")
     for function in ("chmod", "fchmod"):
-        monkeypatch.setattr(os, function, raise_not_permitted)
+        monkeypatch.setattr(os, function, failing(errno.EPERM))
     with atomic_writes("old", "new") as files:
         for file in files:
             file.write(b"new")
@@ -208,40 +256,33 @@ def test_home_folder(monkeypatch, tmp_path):
 
 
 def test_json():
-    """Infinities and what is not a number are strings, so that every reader can read it; provenance comes first."""
-    value = {
-        "a": [1, 2.5, math.inf, (-math.inf,)],
-        "b": {"c": math.nan, 3: None},
-        "p": Path("x"),
-        "é": True,
-    }
-    write_json("x.json", value)
+    """Infinities and NaN are strings, so that every reader can read it; provenance is first."""
+    value = {"a": [1, 2.5, math.inf, (-math.inf,)], "b": {"c": math.nan, 3: None}}
+    write_json("x.json", value | {"p": Path("x"), "é": True})
 
     def refuse(constant):
         pytest.fail(f"{constant} is no JSON")
 
     read = json.loads(Path("x.json").read_bytes(), parse_constant=refuse)
     assert next(iter(read)) == "provenance" and read.pop("provenance")["torch"] == torch.__version__
-    assert read == {
-        "a": [1, 2.5, "inf", ["-inf"]],
-        "b": {"c": "nan", "3": None},
-        "p": "x",
-        "é": True,
-    }
+    written = {"a": [1, 2.5, "inf", ["-inf"]], "b": {"c": "nan", "3": None}}
+    assert read == written | {"p": "x", "é": True}
     assert json_bytes(value).endswith(b"}\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving
 
 
 def fake_checkpoint(i):
-    return {
-        "network": {},
-        "diffusion": {},
-        "averaged_weights": {"w": torch.full((500_000,), float(i))},
-        "step": i,
-    }
+    weights = {"w": torch.full((500_000,), float(i))}
+    return {"network": {}, "diffusion": {}, "averaged_weights": weights, "step": i}
+
+
+def state_of(network, diffusion):
+    """What a checkpoint needs to be loaded."""
+    state = {"network": network.config, "diffusion": diffusion.config}
+    return state | {"averaged_weights": network.state_dict()}
 
 
 def step_of(path) -> int:
@@ -272,9 +313,11 @@ def save_and_die(path, where, when):
     save_checkpoint(path, fake_checkpoint(2))
 
 
-@pytest.mark.parametrize("where, when, step", [
-    ("fsync", "before", 1), ("fsync", "after", 1), ("replace", "before", 1), ("replace", "after", 2),
-])  # fmt: skip
+STAGES = [("fsync", "before", 1), ("fsync", "after", 1)]
+STAGES += [("replace", "before", 1), ("replace", "after", 2)]
+
+
+@pytest.mark.parametrize("where, when, step", STAGES)
 def test_kill_9_at_each_stage_of_a_save(where, when, step):
     """The file is the old one or the new one, whole."""
     path = Path("last.pth")
@@ -292,7 +335,7 @@ def save_forever(path, saved):
 
 
 def test_kill_9_at_any_moment():
-    """A process that saves over and over, killed at moments that chance picks: always one whole checkpoint."""
+    """A process that saves over and over, killed at random moments, leaves a whole checkpoint."""
     path, context, chance = Path("last.pth"), multiprocessing.get_context("fork"), random.Random(0)
     saved = context.Value("q", 0)
     for _ in range(6):
@@ -315,8 +358,8 @@ def test_failing_save_keeps_the_old_checkpoint(function, monkeypatch):
     save_checkpoint(path, fake_checkpoint(1))
     before = snapshot(Path())
     with monkeypatch.context() as patch:
-        patch.setattr(os, function, raise_no_space)
-        with pytest.raises(NoSpace):
+        patch.setattr(os, function, failing(errno.ENOSPC))
+        with pytest.raises(OSError, match=r"last\.pth: No space left"):
             save_checkpoint(path, fake_checkpoint(2))
     assert snapshot(Path()) == before
     save_checkpoint(path, fake_checkpoint(3))
@@ -336,30 +379,39 @@ def test_what_could_not_be_read_back_is_not_saved(value):
 def test_numbers_of_numpy_in_a_diffusion_can_be_saved():
     network = UNet(channels=(8, 8, 8))
     d = DiscreteDiffusion(network, np.int64(2), np.int64(20), hybrid_weight=np.float64(0.5))
-    state = {
-        "network": network.config,
-        "diffusion": d.config,
-        "averaged_weights": network.state_dict(),
-    }
-    save_checkpoint("x.pth", state)
+    save_checkpoint("x.pth", state_of(network, d))
     assert load_checkpoint("x.pth").timesteps == 20
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 
-def test_what_is_loaded_is_what_was_saved(run):
-    """The averaged weights, not the current ones, in eval mode, with the diffusion's own numbers."""
-    path = run / "checkpoints" / "last.pth"
-    d, state = load_checkpoint(path), read_checkpoint(path)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The checkpoint of a small network. To be read only."""
+    path = tmp_path_factory.mktemp("saved") / "x.pth"
+    untrained(path, 10, weights={"fold.weight": torch.zeros(1)})
+    return path
+
+
+def test_what_is_loaded_is_what_was_saved(saved):
+    """The averaged weights, not the current ones, in eval mode, with the diffusion's numbers."""
+    d, state = load_checkpoint(saved), read_checkpoint(saved)
     assert not d.training and d.timesteps == 10 and d.config == state["diffusion"]
+    assert d.model.state_dict().keys() == state["averaged_weights"].keys()
     for name, weight in d.model.state_dict().items():
         assert torch.equal(weight, state["averaged_weights"][name])
-    assert load_checkpoint(path, "cpu", 5).timesteps == 5
-    with pytest.raises(ValueError, match=r"1\.\.10"):
-        load_checkpoint(path, timesteps=11)
-    assert next(load_checkpoint(path, "meta").parameters()).device.type == "meta"
+    assert load_checkpoint(saved, "cpu", 5).timesteps == 5
+    with pytest.raises(UserError, match=r"1\.\.10"):
+        load_checkpoint(saved, timesteps=11)
+    assert next(load_checkpoint(saved, "meta").parameters()).device.type == "meta"
+
+
+@pytest.mark.parametrize("reverse, choice", [("mixture", "mode"), ("joint", "draw")])
+def test_the_default_of_the_last_step(reverse, choice):
+    d = DiscreteDiffusion(UNet(channels=(8, 8, 8)), 2, 4, reverse=reverse)
+    assert default_last_step(d) == choice
 
 
 def test_own_transition_matrices_and_a_shorter_chain_come_back():
@@ -371,21 +423,17 @@ def test_own_transition_matrices_and_a_shorter_chain_come_back():
     d = DiscreteDiffusion(
         network, 2, 4, Q=torch.stack([torch.eye(3).double(), mask, mask, mask, gone])
     )
-    for chain in (d, d.respaced(2)):
-        state = {
-            "network": network.config,
-            "diffusion": chain.config,
-            "averaged_weights": network.state_dict(),
-        }
-        save_checkpoint("x.pth", state)
+    for chain in (d, respaced(d, 2)):
+        save_checkpoint("x.pth", state_of(network, chain))
         again = load_checkpoint("x.pth")
         assert torch.equal(again.Q, chain.Q) and torch.equal(again.network_t, chain.network_t)
         assert torch.equal(again.sample(2), chain.sample(2))
 
 
-@pytest.mark.parametrize("name, T, protocol, labels", [
-    ("d3pm_mnist", 1000, "threshold", 10), ("d3pm_mnist_dynamic", 1000, "dynamic", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, T, protocol, labels",
+    [("d3pm_mnist", 1000, "threshold", 10), ("d3pm_mnist_dynamic", 1000, "dynamic", 0)],
+)
 def test_released_models_load(name, T, protocol, labels):
     path = REPOSITORY / "results_d3pm" / "released" / f"{name}.pth"
     d, state = load_checkpoint(path), read_checkpoint(path)
@@ -394,32 +442,22 @@ def test_released_models_load(name, T, protocol, labels):
     assert d.config["schedule"] == "cosine"
 
 
-def test_older_checkpoints_load():
-    """num_levels was called num_classes; the Gaussian schedule, linear, which in other families it still is."""
-    network = UNet(4, channels=(8, 8, 8))
-    for transition, then, now in (
-        ("gaussian", "linear", "fitted"),
-        ("uniform", "linear", "linear"),
-    ):
-        d = DiscreteDiffusion(network, 4, 20, transition, now)
-        config = {
-            key: value
-            for key, value in d.config.items()
-            if key not in ("num_levels", "image_shape")
-        }
-        config |= {"num_classes": 4, "schedule": then}
-        state = {
-            "network": network.config,
-            "diffusion": config,
-            "averaged_weights": network.state_dict(),
-        }
-        save_checkpoint("old.pth", state)
-        assert torch.equal(load_checkpoint("old.pth").Q, d.Q)
-        save_checkpoint("old.pth", state | {"settings": {"schedule": then}})
-        assert read_checkpoint("old.pth")["settings"]["schedule"] == now
+def test_the_first_released_models_load():
+    """Their configurations, as they are in the commits 77d7e85 and 0766d4b."""
+    network = {"name": "unet", "num_levels": 2, "num_states": 2, "channels": [24, 64, 96]}
+    network |= {"blocks": 1, "num_labels": 10}
+    model = UNet(2, 2, (24, 64, 96), num_labels=10)
+    diffusion = {"transition": "uniform", "schedule": "cosine", "loss_type": "variational"}
+    diffusion |= {"hybrid_weight": 0.01, "timesteps": 200}
+    for levels in ("num_classes", "num_levels"):
+        state = state_of(model, DiscreteDiffusion(model, 2, 200, "uniform", "cosine"))
+        state |= {"network": network, "diffusion": diffusion | {levels: 2}}
+        save_checkpoint("old.pth", state | {"data": "mnist", "binarize": "threshold", "step": 8000})
+        d = load_checkpoint("old.pth")
+        assert (d.num_levels, d.num_labels, d.timesteps, d.reverse) == (2, 10, 200, "mixture")
 
 
-@pytest.mark.parametrize("part, key, value, words", [
+CLAIMS = [
     ("network", "channels", [80_000, 80_000, 80_000], "a larger network"),
     ("network", "channels", (80_000, 80_000, 80_000), "a larger network"),
     ("network", "channels", [16, 8, 8], "size mismatch"),
@@ -440,10 +478,13 @@ def test_older_checkpoints_load():
     ("diffusion", "num_levels", 10**9, "fit into memory"),
     ("diffusion", "transition", "nonsense", "unknown transition"),
     ("diffusion", "image_shape", [3, 32, 32], "one channel"),
-])  # fmt: skip
-def test_claims_that_its_weights_do_not_bear_out(part, key, value, words, run, monkeypatch):
+]
+
+
+@pytest.mark.parametrize("part, key, value, words", CLAIMS)
+def test_claims_that_its_weights_do_not_bear_out(part, key, value, words, saved, monkeypatch):
     """Refused in one line, before anything of that size is asked for."""
-    state = read_checkpoint(run / "checkpoints" / "last.pth")
+    state = read_checkpoint(saved)
     state[part][key] = value
     build = checkpoint.build_network
 
@@ -453,34 +494,30 @@ def test_claims_that_its_weights_do_not_bear_out(part, key, value, words, run, m
         return build(config)
 
     monkeypatch.setattr(checkpoint, "build_network", watched)
-    with pytest.raises(
-        ValueError, match=r"^x\.pth does not fit this version of the repository: "
-    ) as error:
+    prefix = r"^x\.pth does not fit this version of the repository: "
+    with pytest.raises(UserError, match=prefix) as error:
         build_diffusion(state, "x.pth")
-    assert (
-        words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
-    )
+    line = str(error.value)
+    assert words in line and "\n" not in line and len(line) < 400
 
 
 @pytest.mark.parametrize("weights", [{}, {"fold.weight": 3}, {"nonsense": torch.zeros(1)}])
-def test_weights_that_are_none(weights, run):
-    state = read_checkpoint(run / "checkpoints" / "last.pth")
-    with pytest.raises(ValueError, match="does not fit"):
+def test_weights_that_are_none(weights, saved):
+    state = read_checkpoint(saved)
+    with pytest.raises(UserError, match="does not fit"):
         build_diffusion(state | {"averaged_weights": weights}, "x.pth")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite(value):
-    untrained("x.pth")
-    state = read_checkpoint("x.pth")
+def test_weights_that_are_not_finite(value, saved):
+    state = read_checkpoint(saved)
     state["averaged_weights"]["fold.bias"][3] = value
-    with pytest.raises(
-        ValueError, match=r"x\.pth holds weights that are not finite: its training has diverged"
-    ):
+    words = r"x\.pth holds weights that are not finite: its training has diverged"
+    with pytest.raises(UserError, match=words):
         build_diffusion(state, "x.pth")
 
 
-@pytest.mark.parametrize("state", [
+NO_CHECKPOINTS = [
     torch.zeros(3),
     [1, 2],
     {"weights": torch.zeros(3)},
@@ -488,22 +525,40 @@ def test_weights_that_are_not_finite(value):
     {"network": {}, "diffusion": [], "averaged_weights": {}},
     {"network": {}, "diffusion": {}, "averaged_weights": torch.zeros(3)},
     {"network": "unet", "diffusion": {}, "averaged_weights": {}},
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("state", NO_CHECKPOINTS)
 def test_what_is_no_checkpoint(state):
     torch.save(state, "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth is not a checkpoint of this repository"):
+    with pytest.raises(UserError, match=r"x\.pth is not a checkpoint of this repository"):
         read_checkpoint("x.pth")
 
 
-def test_damaged_and_missing_files(bad_files):
-    for name in ("cut.pth", "noise.pth", "empty.pth"):
-        with pytest.raises(ValueError, match=f"{name} is damaged or is not a checkpoint") as error:
-            read_checkpoint(name)
-        assert "\n" not in str(error.value)
+def test_damaged_and_missing_files(saved):
+    good = saved.read_bytes()
+    noise = np.random.default_rng(0).bytes(5000)
+    for content in (good[: len(good) // 2], noise, b""):
+        Path("bad.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"^bad\.pth is damaged or is not a checkpoint .*\)$"):
+            read_checkpoint("bad.pth")
     with pytest.raises(FileNotFoundError):
         read_checkpoint("nowhere.pth")
     with pytest.raises(IsADirectoryError):
-        read_checkpoint("folder")
+        read_checkpoint(".")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, partial(os.symlink, "/dev/zero")])
+def test_a_checkpoint_that_would_be_read_for_ever(make):
+    make("x.pth")
+    handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits"))
+    signal.alarm(10)
+    try:
+        with pytest.raises(UserError, match=r"^x\.pth is not a regular file$"):
+            read_checkpoint("x.pth")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 class Malice:
@@ -513,12 +568,12 @@ class Malice:
 
 def test_a_checkpoint_runs_no_code():
     torch.save({"network": Malice(), "diffusion": {}, "averaged_weights": {}}, "x.pth")
-    with pytest.raises(ValueError, match="damaged or is not a checkpoint"):
+    with pytest.raises(UserError, match="damaged or is not a checkpoint"):
         read_checkpoint("x.pth")
     assert not Path("owned").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folder of a run
 
 
@@ -528,20 +583,63 @@ def make(*names):
         Path(name).write_text("x")
 
 
+def files_below(folder) -> set[str]:
+    return {str(path) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def assert_owned():
+    """a/run can't be owned a second time: neither by this program nor by a lock of the system."""
+    with (
+        pytest.raises(UserError, match="another run is alive in a/run"),
+        RunFolder("a/run").owned(),
+    ):
+        pytest.fail("owned twice")
+    with open("a/run/.lock", "rb") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_a_folder_is_owned_by_one():
-    folder = RunFolder("a/run")
-    with folder.owned():
-        with (
-            pytest.raises(ValueError, match="another run is alive in a/run"),
-            RunFolder("a/run").owned(),
-        ):
-            pytest.fail("owned twice")
-        with pytest.raises(filelock.Timeout):
-            filelock.FileLock("a/run/.lock").acquire(timeout=0)
-        make("a/run/metrics.csv")
+    """Its lock is released and stays, so that all who try lock the same file."""
     with RunFolder("a/run").owned():
+        assert_owned()
+        make("a/run/metrics.csv")
+    number = Path("a/run/.lock").stat().st_ino
+    with RunFolder("a/run").owned():
+        assert_owned()
+    assert files_below("a/run") == {"a/run/metrics.csv", "a/run/.lock"}
+    assert Path("a/run/.lock").stat().st_ino == number
+
+
+def test_a_folder_without_a_run_is_left_as_it_was(monkeypatch):
+    with pytest.raises(UserError, match="bad flag"), RunFolder("new").owned():
+        raise UserError("bad flag")
+    Path("old").mkdir()
+    with RunFolder("old").owned():
         pass
-    assert Path("a/run/metrics.csv").exists()
+    assert snapshot(Path()) == {Path("old"): None}
+    # The lock is deleted before it is released, and a deleted one does not count.
+    flock = fcntl.flock
+
+    def deleted_first(*args):
+        Path("old/.lock").unlink()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_first)
+    with pytest.raises(UserError, match="another run is alive in old"), RunFolder("old").owned():
+        pytest.fail("owns a lock that nobody else can see")
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "ENOTSUP", "EIO"])
+def test_file_system_without_locks(name, monkeypatch, capsys):
+    """A warning, as on some network disks; an error of the disk is one."""
+    monkeypatch.setattr(fcntl, "flock", failing(getattr(errno, name)))
+    if name == "EIO":
+        with pytest.raises(OSError, match="run: Input/output error"), RunFolder("run").owned():
+            pytest.fail("began the work")
+        return
+    with RunFolder("run").owned():
+        make("run/metrics.csv")
+    assert "warning: run can't be locked" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_owned():
@@ -555,63 +653,53 @@ def test_what_a_run_is_known_by():
     folder = RunFolder("run")
     make("run/notes.txt", "run/checkpoints/best.pth", "run/samples/sample_epoch_1.png")
     assert not folder.holds_a_run()
-    with pytest.raises(ValueError, match="there is no checkpoint in run"):
+    with pytest.raises(UserError, match="there is no checkpoint in run"):
         folder.newest()
-    for name in (
-        "metrics.csv",
-        "checkpoints/constant.pth",
-        "checkpoints/weights.pth",
-        "checkpoints/model_epoch_5.pth",
-    ):
+    for name in ("metrics.csv", *(f"checkpoints/{n}.pth" for n in ("weights", "model_epoch_5"))):
         make(f"run/{name}")
         assert folder.holds_a_run()
         Path(f"run/{name}").unlink()
 
 
 def test_the_newest_checkpoint():
-    """last.pth, whatever the times say; else the youngest with all that a run needs."""
-    make(
-        *(
-            f"run/checkpoints/{name}.pth"
-            for name in ("constant", "model_epoch_5", "weights", "best", "last")
-        )
-    )
-    for age, name in enumerate(("best", "weights", "model_epoch_5", "constant", "last")):
-        os.utime(f"run/checkpoints/{name}.pth", (1e9 - age, 1e9 - age))
-    folder = RunFolder("run")
+    """last.pth; else that of the highest step, whatever the times of the files say."""
+    folder, steps = RunFolder("my run"), {"constant": 40, "model_epoch_5": 30, "model_epoch_20": 80}
+    steps |= {"last": 50, "weights": 90, "best": 99}
+    for age, (name, step) in enumerate(steps.items()):
+        save_checkpoint(folder.checkpoints / f"{name}.pth", fake_checkpoint(step))
+        os.utime(folder.checkpoints / f"{name}.pth", (1e9 - age, 1e9 - age))
     assert folder.newest().name == "last.pth"
-    Path("run/checkpoints/last.pth").unlink()
-    assert folder.newest().name == "model_epoch_5.pth"
+    hint = f"; go on from the next one with --resume '{folder.checkpoints}/"
+    for name, following in (("last", "model_epoch_20"), ("model_epoch_20", "constant")):
+        (folder.checkpoints / f"{name}.pth").write_bytes(b"")  # a full disk of long ago
+        with pytest.raises(UserError, match=f"{name}.pth is damaged") as error:
+            folder.newest()
+        assert str(error.value).endswith(f"{hint}{following}.pth'")
+        (folder.checkpoints / f"{name}.pth").unlink()
+        assert folder.newest().name == f"{following}.pth"
+    for name in ("constant", "model_epoch_5"):
+        (folder.checkpoints / f"{name}.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"constant\.pth is damaged or is not a checkpoint .*\)$"):
+        folder.newest()
 
 
 def test_clearing_and_tidying():
     """By the names that this program writes, in its own folders."""
-    ours = [
-        f"run/checkpoints/{name}.pth"
-        for name in ("last", "constant", "weights", "model_epoch_5", "model_epoch_10")
-    ]
-    ours += ["run/samples/sample_epoch_5.png"]
-    ours += [
-        f"run/{name}"
-        for name in (
-            "metrics.csv",
-            "loss_curve.png",
-            "evaluation.json",
-            "bound_terms.png",
-            "nearest.png",
-        )
-    ]
-    leftovers = [
-        "run/checkpoints/.last.pth.0123abcd",
-        "run/checkpoints/.model_epoch_5.pth.0123abcd",
-    ]
-    theirs = ["run/notes.txt", "run/last.pth", "run/checkpoints/notes.txt", "run/checkpoints/.notes.pth.0123abcd",
-              "run/samples/.last.pth.0123abcd", "run/samples/x.png", "run/samples/deep/sample_epoch_5.png",
-              "run/checkpoints/model_epoch_5.pth.bak"]  # fmt: skip
+    names = ("last", "constant", "weights", "model_epoch_5", "model_epoch_10")
+    ours = [f"run/checkpoints/{name}.pth" for name in names]
+    names = ("metrics.csv", "loss_curve.png", "evaluation.json")
+    names += ("bound_terms.png", "gain.png", "nearest.png", "samples/sample_epoch_5.png")
+    ours += [f"run/{name}" for name in names]
+    leftovers = ["run/checkpoints/.last.pth.0123abcd"]
+    leftovers += ["run/checkpoints/.model_epoch_5.pth.0123abcd"]
+    theirs = ["run/notes.txt", "run/last.pth", "run/checkpoints/notes.txt"]
+    theirs += ["run/checkpoints/.notes.pth.0123abcd", "run/samples/.last.pth.0123abcd"]
+    theirs += ["run/samples/x.png", "run/samples/deep/sample_epoch_5.png"]
+    theirs += ["run/checkpoints/model_epoch_5.pth.bak"]
     make(*ours, *theirs, *leftovers)
     Path("run/checkpoints/model_epoch_7.pth").mkdir()
     RunFolder("run").tidy()
-    assert {str(path) for path in Path().rglob("*") if path.is_file()} == {*ours, *theirs}
+    assert files_below(".") == {*ours, *theirs}
     RunFolder("run").clear()
-    assert {str(path) for path in Path().rglob("*") if path.is_file()} == {*theirs}
+    assert files_below(".") == {*theirs}
     RunFolder("nowhere").clear()

@@ -1,9 +1,11 @@
-"""What every script does around its work: arguments, the device, errors in one line, words that must not stop it."""
+"""What all scripts share: arguments, the device, errors in one line, streams that may break."""
 
 import argparse
 import errno
 import io
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,17 +13,31 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import cli
-from cli import SEED, add_data, add_device, integer, number, parser, path, pick_device, provenance
+from cli import (
+    SEED,
+    UserError,
+    add_data,
+    add_device,
+    add_last_step,
+    add_speed,
+    integer,
+    number,
+    parser,
+    path,
+    pick_device,
+    provenance,
+    user_errors,
+)
 
 import pytest
 import torch
 from scripts import ENVIRONMENT, REPOSITORY
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arguments
 
-
-@pytest.mark.parametrize("parse, text, value", [
+# The value, or a part of the message; ValueError where argparse says: invalid integer value
+ARGUMENTS = [
     (integer(1), "1", 1),
     (integer(1), "2147483647", 2**31 - 1),
     (integer(1), "0", "at least 1, got 0"),
@@ -31,6 +47,7 @@ from scripts import ENVIRONMENT, REPOSITORY
     (integer(2, 5), "1", "at least 2, got 1"),
     (integer(1), "1.5", ValueError),
     (integer(1), "", ValueError),
+    (integer(1), "1" + "0" * 400, "at most 2147483647"),
     (SEED, "4294967295", 2**32 - 1),
     (SEED, "4294967296", "at most 4294967295"),
     (SEED, "-1", "at least 0"),
@@ -43,16 +60,20 @@ from scripts import ENVIRONMENT, REPOSITORY
     (number(0, above=True), "0", "above 0, got 0"),
     (number(0, above=True), "1e-9", 1e-9),
     (number(0, 1), "1", 1.0),
-    (number(0, 1), "1.1", "at least 0 and at most 1, got 1.1"),
+    (number(0, 1), "1.1", "at most 1, got 1.1"),
     (path(), "a/b.txt", Path("a/b.txt")),
     (path(), "", "is empty"),
     (path(), " ", "is empty"),
     (path(".png"), "x.png", Path("x.png")),
     (path(".png"), "x.jpg", "must end in .png, got x.jpg"),
     (path(".png"), "png", "must end in .png"),
-])  # fmt: skip
+    (path(".png"), ".png", "must end in .png"),
+]
+
+
+@pytest.mark.parametrize("parse, text, value", ARGUMENTS)
 def test_types_of_arguments(parse, text, value):
-    if value is ValueError:  # argparse then says: invalid integer value
+    if value is ValueError:
         with pytest.raises(ValueError):
             parse(text)
     elif isinstance(value, str):
@@ -67,15 +88,11 @@ def test_types_of_arguments(parse, text, value):
 def test_names_of_types_in_messages(capsys):
     p = parser("text\n  kept as it is")
     assert "text\n  kept as it is" in p.format_help()
-    for flag, kind in (("--i", integer(1)), ("--n", number(0))):
-        p.add_argument(flag, type=kind)
-    for arguments, words in (
-        (["--i", "x"], "invalid integer value: 'x'"),
-        (["--n", "x"], "invalid number value: 'x'"),
-    ):
+    for name, kind in (("integer", integer(1)), ("number", number(0))):
+        p.add_argument(f"--{name}", type=kind)
         with pytest.raises(SystemExit):
-            p.parse_args(arguments)
-        assert words in capsys.readouterr().err
+            p.parse_args([f"--{name}", "x"])
+        assert f"invalid {name} value: 'x'" in capsys.readouterr().err
 
 
 def test_home_folder(monkeypatch, tmp_path):
@@ -85,14 +102,17 @@ def test_home_folder(monkeypatch, tmp_path):
 
 def test_shared_flags():
     p = parser(None)
-    add_data(p.add_argument)
-    add_device(p.add_argument)
-    assert vars(p.parse_args([])) == {"data": "auto", "data_root": Path("data"), "device": "auto"}
-    given = p.parse_args(["--data", "mnist", "--data-root", "x", "--device", "cpu"])
-    assert vars(given) == {"data": "mnist", "data_root": Path("x"), "device": "cpu"}
+    for add_flags in (add_data, add_device, add_speed):
+        add_flags(p.add_argument)
+    add_last_step(p.add_argument, ("draw", "mode"))
+    usual = {"data": "auto", "data_root": Path("data"), "device": "auto", "last_step": None}
+    assert vars(p.parse_args([])) == usual | {"compile": False, "amp": False}
+    given = "--data mnist --data-root x --device cpu --last-step mode --compile --amp"
+    values = {"data": "mnist", "data_root": Path("x"), "device": "cpu", "last_step": "mode"}
+    assert vars(p.parse_args(shlex.split(given))) == values | {"compile": True, "amp": True}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The device
 
 
@@ -111,12 +131,25 @@ def test_the_best_device(cuda, mps, best, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:99", "", "meta"])
 def test_a_device_that_is_not_there(name):
-    with pytest.raises(ValueError, match="can't be used here") as error:
+    with pytest.raises(UserError, match="can't be used here") as error:
         pick_device(name)
     assert repr(name) in str(error.value) and "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_message_of_cuda_is_cut_to_a_line(monkeypatch):
+    """torch's own has three lines for a GPU that is not there."""
+
+    def zeros(n, device):
+        raise RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(UserError) as error:
+        pick_device("cuda:99")
+    reason = "CUDA error: invalid device ordinal"
+    assert str(error.value) == f"device 'cuda:99' can't be used here: {reason}"
+
+
+# --------------------------------------------------------------------------------------------------
 # Running a script
 
 
@@ -132,15 +165,26 @@ def run(main, *args) -> tuple[int | None, str, str]:
     return end.value.code, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.parametrize("error, line", [
-    (ValueError("too\nlong"), "too"),
-    (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device"),
-    (RuntimeError("out of memory"), "out of memory"),
-    (MemoryError(), "MemoryError"),
-    (OverflowError("too large"), "too large"),
-    (ImportError("No module named 'mlxtend'"), "No module named 'mlxtend'"),
-    (ValueError("\n"), "ValueError"),
-])  # fmt: skip
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("too\nlong"), "too"),
+        (UserError("\n"), "UserError"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x"),
+            "[Errno 28] No space left on device: 'x'",
+        ),
+        (MemoryError(), "MemoryError"),
+        (
+            RuntimeError(f"[enforce fail at alloc_cpu.cpp:1] {NO_MEMORY}"),
+            f"[enforce fail at alloc_cpu.cpp:1] {NO_MEMORY}",
+        ),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory."),
+    ],
+)
 def test_errors_are_one_line(error, line, monkeypatch):
     def main():
         raise error
@@ -150,13 +194,26 @@ def test_errors_are_one_line(error, line, monkeypatch):
     assert run(main, "process 3: ") == (1, "", f"script.py: error: process 3: {line}\n")
 
 
-def test_mistakes_of_ours_keep_their_traceback():
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, RuntimeError, ImportError])
+def test_a_mistake_in_the_code_keeps_its_traceback(error):
+    def main():
+        raise error("mat1 and mat2 shapes cannot be multiplied")
+
     with (
         redirect_stdout(io.StringIO()),
         redirect_stderr(io.StringIO()),
-        pytest.raises(ZeroDivisionError),
+        pytest.raises(error, match="mat1"),
     ):
-        cli.run(lambda: 1 / 0)
+        cli.run(main)
+
+
+def test_values_that_a_flag_asked_for():
+    """A ValueError becomes a UserError; other errors, and subclasses of UserError, pass."""
+    special = type("Special", (UserError,), {})
+    for raised, seen in ((ValueError, UserError), (special, special), (TypeError, TypeError)):
+        with pytest.raises(raised) as error, user_errors():
+            raise raised("too large")
+        assert type(error.value) is seen and str(error.value) == "too large"
 
 
 def test_exit_codes():
@@ -165,7 +222,7 @@ def test_exit_codes():
     assert run(lambda: (_ for _ in ()).throw(KeyboardInterrupt))[0] == 130
 
 
-# A real process around main's body. Without torch, which takes seconds to load and which nothing here needs.
+# A real process around main's body, without torch, which takes seconds to load.
 PROGRAM = f"""
 import sys, types
 sys.path.insert(0, {str(REPOSITORY)!r})
@@ -192,7 +249,7 @@ def test_warnings_are_one_line():
 def test_letters_that_a_code_page_lacks():
     """On stdout and stderr, in a script's own words and in an error's."""
     done = process(
-        "print('±1 é'); raise ValueError('±')", env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
+        "print('±1 é'); raise cli.UserError('±')", env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
     )
     assert done.returncode == 1 and done.stdout == b"?1 ?\n" and done.stderr == b"-c: error: ?\n"
 
@@ -220,7 +277,7 @@ def test_stdout_that_is_closed():
 
 
 def test_a_line_reaches_the_log_when_it_is_written():
-    """Into a pipe, which Python would fill by the block: it is there though the process is killed."""
+    """Into a pipe, where Python writes by the block: the line is there after a kill."""
     done = process("print('hello'); import os; os.kill(os.getpid(), 9)")
     assert done.returncode == -9 and done.stdout == b"hello\n"
 
@@ -235,7 +292,7 @@ def test_what_a_stream_can_do_it_still_can():
     wrapped.flush()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_provenance(monkeypatch):
@@ -244,30 +301,66 @@ def test_provenance(monkeypatch):
     assert origin.keys() == {"command", "machine", "torch", "commit"}
     assert origin["command"] == "python train.py --out-dir 'a b'"
     assert origin["torch"] == torch.__version__
-    assert (
-        f"{torch.get_num_threads()} of {os.cpu_count()} cores" in origin["machine"]
-        and origin["machine"][0] != ","
-    )
-    head = subprocess.run(
-        ["git", "-C", REPOSITORY, "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    if head:
-        assert (
-            head.startswith(origin["commit"].removesuffix("-dirty")) and len(origin["commit"]) >= 7
-        )
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    assert origin["machine"].endswith(cores) and origin["machine"][0] != ","
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     assert provenance()["machine"].startswith("A GPU, ")
-    monkeypatch.setattr(cli, "REPOSITORY", Path("/"))
+
+
+def git(folder, *command) -> str:
+    user = ["-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false"]
+    command = ["git", "-C", folder, *user, *command]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_our_own(monkeypatch, tmp_path):
+    """Marked when files differ from it; never that of a repository around ours, or of GIT_DIR."""
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    ours, other = tmp_path / "thesis" / "ours", tmp_path / "thesis"
+    ours.mkdir(parents=True)
+    (ours / "cli.py").write_text("1")
+    monkeypatch.setattr(cli, "REPOSITORY", ours)
     assert provenance()["commit"] == "unknown"
+    for folder in (other, ours):
+        git(folder, "init", "-q")
+        git(folder, "add", "cli.py" if folder == ours else ".")
+        git(folder, "commit", "-qm", f"in {folder.name}")
+        if folder == other:
+            assert provenance()["commit"] == "unknown"
+    head = git(ours, "rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    commit = provenance()["commit"]
+    assert head.startswith(commit) and len(commit) >= 7
+    (ours / "cli.py").write_text("2")
+    assert provenance()["commit"] == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")
     assert provenance()["commit"] == "unknown"
 
 
-def test_waiting_threads_sleep():
-    """Whoever imports a script's room before torch gets it; who has chosen keeps his choice."""
-    for before, after in ((None, b"PASSIVE\n"), ("ACTIVE", b"ACTIVE\n")):
-        environment = {k: v for k, v in ENVIRONMENT.items() if k != "OMP_WAIT_POLICY"}
-        environment |= {"OMP_WAIT_POLICY": before} if before else {}
-        done = process("import os; print(os.environ['OMP_WAIT_POLICY'])", env=environment)
-        assert done.stdout == after
+def test_waiting_threads_sleep_in_our_scripts_only(tmp_path):
+    """A choice of the user stays; a program that imports our modules keeps its own policy."""
+    repository = tmp_path / "repository"
+    lines = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['torch'] = sys\nsys.device = 0"
+    )
+    lines += "\nimport os, cli; print(os.environ.get('OMP_WAIT_POLICY'))"
+    programs = [repository / "script.py", repository / "experiments" / "script.py"]
+    programs += [repository / ".venv" / "bin" / "pytest", tmp_path / "other.py"]
+    for program in programs:
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(lines)
+    shutil.copy(REPOSITORY / "cli.py", repository)
+    inherited = {k: v for k, v in ENVIRONMENT.items() if k != "OMP_WAIT_POLICY"}
+    for program, chosen, policy in (
+        (programs[0], {}, "PASSIVE"),
+        (programs[0], {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        (programs[1], {}, "PASSIVE"),
+        (programs[2], {}, "None"),
+        (programs[3], {}, "None"),
+    ):
+        command = [sys.executable, program, repository]
+        done = subprocess.run(command, env=inherited | chosen, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == (f"{policy}\n", "")

@@ -1,12 +1,15 @@
-"""evaluate.py end to end: which digits a model is held against, each figure of the report, what is printed, written and
-refused. What the figures mean is the subject of test_metrics.py."""
+"""evaluate.py end to end: which digits are used, each number of the report, what is printed,
+written and refused. The meaning of the numbers is the subject of test_metrics.py."""
 
 import hashlib
 import json
 import math
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+
+import cli
 
 import numpy as np
 import pytest
@@ -15,37 +18,44 @@ from PIL import Image
 from scripts import call, fail, files, snapshot, succeed, untrained
 
 import evaluate
-from checkpoint import RELEASED, load_checkpoint
-from dataset import Digits, load_digits, take, to_levels
-from diffusion import importance_weighted
-from metrics import judge, load_classifier, nearest_digits, quality, rows_of_classes, spread
+import metrics
+from checkpoint import RELEASED
+from dataset import Digits, load_digits, stream_seed, take, to_levels
+from diffusion import DiscreteDiffusion
+from metrics import (
+    judge,
+    load_classifier,
+    nearest_digits,
+    quality,
+    rows_of_classes,
+    spread,
+    summarize_gain,
+)
 from model import Autocast
 from pictures import image_grid
+from trajectories import log_weights, respaced
 
 pytestmark = pytest.mark.usefixtures("fresh_directory", "few_digits")
-FLAGS = ["--num-samples", 20, "--images", 12, "--repeats", 2, "--device", "cpu"]
+SMALL = ["--num-samples", "20", "--images", "12", "--repeats", "2"]
+CPU = ["--device", "cpu"]
+PICTURES = {"nearest.png", "bound_terms.png"}
 
 
 @cache
 def digits_of(source, split) -> Digits:
-    """Small sets of genuine digits, no two of which have one in common; of MNIST a hundred, 60 and 50."""
+    """Small sets of genuine digits without overlap; of MNIST a hundred, 60 and 50."""
     offline = load_digits("train", "offline")
     if source == "offline":
-        return (
-            take(offline, 80)
-            if split == "train"
-            else take(load_digits("validation", "offline"), 40)
-        )
+        whole, n = (offline, 80) if split == "train" else (load_digits(split, "offline"), 40)
+        return take(whole, n)
     first, last = {"train": (0, 100), "validation": (100, 160), "test": (160, 210)}[split]
-    rows = torch.randperm(len(offline.images), generator=torch.Generator().manual_seed(0))[
-        first:last
-    ]
+    rows = torch.randperm(len(offline.images), generator=seeded(0))[first:last]
     return Digits(offline.images[rows], offline.labels[rows], "mnist")
 
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Those in place of all, and MNIST is at hand; the calls."""
+    """These instead of all, with MNIST at hand; the calls."""
     calls = []
 
     def load(split, data="auto", data_root="data"):
@@ -56,9 +66,11 @@ def few_digits(monkeypatch):
     return calls
 
 
-def report_of(*arguments, out_dir=".") -> dict:
-    succeed("evaluate.py", *arguments, *FLAGS)
-    return json.loads((Path(out_dir) / "evaluation.json").read_text())
+def evaluated(flags="", path="x.pth", small=SMALL, out_dir=".", device="cpu") -> tuple[dict, str]:
+    """The report of evaluate.py and its output."""
+    flags = [*small, *flags.split(), "--overwrite", "--device", device]
+    out = succeed("evaluate.py", path, *flags)
+    return json.loads((Path(out_dir) / "evaluation.json").read_text()), out
 
 
 def close(a, b) -> bool:
@@ -70,23 +82,34 @@ def close(a, b) -> bool:
     return a == b if isinstance(a, str | bool) else a == pytest.approx(b, rel=1e-6, abs=1e-9)
 
 
-def expected_bound(d, grey, protocol, num_t, binarizations=1, y=None) -> dict:
-    """Mean and error over images, or over random binarizations, of the bound; its parts."""
+def seeded(seed) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def levels(grey, seed=0, protocol="threshold", K=2) -> torch.Tensor:
+    """Random binarization has streams of its own, numbered by `seed`."""
+    return to_levels(grey, K, protocol, seeded(stream_seed(seed)))
+
+
+def expected_bound(d, digits, n, num_t, protocol="threshold", binarizations=1, y=None) -> dict:
+    """Mean and error over n of the digits, or over random binarizations, of bound and parts."""
     draws = []
     for seed in range(binarizations):
-        x_0 = to_levels(grey, d.num_levels, protocol, torch.Generator().manual_seed(seed))
-        draws.append(d.bound_terms(x_0, num_t, torch.Generator().manual_seed(seed), y))
-    total = torch.stack([draw.L_T + draw.L_t_minus_1 + draw.L_0 for draw in draws])
-    total = total if y is None else total + math.log(10)
+        x_0 = spread(levels(digits.images, seed, protocol), n)
+        draws.append(d.bound_terms(x_0, num_t, seeded(seed), y))
+    parts = {
+        "L_T": torch.stack([draw.L_T for draw in draws]),
+        "sum_L_t_minus_1": torch.stack([draw.L_t_minus_1 for draw in draws]),
+        "L_0": torch.stack([draw.L_0 for draw in draws]),
+    }
+    total = sum(parts.values()) + (0 if y is None else math.log(10))
     mean = total.mean(0)
-    expected = {
+    expected = {key: value.mean().item() for key, value in parts.items()}
+    expected |= {
         "nats_per_image": mean.mean().item(),
-        "standard_error": mean.std().item() / math.sqrt(len(grey)),
+        "standard_error": mean.std().item() / math.sqrt(n),
         "bits_per_dimension": mean.mean().item() / 784 / math.log(2),
-        "L_T": torch.stack([draw.L_T for draw in draws]).mean().item(),
-        "sum_L_t_minus_1": torch.stack([draw.L_t_minus_1 for draw in draws]).mean().item(),
-        "L_0": torch.stack([draw.L_0 for draw in draws]).mean().item(),
-        "images": len(grey),
+        "images": n,
         "timesteps_per_image": draws[0].t.shape[1],
     }
     if y is not None:
@@ -97,327 +120,324 @@ def expected_bound(d, grey, protocol, num_t, binarizations=1, y=None) -> dict:
     return expected
 
 
-def expected_samples(x, asked, test, other, train, protocol, K=2) -> dict:
-    """What the report says of samples x; real digits become levels by noise of seed 0 for test digits, 1 for others."""
+def expected_samples(x, asked, test, other, train, how, protocol="threshold", K=2) -> dict:
+    """What the report says of samples x. Random levels: stream 0 for test digits, 1 for others."""
     classifier = load_classifier()
-
-    def levels(digits, seed):
-        return to_levels(digits.images, K, protocol, torch.Generator().manual_seed(seed))
-
-    reference, _ = judge(classifier, levels(test, 0), K)
-    real = levels(other, 1)
+    as_levels = partial(levels, protocol=protocol, K=K)
+    reference, _ = judge(classifier, as_levels(test.images, 0), K)
+    real = as_levels(other.images, 1)
+    usual = {"guidance": 0.0, "last_step": "mode", "labels": asked is not None}
     report = {"real_digits": quality(spread(real, len(x)), reference, classifier, K)}
-    report["samples"] = quality(x, reference, classifier, K, asked)
+    report["samples"] = usual | how | quality(x, reference, classifier, K, asked)
     if asked is not None:
         rows = rows_of_classes(other.labels, asked.bincount(minlength=10))
         report["real_digits_of_these_classes"] = quality(real[rows], reference, classifier, K)
-    distances = (x[:8, None].int() - levels(train, 1)[None].int()).abs().sum((2, 3, 4))
+    distances = (x[:8, None].int() - as_levels(train.images, 1)[None].int()).abs().sum((2, 3, 4))
     report["nearest_training_digit"] = {"least_distances": distances.amin(1).tolist()}
     return report
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def shows(path, grid) -> bool:
+    with Image.open(path) as picture:
+        return np.array_equal(picture, grid)
+
+
+# --------------------------------------------------------------------------------------------------
 # The report
 
 
 @pytest.mark.parametrize("trained_on, split", [("mnist", "test"), ("offline", "validation")])
 def test_every_figure_of_the_report(trained_on, split):
-    """A conditional model of thresholded digits, held against MNIST: bound and samples against the test split, real
-    digits from the validation split beside them (or the other way round), nearest digits from those it has seen."""
+    """A conditional model of thresholded digits on MNIST: bound and samples on one split, real
+    digits of the other one beside them, nearest digits from those it was trained on."""
     d = untrained("x.pth", config={"num_labels": 10}, data=trained_on)
-    flags = [] if split == "test" else ["--split", "validation"]
-    report = report_of("x.pth", *flags)
-    test, other = (
-        digits_of("mnist", split),
-        digits_of("mnist", "validation" if split == "test" else "test"),
-    )
+    report, _ = evaluated(f"--split {split}")
+    test, train = digits_of("mnist", split), digits_of(trained_on, "train")
+    other = digits_of("mnist", "validation" if split == "test" else "test")
     y = torch.arange(20) % 10
-    x = d.respaced(30).sample(20, 0, y=y, last_step="mode")
-    expected = expected_samples(x, y, test, other, digits_of(trained_on, "train"), "threshold")
-    expected["samples"] = {
-        "timesteps": 30,
-        "guidance": 0.0,
-        "last_step": "mode",
-        "labels": True,
-    } | expected["samples"]
-    expected["bound"] = expected_bound(d, spread(test.images, 12), "threshold", 2)
-    y = spread(test.labels, 12)
-    expected["bound_with_labels"] = expected_bound(d, spread(test.images, 12), "threshold", 2, y=y)
-    expected |= {
-        "checkpoint": "x.pth", "sha256": hashlib.sha256(Path("x.pth").read_bytes()).hexdigest(),
-        "digits": f"MNIST {split} split", "levels": 2, "binarization": "threshold", "timesteps": 60,
-        "digits_were_in_training": False,
-    }  # fmt: skip
-    provenance = report.pop("provenance")
-    assert provenance["torch"] == torch.__version__
+    x = respaced(d, 30).sample(20, 0, y=y, last_step="mode")
+    expected = expected_samples(x, y, test, other, train, {"timesteps": 30})
+    expected["bound"] = expected_bound(d, test, 12, 2)
+    expected["bound_with_labels"] = expected_bound(d, test, 12, 2, y=spread(test.labels, 12))
+    expected |= {"checkpoint": "x.pth", "digits": f"MNIST {split} split", "levels": 2}
+    expected["sha256"] = hashlib.sha256(Path("x.pth").read_bytes()).hexdigest()
+    expected |= {"binarization": "threshold", "timesteps": 60, "digits_were_in_training": False}
+    assert report.pop("provenance")["torch"] == torch.__version__
     assert report.keys() == expected.keys()
     for key in expected:
         assert close(report[key], expected[key]), key
-    rows, _ = nearest_digits(x[:8], to_levels(digits_of(trained_on, "train").images))
-    with Image.open("nearest.png") as picture:
-        assert np.array_equal(picture, image_grid(rows, columns=8))
-    with Image.open("bound_terms.png") as picture:
-        picture.verify()
+    rows, _ = nearest_digits(x[:8], levels(train.images))
+    assert shows("nearest.png", image_grid(rows, columns=8))
+    Image.open("bound_terms.png").verify()
 
 
 def test_every_figure_of_an_unconditional_dynamic_report(monkeypatch):
-    """Random binarizations: noise of seed 0, 1, ... for the bound, 0 for test digits, 1 for the others; no labels."""
     terms, plot = [], evaluate.plot_terms
     monkeypatch.setattr(evaluate, "plot_terms", lambda *args: terms.append(args) or plot(*args))
     d = untrained("x.pth", timesteps=20, binarize="dynamic")
-    report = report_of("x.pth", "--binarizations", 3, "--data", "offline", "--seed", 4)
+    report, _ = evaluated("--binarizations 3 --data offline --seed 4")
     validation, train = (digits_of("offline", split) for split in ("validation", "train"))
-    expected = expected_samples(
-        d.sample(20, 4, last_step="mode"), None, validation, train, train, "dynamic"
-    )
-    expected["samples"] = {
-        "timesteps": 20,
-        "guidance": 0.0,
-        "last_step": "mode",
-        "labels": False,
-    } | expected["samples"]
-    expected["bound"] = expected_bound(d, spread(validation.images, 12), "dynamic", 2, 3)
+    x, how = d.sample(20, 4, last_step="mode"), {"timesteps": 20}
+    expected = expected_samples(x, None, validation, train, train, how, "dynamic")
+    expected["bound"] = expected_bound(d, validation, 12, 2, "dynamic", 3)
     for key in expected:
         assert close(report[key], expected[key]), key
-    assert (
-        "real_digits_of_these_classes" not in report and "label_accuracy" not in report["samples"]
-    )
+    assert "real_digits_of_these_classes" not in report
+    assert "label_accuracy" not in report["samples"]
     assert report["digits"] == "offline validation digits (not the MNIST test split)"
-    assert (report["binarization"], report["digits_were_in_training"], report["timesteps"]) == (
-        "dynamic",
-        False,
-        20,
-    )
+    assert report["binarization"] == "dynamic" and report["timesteps"] == 20
+    assert report["digits_were_in_training"] is False
     ((network_t, t, values),) = terms
     assert torch.equal(network_t, d.network_t) and t.shape == values.shape == (3 * 12 * 3,)
-    first = d.bound_terms(to_levels(spread(validation.images, 12), 2, "dynamic", torch.Generator().manual_seed(0)), 2,
-                          torch.Generator().manual_seed(0))  # fmt: skip
-    assert torch.equal(t[:36], first.t.flatten()) and torch.allclose(
-        values[:36], first.terms.flatten()
-    )
+    x_0 = spread(levels(validation.images, 0, "dynamic"), 12)
+    first = d.bound_terms(x_0, 2, seeded(0))
+    assert torch.equal(t[:36], first.t.flatten())
+    assert torch.allclose(values[:36], first.terms.flatten())
+
+
+def test_noise_is_independent_of_the_binarization(monkeypatch):
+    """Both would come from one stream if they shared a seed."""
+    untrained("x.pth", timesteps=2, binarize="dynamic")
+    x_0, noise, sample = [], [], DiscreteDiffusion.q_sample
+
+    def q_sample(self, clean, t, u=None):
+        x_0.append(clean)
+        noise.append(u)
+        return sample(self, clean, t, u)
+
+    monkeypatch.setattr(DiscreteDiffusion, "q_sample", q_sample)
+    evaluated("--exact --num-samples 0", small=[])
+    grey = digits_of("mnist", "test").images
+    for clean, u in zip(x_0, noise, strict=True):
+        assert clean.shape == grey.shape and not torch.equal(clean, (u * 255 < grey).byte())
 
 
 def test_levels_of_grey():
     d = untrained("x.pth", timesteps=10, config={"num_levels": 4, "num_states": 4})
-    report = report_of("x.pth")
-    test, other, train = (digits_of("mnist", split) for split in ("test", "validation", "train"))
-    x = d.sample(20, last_step="mode")
-    expected = expected_samples(
-        x, None, test, other, digits_of("offline", "train"), "threshold", K=4
-    )
-    assert report["levels"] == 4 and close(report["real_digits"], expected["real_digits"])
-    rows, _ = nearest_digits(x[:8], to_levels(digits_of("offline", "train").images, 4))
-    with Image.open("nearest.png") as picture:
-        assert np.array_equal(picture, image_grid(rows, 4, columns=8))
-    note = {"timesteps": 10, "guidance": 0.0, "last_step": "mode", "labels": False}
-    assert close(report["samples"], note | expected["samples"])
-    assert (
-        close(report["nearest_training_digit"], expected["nearest_training_digit"])
-        and len(train.images) == 100
-    )
-    assert "4 levels" in succeed("evaluate.py", "x.pth", *FLAGS)
+    report, out = evaluated()
+    test, other = (digits_of("mnist", split) for split in ("test", "validation"))
+    x, train = d.sample(20, last_step="mode"), digits_of("offline", "train")
+    expected = expected_samples(x, None, test, other, train, {"timesteps": 10}, K=4)
+    assert report["levels"] == 4 and "4 levels" in out
+    for key in expected:
+        assert close(report[key], expected[key]), key
+    rows, _ = nearest_digits(x[:8], to_levels(train.images, 4))
+    assert shows("nearest.png", image_grid(rows, 4, columns=8))
 
 
-def test_digits_that_were_in_training_are_no_judge():
-    """All offline digits are from MNIST's training split: a model of that gets no bound on them, and is told why."""
+def test_digits_that_were_in_training_are_no_judge(monkeypatch):
+    """The offline digits are part of MNIST's training split: no bound on them for a model of it,
+    and flags of the bound are refused."""
     untrained("x.pth", data="mnist", timesteps=10)
-    Path("bound_terms.png").write_text("of an older evaluation")
-    out = succeed("evaluate.py", "x.pth", "--data", "offline", *FLAGS)
-    assert (
-        "No bound: the offline digits are part of MNIST's training split" in out
-        and "nats" not in out
-    )
-    report = json.loads(Path("evaluation.json").read_text())
-    assert report["digits_were_in_training"] is True and "bound" not in report
-    assert report["samples"]["images"] == 20
-    assert files(Path()) == {"x.pth", "evaluation.json", "nearest.png"}
-    assert out.splitlines()[-1] == f"Wrote evaluation.json, nearest.png in {Path().resolve()}"
+    flags = "--data", "offline", *CPU
+    for flag in ("images 12", "repeats 2", "exact", "trajectories 3", "num-samples 0"):
+        with monkeypatch.context() as patch:
+            no_work(patch)
+            line = fail("evaluate.py", "x.pth", *flags, *f"--{flag}".split())
+        assert "the offline digits are in MNIST's training split" in line
+        assert f"--{flag.split()[0]} does nothing" in line or flag == "num-samples 0"
+    report, out = evaluated("--data offline", small=["--num-samples", 20])
+    assert "No bound: the offline digits are in MNIST's training split" in out
+    assert "nats" not in out and "bound" not in report
+    assert report["digits_were_in_training"] is True and report["samples"]["images"] == 20
 
 
-@pytest.mark.parametrize("data, trained_on, bound", [
-    ("auto", "mnist", True), ("mnist", "mnist", True), ("auto", "offline", True), ("offline", "offline", True),
-    ("offline", "mnist", False),
-])  # fmt: skip
-def test_where_there_is_a_bound(data, trained_on, bound, few_digits):
+@pytest.mark.parametrize("data", ["auto", "mnist", "offline"])
+@pytest.mark.parametrize("trained_on", ["mnist", "offline"])
+def test_where_there_is_a_bound(data, trained_on, few_digits):
     untrained("x.pth", data=trained_on, timesteps=5)
-    report = report_of("x.pth", "--data", data, "--data-root", "somewhere")
+    report, _ = evaluated(f"--data {data} --data-root there", small=["--num-samples", 20])
+    bound = not (data == "offline" and trained_on == "mnist")
     assert ("bound" in report) == bound == (not report["digits_were_in_training"])
-    assert few_digits[0] == ("train", data, Path("somewhere"))
-    assert all(root == Path("somewhere") for _, source, root in few_digits if source == "mnist")
+    assert few_digits[0] == ("train", data, Path("there"))
+    assert all(root == Path("there") for _, source, root in few_digits if source == "mnist")
 
 
 def test_what_is_printed():
-    """The figures of the report, beside each other."""
+    """The numbers of the report, side by side."""
     untrained("x.pth", config={"num_labels": 10}, binarize="dynamic")
-    out = succeed("evaluate.py", "x.pth", "--binarizations", 2, *FLAGS)
-    report = json.loads(Path("evaluation.json").read_text())
-    bound = report["bound"]
-    lines = out.splitlines()
+    report, out = evaluated("--binarizations 2")
+    bound, labelled, lines = report["bound"], report["bound_with_labels"], out.splitlines()
     assert lines[:3] == [
-        f"Bound, MNIST test split, dynamic binarization, 60 timesteps, no labels: {bound['nats_per_image']:.2f} +- "
-        f"{bound['standard_error']:.2f} nats per image = {bound['bits_per_dimension']:.4f} bits per dimension",
-        f"  L_T {bound['L_T']:.3f}, sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}, L_0 {bound['L_0']:.3f}",
-        f"  mean of 2 binarizations, whose standard error is {bound['standard_error_over_binarizations']:.3f}",
+        "Bound, MNIST test split, dynamic binarization, 60 timesteps, no labels: "
+        f"{bound['nats_per_image']:.2f} +- {bound['standard_error']:.2f} nats per image = "
+        f"{bound['bits_per_dimension']:.4f} bits per dimension",
+        f"  L_T {bound['L_T']:.3f}, sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}, "
+        f"L_0 {bound['L_0']:.3f}",
+        "  mean of 2 binarizations, standard error "
+        f"{bound['standard_error_over_binarizations']:.3f}",
     ]
-    labelled = report["bound_with_labels"]
     assert "with the label" in lines[3] and f" {labelled['nats_per_image']:.2f} +- " in lines[3]
     assert lines[4].endswith(f"L_0 {labelled['L_0']:.3f}, the label {math.log(10):.3f}")
-    del lines[3:6]
+    assert lines[6].split("  ")[-1] and "of these classes" in lines[6]
     columns = [report[name] for name in ("samples", "real_digits", "real_digits_of_these_classes")]
-    assert lines[3].split("  ")[-1] and "of these classes" in lines[3]
-    keys = ["frechet_distance", "precision", "recall", "mean_confidence", "isolated_white", "isolated_black",
-            "ink_in_border", "ink"]  # fmt: skip
-    for line, key in zip(lines[4:12], keys, strict=True):
-        label, figures = line[:18].strip(), line[18:].split()
-        assert label.replace(" ", "_") == key and figures == [
-            f"{column[key]:.3f}" for column in columns
-        ]
-    assert lines[12].split() == ["label", "accuracy", f"{report['samples']['label_accuracy']:.3f}"]
-    for line, column in zip(lines[13:15], columns, strict=False):
-        assert line.split(": ")[1].split() == [
-            f"{share:.2f}" for share in column["class_histogram"]
-        ]
-    assert lines[15:] == [
-        f"Wrote evaluation.json, nearest.png, bound_terms.png in {Path().resolve()}"
-    ]
+    keys = "frechet_distance precision recall mean_confidence isolated_white isolated_black"
+    for line, key in zip(lines[7:15], f"{keys} ink_in_border ink".split(), strict=True):
+        cells = [f"{column[key]:.3f}" for column in columns]
+        if key == "isolated_white":
+            errors = [column["isolated_white_standard_error"] for column in columns]
+            cells = [f"{cell} +- {error:.3f}" for cell, error in zip(cells, errors, strict=True)]
+        assert line[:18].strip().replace(" ", "_") == key
+        assert line[18:].split() == " ".join(cells).split()
+    assert lines[15].split()[2:] == [f"{report['samples']['label_accuracy']:.3f}"]
+    for line, column in zip(lines[16:18], columns, strict=False):
+        shares = [f"{share:.2f}" for share in column["class_histogram"]]
+        assert line.split(": ")[1].split() == shares
+    assert lines[18:] == ["Wrote evaluation.json, bound_terms.png, nearest.png in " + os.getcwd()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
 def test_flags_of_the_samples():
     d = untrained("x.pth", timesteps=8, config={"num_labels": 10})
-    y, classifier = torch.arange(20) % 10, load_classifier()
-    reference, _ = judge(classifier, to_levels(digits_of("mnist", "test").images), 2)
-    usual = {"timesteps": 8, "guidance": 0.0, "last_step": "mode", "labels": True}
-    for flags, asked, differs, how in (
+    y, digits = torch.arange(20) % 10, [digits_of("mnist", name) for name in ("test", "validation")]
+    for flags, asked, how, request in (
         ("--guidance 2", y, {"guidance": 2.0}, {}),
-        ("--no-labels", None, {"labels": False}, {}),
+        ("--no-labels", None, {}, {}),
         ("--timesteps 3", y, {"timesteps": 3}, {}),
         ("--last-step draw", y, {"last_step": "draw"}, {}),
         ("--seed 2 --num-samples 25", torch.arange(25) % 10, {}, {"n": 25, "seed": 2}),
     ):
-        note = usual | differs
-        how = {"n": 20, "guidance": note["guidance"], "last_step": note["last_step"]} | how
-        x = d.respaced(note["timesteps"]).sample(y=asked, **how)
-        succeed("evaluate.py", "x.pth", *FLAGS, *flags.split())
-        report = json.loads(Path("evaluation.json").read_text())
-        assert close(report["samples"], note | quality(x, reference, classifier, 2, asked)), flags
-        assert ("real_digits_of_these_classes" in report) == (asked is not None)
+        how = {"timesteps": 8, "guidance": 0.0, "last_step": "mode"} | how
+        request = {"n": 20, "guidance": how["guidance"], "last_step": how["last_step"]} | request
+        x = respaced(d, how["timesteps"]).sample(y=asked, **request)
+        report, _ = evaluated(flags)
+        expected = expected_samples(x, asked, *digits, digits_of("offline", "train"), how)
+        for name in ("samples", "real_digits", "real_digits_of_these_classes"):
+            assert close(report.get(name, {}), expected.get(name, {})), (flags, name)
+
+
+def test_last_step_of_the_joint_form():
+    untrained("x.pth", timesteps=4)
+    state = torch.load("x.pth", weights_only=True)
+    state["diffusion"]["reverse"] = "joint"
+    torch.save(state, "x.pth")
+    assert evaluated()[0]["samples"]["last_step"] == "draw"
 
 
 def test_flags_of_the_bound():
     """How many digits, how many timesteps of each, and of which chain."""
-    d = untrained("x.pth", timesteps=8)
-    grey = digits_of("mnist", "test").images
+    d, test = untrained("x.pth", timesteps=8), digits_of("mnist", "test")
+    no_samples = ["--num-samples", 0]
     for flags, chain, rows, num_t in (
-        (["--images", 5], d, 5, 2),
-        (["--images", 500], d, 50, 2),
-        (["--repeats", 5], d, 12, 5),
-        (["--exact"], d, 12, None),
-        (["--timesteps", 4, "--exact"], d.respaced(4), 12, None),
+        ("", d, 50, 4),
+        ("--images 5", d, 5, 4),
+        ("--images 500", d, 50, 4),
+        ("--repeats 5", d, 50, 5),
+        ("--exact", d, 50, None),
+        ("--timesteps 4 --exact", respaced(d, 4), 50, None),
     ):
-        succeed("evaluate.py", "x.pth", *FLAGS, *flags)
-        report = json.loads(Path("evaluation.json").read_text())
-        assert close(
-            report["bound"], expected_bound(chain, spread(grey, rows), "threshold", num_t)
-        ), flags
+        report, _ = evaluated(flags, small=no_samples)
+        assert close(report["bound"], expected_bound(chain, test, rows, num_t)), flags
         assert report["timesteps"] == chain.timesteps
-    succeed("evaluate.py", "x.pth", "--num-samples", 20)
-    report = json.loads(Path("evaluation.json").read_text())
-    assert close(report["bound"], expected_bound(d, grey, "threshold", 4))
 
 
-def test_faster_networks(monkeypatch):
-    """--amp and --compile: the report is that of the network they make, which differs by bfloat16's rounding."""
-    d = untrained("x.pth", timesteps=8)
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    flags = ["--exact", "--trajectories", 2]
-    plain, only_compiled, half, both = (
-        report_of("x.pth", *flags, *more)
-        for more in ([], ["--compile"], ["--amp"], ["--amp", "--compile"])
-    )
-    assert [type(network) for network in compiled] == [type(d.model), Autocast]
-    twin, grey, classifier = (
-        d.around(Autocast(d.model)),
-        digits_of("mnist", "test").images,
-        load_classifier(),
-    )
-    reference, _ = judge(classifier, to_levels(grey), 2)
-    note = {"timesteps": 8, "guidance": 0.0, "last_step": "mode", "labels": False}
-    for report, chain in ((plain, d), (only_compiled, d), (half, twin), (both, twin)):
-        weighted = report["bound"].pop("importance_weighted")["by_trajectories"][-1]
-        log_w = chain.log_weights(to_levels(spread(grey, 12)), 2, torch.Generator().manual_seed(0))
-        gain = (-log_w.mean(1) - importance_weighted(log_w)).mean().item()
-        assert weighted["gain"] == pytest.approx(gain, rel=1e-6)
-        assert close(report["bound"], expected_bound(chain, grey, "threshold", None))
-        assert close(
-            report["samples"],
-            note | quality(chain.sample(20, last_step="mode"), reference, classifier, 2),
-        )
-    assert half["bound"] != plain["bound"] and half["samples"] != plain["samples"]
+def test_weights():
+    """The gain of some of the digits, spread over the binarizations; also given the true labels,
+    plus ln 10; of the respaced chain."""
+    d = respaced(untrained("x.pth", timesteps=6, config={"num_labels": 10}, binarize="dynamic"), 4)
+    flags = "--trajectories 3 --weighted-images 5 --binarizations 2 --timesteps 4"
+    report, out = evaluated(flags)
+    test, rows = digits_of("mnist", "test"), spread(spread(torch.arange(50), 12), 5)
+    assert "4 of 6 timesteps" in out
+    for name, labelled in (("bound", False), ("bound_with_labels", True)):
+        parts = []
+        for seed in range(2):
+            x_0 = levels(test.images, seed, "dynamic")[rows[seed::2]]
+            y = test.labels[rows[seed::2]] if labelled else None
+            parts.append(log_weights(d, x_0, 3, seeded(seed), y))
+        bound = report[name]
+        y = spread(test.labels, 12) if labelled else None
+        plain = expected_bound(d, test, 12, 2, "dynamic", 2, y)
+        assert close(bound, plain | {"importance_weighted": bound["importance_weighted"]})
+        assert close(bound["importance_weighted"], summarize_gain(torch.cat(parts), bound))
+        for row in bound["importance_weighted"]["by_trajectories"]:
+            bounds = f"bound {row['nats_per_image']:.2f} +- {row['standard_error']:.2f}"
+            gain = f"gain {row['gain']:5.2f} +- {row['gain_standard_error']:.2f}"
+            assert f"  {row['trajectories']:5} trajectories  {gain}   {bounds}\n" in out
+    assert bound["importance_weighted"]["by_trajectories"][2]["gain"] > 0.1
+    Image.open("gain.png").verify()
 
 
 def test_weights_of_100_digits_by_default(monkeypatch):
-    """While the bound is of all; and the picture of the gain starts from that bound."""
+    """The bound is of all. The picture of the gain starts from that bound."""
     untrained("x.pth", timesteps=2)
     monkeypatch.setattr(evaluate, "load_digits", load_digits)
     plotted, plot = [], evaluate.plot_gains
     monkeypatch.setattr(evaluate, "plot_gains", lambda gains: plotted.append(gains) or plot(gains))
-    succeed(
-        "evaluate.py",
-        "x.pth",
-        "--data",
-        "offline",
-        "--trajectories",
-        1,
-        "--repeats",
-        1,
-        "--num-samples",
-        20,
-    )
-    bound = json.loads(Path("evaluation.json").read_text())["bound"]
+    flags = "--data offline --trajectories 1 --repeats 1 --num-samples 0"
+    bound = evaluated(flags, small=[])[0]["bound"]
     weighted = bound["importance_weighted"]
     assert bound["images"] == 500 and weighted["images"] == 100
     assert plotted == [{"no labels": (bound["nats_per_image"], weighted["by_trajectories"])}]
 
 
-def test_the_bound_alone():
-    """No samples, nor a picture of them that an earlier evaluation may have left."""
-    untrained("x.pth", timesteps=2)
-    before = report_of("x.pth")
-    out = succeed("evaluate.py", "x.pth", *FLAGS, "--num-samples", 0)
-    report = json.loads(Path("evaluation.json").read_text())
-    assert report["bound"] == before["bound"] and not {"samples", "real_digits"} & report.keys()
-    assert (
-        "nearest" not in out
-        and not Path("nearest.png").exists()
-        and Path("bound_terms.png").exists()
+@pytest.mark.parametrize("seconds, expected", [(0.1, []), (12, [
+    "The bound: 720 network passes, about 1.12 minutes",
+    "The weights: 1,440 network passes, about 2.25 minutes",
+])])  # fmt: skip
+def test_minutes_are_announced(seconds, expected, monkeypatch):
+    """For what takes more than one, by a trial of 64 digits and 2 timesteps."""
+    untrained("x.pth")
+    clock = SimpleNamespace(perf_counter=iter(seconds * i for i in range(6)).__next__)
+    monkeypatch.setattr(evaluate, "time", clock)
+    _, out = evaluated("--exact --trajectories 2 --images 12", small=["--num-samples", 20])
+    assert [line for line in out.splitlines() if line.startswith("The ")] == expected
+
+
+def test_faster_networks(monkeypatch):
+    """--amp and --compile: the report is that of the network they make."""
+    d, test = untrained("x.pth", timesteps=4), digits_of("mnist", "test")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    flags = "--exact --trajectories 2 --images 4"
+    plain, only_compiled, half, both = (
+        evaluated(f"{flags} {more}", small=["--num-samples", 20])[0]
+        for more in ("", "--compile", "--amp", "--amp --compile")
     )
+    assert [type(network) for network in compiled] == [type(d.model), Autocast]
+    twin, train = d.around(Autocast(d.model)), digits_of("offline", "train")
+    for report, chain in ((plain, d), (only_compiled, d), (half, twin), (both, twin)):
+        x_0 = spread(levels(test.images), 4)
+        weighted = report["bound"].pop("importance_weighted")
+        bound = expected_bound(chain, test, 4, None)
+        assert close(report["bound"], bound)
+        assert close(weighted, summarize_gain(log_weights(chain, x_0, 2, seeded(0)), bound))
+        x, other = chain.sample(20, last_step="mode"), digits_of("mnist", "validation")
+        expected = expected_samples(x, None, test, other, train, {"timesteps": 4})
+        assert close(report["samples"], expected["samples"])
+    assert half["bound"] != plain["bound"] and half["samples"] != plain["samples"]
+
+
+def test_the_bound_alone():
+    untrained("x.pth", timesteps=2)
+    before, _ = evaluated()
+    report, out = evaluated("--num-samples 0")
+    assert report["bound"] == before["bound"] and not {"samples", "real_digits"} & report.keys()
+    assert "nearest" not in out and files(Path()) == {"x.pth", "evaluation.json", "bound_terms.png"}
 
 
 def test_500_samples_by_default():
     untrained("x.pth", timesteps=2)
-    succeed("evaluate.py", "x.pth", "--images", 2)
-    assert json.loads(Path("evaluation.json").read_text())["samples"]["images"] == 500
+    assert evaluated(small=["--images", 2])[0]["samples"]["images"] == 500
 
 
-@pytest.mark.parametrize("checkpoint, out_dir", [
-    ("run/checkpoints/x.pth", "run"), ("elsewhere/x.pth", "elsewhere"), ("x.pth", "."), ("link.pth", "run"),
+@pytest.mark.parametrize("path, out_dir", [
+    ("run/checkpoints/x.pth", "run"), ("elsewhere/x.pth", "elsewhere"), ("x.pth", "."),
+    ("link.pth", "run"),
 ])  # fmt: skip
-def test_where_the_report_goes(checkpoint, out_dir, tmp_path):
-    """The folder of the run that the checkpoint is really of; or --out-dir, which is made."""
-    for folder in ("run/checkpoints", "elsewhere"):
-        Path(folder).mkdir(parents=True)
+def test_where_the_report_goes(path, out_dir):
+    """The real folder of the checkpoint's run; or --out-dir, which is made."""
+    for folder in ("run/checkpoints", "elsewhere", "."):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         untrained(f"{folder}/x.pth", timesteps=2)
-    untrained("x.pth", timesteps=2)
     Path("link.pth").symlink_to("run/checkpoints/x.pth")
-    written = {"evaluation.json", "nearest.png", "bound_terms.png"}
-    report = report_of(checkpoint, out_dir=out_dir)
-    assert report["checkpoint"] == checkpoint and written <= files(Path(out_dir))
-    report_of(checkpoint, "--out-dir", "new/place", out_dir="new/place")
+    written = {"evaluation.json", *PICTURES}
+    report, _ = evaluated(path=path, out_dir=out_dir)
+    assert report["checkpoint"] == path and written <= files(Path(out_dir))
+    evaluated("--out-dir new/place", path=path, out_dir="new/place")
     assert files(Path("new/place")) == written
 
 
@@ -427,34 +447,40 @@ def test_the_released_model_by_default(monkeypatch):
     Path("released").mkdir()
     untrained("released/x.pth", timesteps=2)
     monkeypatch.setattr(evaluate, "RELEASED", Path("released/x.pth").resolve())
-    out = succeed("evaluate.py", *FLAGS)
+    out, place = succeed("evaluate.py", *SMALL, *CPU), Path("results_d3pm/evaluation")
     assert out.splitlines()[0] == f"Using the released model, {evaluate.RELEASED}"
-    assert out.splitlines()[-1].endswith(f"in {Path('results_d3pm/evaluation')}")
-    assert Path("results_d3pm/evaluation/evaluation.json").exists()
-    Path("results_d3pm/evaluation/evaluation.json").unlink()
-    assert not succeed("evaluate.py", "released/x.pth", *FLAGS).startswith("Using")
-    assert Path("results_d3pm/evaluation/evaluation.json").exists() and files(Path("released")) == {
-        "x.pth"
-    }
+    assert out.splitlines()[-1].endswith(f"in {place}")
+    (place / "evaluation.json").unlink()
+    _, out = evaluated(path="released/x.pth", out_dir=place)
+    assert not out.startswith("Using") and files(Path("released")) == {"x.pth"}
 
 
 def test_device(monkeypatch):
     untrained("x.pth", timesteps=2)
-    asked, put, load = [], [], evaluate.load_classifier
-    monkeypatch.setattr(
-        evaluate, "pick_device", lambda name: asked.append(name) or torch.device("cpu")
-    )
-    monkeypatch.setattr(
-        evaluate, "load_classifier", lambda device: put.append(device) or load(device)
-    )
-    succeed("evaluate.py", "x.pth", *FLAGS, "--device", "tpu")
-    succeed("evaluate.py", "x.pth", *FLAGS[:-2])
-    assert asked == ["tpu", "auto"] and put == [torch.device("cpu")] * 2
+    asked, put, load, device = [], [], evaluate.load_classifier, torch.device("cpu")
+    monkeypatch.setattr(cli, "pick_device", lambda name: asked.append(name) or device)
+    monkeypatch.setattr(evaluate, "load_classifier", lambda to: put.append(to) or load(to))
+    succeed("evaluate.py", "x.pth", *SMALL, "--device", "tpu")
+    succeed("evaluate.py", "x.pth", *SMALL, "--overwrite")
+    assert asked == ["tpu", "auto"] and put == [device] * 2
 
 
-@pytest.mark.parametrize("flags, place", [([], "results_d3pm"), (["--out-dir", "here"], "here")])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    """The numbers of the CPU, up to rounding."""
+    untrained("x.pth", timesteps=8)
+    gpu, cpu = (evaluated("--trajectories 2", device=device)[0] for device in ("cuda", "cpu"))
+    weighted = [report["bound"].pop("importance_weighted") for report in (gpu, cpu)]
+    assert gpu["bound"] == pytest.approx(cpu["bound"], rel=1e-3)
+    gains = [report["by_trajectories"][1]["gain"] for report in weighted]
+    assert gains[0] == pytest.approx(gains[1], rel=0.05)
+    for key in ("frechet_distance", "ink", "mean_confidence"):
+        assert gpu["samples"][key] == pytest.approx(cpu["samples"][key], rel=0.05)
+
+
+@pytest.mark.parametrize("flags, place", [([], "results_d3pm"), (["--out-dir", "there"], "there")])
 def test_training_of_the_classifier(flags, place, monkeypatch):
-    """classifier.pth in --out-dir, from the digits under --data-root; no checkpoint is looked at."""
+    """classifier.pth in --out-dir, from the digits under --data-root; other flags do nothing."""
     asked = []
 
     def train(data_root, out):
@@ -462,36 +488,42 @@ def test_training_of_the_classifier(flags, place, monkeypatch):
         out.parent.mkdir(parents=True)
         out.write_bytes(b"x" * 2400)
 
-    monkeypatch.setattr(evaluate, "train_classifier", train)
-    out = succeed("evaluate.py", "--train-classifier", "--data-root", "there", *flags)
-    assert asked == [(Path("there"), Path(place) / "classifier.pth")]
+    monkeypatch.setattr(metrics, "train_classifier", train)
+    out = succeed("evaluate.py", "--train-classifier", "--data-root", "root", *flags)
+    assert asked == [(Path("root"), Path(place) / "classifier.pth")]
     assert out == f"Wrote {Path(place) / 'classifier.pth'} (2 kB)\n"
-    assert "give a checkpoint or" in fail("evaluate.py", "x.pth", "--train-classifier")
+    for more in ("x.pth", "--exact", "--seed=1"):
+        line = fail("evaluate.py", "--train-classifier", more)
+        assert "does nothing here: --train-classifier" in line
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Errors: before the work, in one line, and nothing is half written
 
 
 def no_work(monkeypatch):
     for name in ("sample", "bound_terms"):
-        monkeypatch.setattr(
-            f"diffusion.DiscreteDiffusion.{name}",
-            lambda *_, **__: pytest.fail("worked for nothing"),
-        )
+        worked = lambda *_, **__: pytest.fail("worked for nothing")  # noqa: E731
+        monkeypatch.setattr(DiscreteDiffusion, name, worked)
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--binarizations 2", "--binarizations: x.pth was trained on digits that are not drawn at random"),
-    ("--no-labels", "--no-labels: x.pth was trained without classes"),
-    ("--guidance 1", "--guidance: x.pth was trained without classes"),
-    ("--guidance 1 --no-labels", "--guidance needs labels"),
+    ("--binarizations 2", "--binarizations does nothing here: x.pth was trained on digits that"),
+    ("--no-labels", "--no-labels does nothing here: x.pth was trained without classes"),
+    ("--guidance 1", "--guidance does nothing here: x.pth was trained without classes"),
+    ("--guidance 0", "--guidance does nothing here: x.pth was trained without classes"),
+    ("--guidance 1 --no-labels", "--guidance does nothing here: --no-labels"),
+    ("--exact --repeats 4", "--repeats does nothing here: --exact"),
+    ("--weighted-images 4", "--weighted-images does nothing here: no --trajectories"),
+    ("--num-samples 0 --seed 0", "--seed does nothing here: --num-samples 0"),
+    ("--num-samples 0 --last-step mode", "--last-step does nothing here: --num-samples 0"),
     ("--timesteps 11", "1..10"),
     ("--timesteps 0", "1..10"),
     ("--seed 5000000000", "at most 4294967295"),
     ("--num-samples 19", "at least 20"),
     ("--images 1", "at least 2"),
     ("--repeats 0", "at least 1"),
+    ("--trajectories 0", "at least 1"),
     ("--binarizations 0", "at least 1"),
     ("--guidance -1", "at least 0"),
     ("--split train", "invalid choice"),
@@ -504,32 +536,22 @@ def test_bad_input(flags, words, monkeypatch):
     untrained("x.pth", timesteps=10)
     Path("taken/nearest.png").mkdir(parents=True)
     no_work(monkeypatch)
-    assert words in fail("evaluate.py", "x.pth", *flags.split())
+    assert words in fail("evaluate.py", "x.pth", *CPU, *flags.split())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "nowhere",
-        "folder",
-        "cut.pth",
-        "noise.pth",
-        "empty.pth",
-        "other.pth",
-        "tensor.pth",
-        "misfit.pth",
-    ],
-)
+@pytest.mark.parametrize("name", ["cut", "empty", "noise", "nowhere", "other", "tensor", "misfit"])
 def test_bad_checkpoint(name, bad_files):
-    assert name in fail("evaluate.py", name)
+    assert f"{name}.pth" in fail("evaluate.py", f"{name}.pth", *CPU)
+    assert "folder" in fail("evaluate.py", "folder", *CPU)
 
 
 @pytest.mark.parametrize("data", [None, "fashion", 3])
 def test_a_checkpoint_that_does_not_say_what_it_has_seen(data, monkeypatch):
-    """Then nobody knows whether the digits at hand are fair."""
+    """Then the digits at hand may have been in training."""
     untrained("x.pth", timesteps=10, data=data)
     no_work(monkeypatch)
-    assert "x.pth does not say which digits it was trained on" in fail("evaluate.py", "x.pth")
+    words = "x.pth does not say which digits it was trained on"
+    assert words in fail("evaluate.py", "x.pth", *CPU)
 
 
 def test_a_checkpoint_of_weights_that_are_not_finite():
@@ -537,53 +559,80 @@ def test_a_checkpoint_of_weights_that_are_not_finite():
     state = torch.load("x.pth", weights_only=True)
     state["averaged_weights"]["fold.bias"][0] = math.nan
     torch.save(state, "x.pth")
-    assert "weights that are not finite" in fail("evaluate.py", "x.pth", "--out-dir", "out")
+    assert "weights that are not finite" in fail("evaluate.py", "x.pth", "--out-dir", "out", *CPU)
 
 
 def test_a_missing_or_damaged_classifier(monkeypatch, tmp_path):
     untrained("x.pth", timesteps=10)
     no_work(monkeypatch)
     monkeypatch.setattr("metrics.CLASSIFIER", tmp_path / "classifier.pth")
-    assert "--train-classifier" in fail("evaluate.py", "x.pth")
+    assert "--train-classifier" in fail("evaluate.py", "x.pth", *CPU)
     (tmp_path / "classifier.pth").write_bytes(b"nonsense")
-    assert "classifier.pth is damaged" in fail("evaluate.py", "x.pth")
+    assert "classifier.pth is damaged" in fail("evaluate.py", "x.pth", *CPU)
 
 
-def test_the_checkpoint_is_not_overwritten(monkeypatch):
+@pytest.mark.parametrize("name", ["evaluation.json", "gain.png"])
+def test_the_checkpoint_is_not_overwritten(name, monkeypatch):
     untrained("x.pth", timesteps=10)
-    os.link("x.pth", "evaluation.json")
+    os.link("x.pth", name)
     no_work(monkeypatch)
-    assert "the same file is read" in fail("evaluate.py", "x.pth")
+    assert "the same file is read" in fail("evaluate.py", "x.pth", "--overwrite", *CPU)
 
 
-@pytest.mark.parametrize("where", ["nearest_digits", "save_figure", "json_bytes", "quality"])
+@pytest.mark.parametrize("name", ["evaluation.json", "gain.png", "nearest.png", "bound_terms.png"])
+def test_an_earlier_evaluation_is_kept(name, monkeypatch):
+    """It is refused before the work, or goes as a whole with --overwrite."""
+    untrained("x.pth", timesteps=2)
+    Path(name).write_text("of an earlier evaluation")
+    with monkeypatch.context() as patch:
+        no_work(patch)
+        line = fail("evaluate.py", "x.pth", *CPU)
+        assert f"{name} exists: give --overwrite, or another --out-dir" in line
+    evaluated("--num-samples 0")
+    assert files(Path()) == {"x.pth", "evaluation.json", "bound_terms.png"}
+    assert b"of an earlier evaluation" not in b"".join(snapshot(Path()).values())
+
+
+@pytest.mark.parametrize("where", ["nearest_digits", "quality", "json_bytes"])
 def test_a_failed_evaluation_leaves_the_files_of_the_last_one(where, monkeypatch):
-    """All three, as they were: none of them beside another's of another evaluation."""
     untrained("x.pth", timesteps=10)
-    report_of("x.pth")
+    evaluated()
     before = snapshot(Path())
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluate, where, full)
-    code, _, err = call("evaluate.py", "x.pth", *FLAGS, "--seed", 1)
+    monkeypatch.setattr(evaluate.files if where == "json_bytes" else metrics, where, full)
+    code, _, err = call("evaluate.py", "x.pth", *SMALL, *CPU, "--seed", 1, "--overwrite")
     assert code == 1 and "No space left" in err.splitlines()[-1]
     assert snapshot(Path()) == before
 
 
+@pytest.mark.parametrize("where", ["plot_terms", "save_figure"])
+def test_a_failed_picture_is_a_warning(where, monkeypatch):
+    """All numbers and the other pictures are written, and no older picture is left."""
+    untrained("x.pth", timesteps=10)
+    Path("bound_terms.png").write_text("of an earlier evaluation")
+
+    def broken(*_, **__):
+        raise RuntimeError("latex could not be found\nand more")
+
+    monkeypatch.setattr(evaluate, where, broken)
+    code, out, err = call("evaluate.py", "x.pth", *SMALL, *CPU, "--overwrite")
+    assert code == 0 and out.splitlines()[-1].startswith("Wrote evaluation.json, nearest.png in")
+    (line,) = [line for line in err.splitlines() if line.startswith("warning")]
+    assert line.endswith("bound_terms.png was not written: latex could not be found")
+    assert files(Path()) == {"x.pth", "evaluation.json", "nearest.png"}
+
+
 def test_an_infinite_bound_is_valid_json(monkeypatch):
-    d = untrained("x.pth", timesteps=10)
-    assert load_checkpoint("x.pth").timesteps == d.timesteps
-    monkeypatch.setattr(
-        "diffusion.DiscreteDiffusion.L_T",
-        lambda self, x_0: torch.full((len(x_0),), math.inf).double(),
-    )
-    code, _, err = call("evaluate.py", "x.pth", *FLAGS)
-    assert code == 0, err
+    untrained("x.pth", timesteps=10)
+    infinite = lambda self, x_0: torch.full((len(x_0),), math.inf).double()  # noqa: E731
+    monkeypatch.setattr(DiscreteDiffusion, "L_T", infinite)
+    evaluated()
 
     def refuse(constant):
-        pytest.fail(f"{constant} is no JSON")
+        pytest.fail(f"{constant} is not JSON")
 
     bound = json.loads(Path("evaluation.json").read_text(), parse_constant=refuse)["bound"]
     assert bound["nats_per_image"] == bound["L_T"] == "inf" and bound["standard_error"] == "nan"

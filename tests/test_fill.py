@@ -1,4 +1,4 @@
-"""Filling in: the sampler against conditional distributions summed over every trajectory, then the scripts."""
+"""Filling in: against conditional distributions summed over every trajectory; then the scripts."""
 
 import itertools
 from pathlib import Path
@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from enumeration import NAMES, Enumeration, chi_square, save_untrained, small_chain
+from chains import Constant
+from enumeration import NAMES, Enumeration, fits, small_chain
 from PIL import Image
-from scripts import fail, succeed
+from scripts import fail, succeed, untrained
 
 from checkpoint import PARTICLES, load_checkpoint
 from diffusion import DiscreteDiffusion
 from pictures import image_grid, read_partial_digit
+from trajectories import fill_in, filling_process, log_weights, respaced, walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
 
@@ -23,7 +25,7 @@ def drawn(e, known, n, particles):
     """How often the sampler's x_0 is each of the states, [N]."""
     y = None if e.y is None else torch.full((n,), e.y)
     known = torch.tensor(known).view(1, 1, 1, -1)
-    x = e.d.sample(n, batch_size=n, y=y, guidance=e.guidance, known=known, particles=particles)
+    x = fill_in(e.d, n=n, batch_size=n, y=y, guidance=e.guidance, known=known, particles=particles)
     codes = (x[:, 0, 0].long() * e.d.num_states ** torch.arange(e.D - 1, -1, -1)).sum(1)
     return torch.bincount(codes, minlength=len(e.states)).numpy()
 
@@ -47,30 +49,23 @@ def law_of_two(e, known):
 
 @pytest.mark.parametrize("name, y, guidance", CASES)
 def test_one_walk_overwrites_two_are_weighed_many_are_right(name, y, guidance):
-    """N = 1 follows the law of overwriting and is seen to be biased; N = 2 its own; N = 64 the model's conditional."""
+    """N = 1 follows overwriting and is biased; N = 2 its own law; N = 64 the conditional."""
     e, known = Enumeration(small_chain(name), y=y, guidance=guidance), [0, -1]
     exact, overwriting = conditional(e, known), drawn(e, known, 20_000, 1)
-    statistic, limit = chi_square(overwriting, e.law(known))
-    assert statistic < limit
-    statistic, limit = chi_square(overwriting, exact)
-    assert statistic > limit
-    statistic, limit = chi_square(drawn(e, known, 300, 64), exact)
-    assert statistic < limit
+    assert fits(overwriting, e.law(known))
+    assert not fits(overwriting, exact)
+    assert fits(drawn(e, known, 300, 64), exact)
     known = [-1, 1]
-    statistic, limit = chi_square(drawn(e, known, 4000, 2), law_of_two(e, known))
-    assert statistic < limit
+    assert fits(drawn(e, known, 4000, 2), law_of_two(e, known))
 
 
 def test_three_pixels():
     """What is given stands between two that are drawn together."""
     e, known = Enumeration(small_chain("uniform-cosine", D=3), D=3), [-1, 0, -1]
     exact, counts = conditional(e, known), drawn(e, known, 20_000, 1)
-    statistic, limit = chi_square(counts, e.law(known))
-    assert statistic < limit
-    statistic, limit = chi_square(counts, exact)
-    assert statistic > limit
-    statistic, limit = chi_square(drawn(e, known, 400, 64), exact)
-    assert statistic < limit
+    assert fits(counts, e.law(known))
+    assert not fits(counts, exact)
+    assert fits(drawn(e, known, 400, 64), exact)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,16 +76,18 @@ def test_nothing_given_is_the_ordinary_sampler_and_all_given_the_input(name):
     ordinary = d.sample(50, y=y, guidance=guidance)
     nothing = torch.full((50, 1, 1, 2), -1)
     for known in (nothing, nothing[:1]):
-        assert torch.equal(d.sample(50, known=known, particles=3, y=y, guidance=guidance), ordinary)
+        assert torch.equal(
+            fill_in(d, n=50, known=known, particles=3, y=y, guidance=guidance), ordinary
+        )
     image = torch.randint(
         0, d.num_levels, (50, 1, 1, 2), generator=torch.Generator().manual_seed(0)
     )
     assert torch.equal(
-        d.sample(50, known=image, particles=3, y=y, guidance=guidance), image.to(torch.uint8)
+        fill_in(d, n=50, known=image, particles=3, y=y, guidance=guidance), image.to(torch.uint8)
     )
     mixed = torch.where(torch.arange(50).view(-1, 1, 1, 1) % 2 == 0, image, nothing)
     mixed[::4, ..., 0] = -1
-    filled = d.sample(50, known=mixed, particles=3, y=y, guidance=guidance)
+    filled = fill_in(d, n=50, known=mixed, particles=3, y=y, guidance=guidance)
     assert torch.equal(filled[1::2], ordinary[1::2])
     assert torch.equal(filled[mixed >= 0], image[mixed >= 0].to(torch.uint8))
 
@@ -107,16 +104,14 @@ class Smooth(torch.nn.Module):
 def test_image_i_does_not_depend_on_the_call(transition):
     d = DiscreteDiffusion(Smooth(), timesteps=5, transition=transition, image_shape=(1, 8, 8))
     known = torch.randint(-1, 2, (7, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    sheet = d.sample(7, known=known, particles=4)
-    assert torch.equal(d.sample(7, known=known, particles=4, batch_size=3), sheet)
-    assert torch.equal(d.sample(2, first=4, known=known[4:6], particles=4), sheet[4:6])
-    assert not torch.equal(d.sample(7, seed=1, known=known, particles=4), sheet)
-    assert len(d.sample(20, known=known[:1], particles=4).flatten(1).unique(dim=0)) == 20
-    chain = list(d.reverse_process(7, known=known, particles=4))
-    assert len(chain) == 6 and all(
-        x_t.dtype == torch.int64 and x_t.shape == known.shape for x_t in chain
-    )
-    assert torch.equal(chain[-1], sheet.long())
+    sheet = fill_in(d, n=7, known=known, particles=4)
+    assert torch.equal(fill_in(d, n=7, known=known, particles=4, batch_size=3), sheet)
+    assert torch.equal(fill_in(d, n=2, first=4, known=known[4:6], particles=4), sheet[4:6])
+    assert not torch.equal(fill_in(d, n=7, seed=1, known=known, particles=4), sheet)
+    assert len(fill_in(d, n=20, known=known[:1], particles=4).flatten(1).unique(dim=0)) == 20
+    chain = list(filling_process(d, n=7, known=known, particles=4))
+    assert len(chain) == 6 and all(x_t.shape == known.shape for x_t in chain)
+    assert torch.equal(chain[-1], sheet)
     assert not torch.equal(
         chain[0][known >= 0], known[known >= 0]
     )  # given pixels start from noise, too
@@ -136,37 +131,26 @@ def test_nothing_is_kept_for_gradients():
 
     d = DiscreteDiffusion(Learnable(), timesteps=2, image_shape=(1, 1, 2))
     known = torch.tensor([1, -1]).view(1, 1, 1, 2)
-    d.sample(2, known=known, particles=2)
-    list(d.reverse_process(2, known=known, particles=2))
-    d.log_weights(known.abs(), 2)
+    fill_in(d, n=2, known=known, particles=2)
+    list(filling_process(d, n=2, known=known, particles=2))
+    log_weights(d, known.abs(), 2)
 
 
 def test_chains_of_many_levels():
     """With the mask there are 257 states: more than a byte holds."""
     d = DiscreteDiffusion(
-        Nothing(256), num_levels=256, timesteps=2, transition="absorbing", image_shape=(1, 1, 2)
+        Constant(256), num_levels=256, timesteps=2, transition="absorbing", image_shape=(1, 1, 2)
     )
-    x_2, _, x_0 = d.reverse_process(3, known=torch.tensor([255, -1]).view(1, 1, 1, 2))
+    x_2, _, x_0 = filling_process(d, torch.tensor([255, -1]).view(1, 1, 1, 2), 3)
     assert (x_2 == 256).all() and (x_0[..., 0] == 255).all()
 
 
-class Nothing(torch.nn.Module):
-    """Knows nothing."""
-
-    def __init__(self, K):
-        super().__init__()
-        self.K = K
-
-    def forward(self, x_t, t):
-        return torch.zeros(len(x_t), self.K, *x_t.shape[2:])
-
-
 def test_more_walks_go_on_from_fewer():
-    """The walks of N - 1 are the first of N: here all weigh the same, so an image stays with (N - 1) / N."""
-    d = DiscreteDiffusion(Nothing(2), timesteps=3, transition="absorbing", image_shape=(1, 5, 5))
+    """The first N - 1 trajectories stay the same: with equal weights (N - 1) / N of images do."""
+    d = DiscreteDiffusion(Constant(2), timesteps=3, transition="absorbing", image_shape=(1, 5, 5))
     known = torch.full((1, 1, 5, 5), -1)
     known[..., 2, 2] = 1
-    sheets = [d.sample(500, known=known, particles=N) for N in (1, 2, 3, 4)]
+    sheets = [fill_in(d, n=500, known=known, particles=N) for N in (1, 2, 3, 4)]
     stayed = [
         (a == b).flatten(1).all(1).double().mean().item() for a, b in itertools.pairwise(sheets)
     ]
@@ -174,36 +158,40 @@ def test_more_walks_go_on_from_fewer():
 
 
 def test_uniforms_of_exactly_zero():
-    """One float32 uniform in 2^24: a given pixel must not take it for a draw of what is next to impossible. Image b
-    gets one at its draw number b."""
+    """One uniform in 2^24 is 0: a given pixel must not jump to an almost impossible state.
+
+    Image b gets a zero at its draw number b.
+    """
     d = DiscreteDiffusion(
-        Nothing(16), num_levels=16, timesteps=50, transition="gaussian", image_shape=(1, 1, 2)
+        Constant(16), num_levels=16, timesteps=50, transition="gaussian", image_shape=(1, 1, 2)
     )
     known = torch.tensor([15, -1]).view(1, 1, 1, 2).expand(51, -1, -1, -1)
     uniforms = iter(0.5 * (1 - torch.eye(51))[..., None, None, None].expand(-1, -1, 1, 1, 2))
-    *_, (x_0, log_w) = d._walk(known, lambda: next(uniforms))
+    *_, (x_0, log_w) = walk(d, known, lambda: next(uniforms))
     assert (x_0[..., 0] == 15).all() and log_w.isfinite().all()
 
 
-@pytest.mark.parametrize("kwargs", [
-    {"known": torch.zeros(1, 1, 1, 3, dtype=torch.long)},
-    {"known": torch.zeros(2, 1, 1, 2, dtype=torch.long)},
-    {"known": torch.zeros(1, 1, 1, 2)},
-    {"known": torch.full((1, 1, 1, 2), 2)},
-    {"known": torch.full((1, 1, 1, 2), -2)},
-    {"known": torch.zeros(1, 1, 1, 2, dtype=torch.long), "particles": 0},
-    {"last_step": "best"},
-    {"known": torch.zeros(1, 1, 1, 2, dtype=torch.long), "last_step": "best"},
-])  # fmt: skip
-def test_bad_arguments(kwargs):
-    d = small_chain("uniform-cosine")
-    with pytest.raises(ValueError, match=r"known|particles|unknown last step 'best'"):
-        d.sample(3, **kwargs)
-    with pytest.raises(ValueError, match=r"known|particles|unknown last step 'best'"):
-        next(d.reverse_process(3, **kwargs))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"known": torch.zeros(1, 1, 1, 3, dtype=torch.long)},
+        {"known": torch.zeros(2, 1, 1, 2, dtype=torch.long)},
+        {"known": torch.zeros(1, 1, 1, 2)},
+        {"known": torch.full((1, 1, 1, 2), 2)},
+        {"known": torch.full((1, 1, 1, 2), -2)},
+        {"particles": 0},
+        {"last_step": "best"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("function", [fill_in, filling_process])
+def test_bad_arguments(function, changes):
+    arguments = {"known": torch.zeros(1, 1, 1, 2, dtype=torch.long), "n": 3} | changes
+    with pytest.raises(ValueError, match=r"known|particles|unknown choice 'best'"):
+        function(small_chain("uniform-cosine"), **arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures and scripts
 
 
@@ -211,13 +199,13 @@ def test_bad_arguments(kwargs):
 def checkpoint(tmp_path, monkeypatch):
     """Two files in an empty working directory, of untrained networks without and with classes."""
     monkeypatch.chdir(tmp_path)
-    save_untrained("plain.pth")
-    save_untrained("classes.pth", num_labels=10)
+    untrained("plain.pth", 6)
+    untrained("classes.pth", 6, {"num_labels": 10})
     return "plain.pth"
 
 
 def picture_of(known, mode="RGBA", fill=77):
-    """A PNG of two levels, transparent where nothing is given, with some colour there all the same."""
+    """A PNG of two levels, transparent where nothing is given, with a colour underneath."""
     known = np.array(known)
     grey, alpha = (
         np.where(known < 0, fill, known * 200).astype(np.uint8),
@@ -263,7 +251,7 @@ def test_grey_becomes_levels_as_in_training(checkpoint):
 
 
 def test_sample_fills_in(checkpoint):
-    """The sheet shows the part, grey where nothing is given, then completions that keep what is given."""
+    """The sheet shows the part, grey where nothing is given, then completions that keep it."""
     picture_of(part_of_a_digit())
     flags = "--fill part.png --n 5 --timesteps 4 --device cpu --out x.png --save-tensor x.pt"
     succeed("sample.py", checkpoint, *flags.split(), "--particles", 3)
@@ -271,9 +259,13 @@ def test_sample_fills_in(checkpoint):
     images = torch.load("x.pt", weights_only=True)
     assert torch.equal(
         images,
-        load_checkpoint(checkpoint)
-        .respaced(4)
-        .sample(5, known=known, particles=3, last_step="mode"),
+        fill_in(
+            respaced(load_checkpoint(checkpoint), 4),
+            n=5,
+            known=known,
+            particles=3,
+            last_step="mode",
+        ),
     )
     assert (images[:, known[0] >= 0] == known[known >= 0]).all() and len(images.unique(dim=0)) == 5
     with Image.open("x.png") as sheet:
@@ -283,9 +275,13 @@ def test_sample_fills_in(checkpoint):
     default = torch.load("x.pt", weights_only=True)
     assert torch.equal(
         default,
-        load_checkpoint(checkpoint)
-        .respaced(4)
-        .sample(5, known=known, particles=PARTICLES, last_step="mode"),
+        fill_in(
+            respaced(load_checkpoint(checkpoint), 4),
+            n=5,
+            known=known,
+            particles=PARTICLES,
+            last_step="mode",
+        ),
     )
 
 
@@ -295,12 +291,12 @@ def test_classes_of_what_is_filled_in(checkpoint):
     flags = (
         "--fill part.png --timesteps 2 --particles 2 --device cpu --out x.png --save-tensor x.pt"
     )
-    d, known = load_checkpoint("classes.pth").respaced(2), read_partial_digit("part.png")
+    d, known = respaced(load_checkpoint("classes.pth"), 2), read_partial_digit("part.png")
     succeed("sample.py", "classes.pth", *flags.split(), "--n", 3)
     images = torch.load("x.pt", weights_only=True)
-    assert torch.equal(images, d.sample(3, known=known, particles=2, last_step="mode"))
+    assert torch.equal(images, fill_in(d, n=3, known=known, particles=2, last_step="mode"))
     assert not torch.equal(
-        images, d.sample(3, known=known, particles=2, y=torch.arange(3), last_step="mode")
+        images, fill_in(d, n=3, known=known, particles=2, y=torch.arange(3), last_step="mode")
     )
     succeed(
         "sample.py",
@@ -316,7 +312,7 @@ def test_classes_of_what_is_filled_in(checkpoint):
     images = torch.load("x.pt", weights_only=True)
     y = torch.arange(10).repeat_interleave(2)
     assert torch.equal(
-        images, d.sample(20, known=known, particles=2, y=y, guidance=1.0, last_step="mode")
+        images, fill_in(d, n=20, known=known, particles=2, y=y, guidance=1.0, last_step="mode")
     )
     with Image.open("x.png") as sheet:
         rows = torch.cat(
@@ -330,27 +326,32 @@ def test_gif_of_filling_in(checkpoint):
     picture_of(part_of_a_digit())
     flags = "--fill part.png --particles 2 --timesteps 3 --n 4"
     succeed("visualize_denoising.py", "classes.pth", *flags.split())
-    d, known = load_checkpoint("classes.pth").respaced(3), read_partial_digit("part.png")
+    d, known = respaced(load_checkpoint("classes.pth"), 3), read_partial_digit("part.png")
     with Image.open("denoising_process.gif") as gif:
         assert gif.n_frames == 4
         first = np.asarray(gif.convert("L"))[24:]
         gif.seek(3)
         last = np.asarray(gif.convert("L"))[24:]
-    assert np.array_equal(last, image_grid(d.sample(4, known=known, particles=2, last_step="mode")))
-    assert np.array_equal(first, image_grid(next(d.reverse_process(4, known=known, particles=2))))
+    assert np.array_equal(
+        last, image_grid(fill_in(d, n=4, known=known, particles=2, last_step="mode"))
+    )
+    assert np.array_equal(first, image_grid(filling_process(d, known, 4, particles=2)[0]))
 
 
-@pytest.mark.parametrize("name, words", [
-    ("nowhere.png", "nowhere.png"),
-    ("folder.png", "folder.png"),
-    ("large.png", "64x28 pixels: give 28x28 or 32x32"),
-    ("opaque.png", "nothing to draw"),
-    ("grey.png", "nothing to draw"),
-    ("cut.png", "damaged or is not a PNG"),
-    ("jpeg.png", "damaged or is not a PNG"),
-    ("empty.png", "damaged or is not a PNG"),
-    ("part.gif", "must end in .png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("nowhere.png", "nowhere.png"),
+        ("folder.png", "folder.png"),
+        ("large.png", "64x28 pixels: give 28x28 or 32x32"),
+        ("opaque.png", "nothing to draw"),
+        ("grey.png", "nothing to draw"),
+        ("cut.png", "damaged or is not a PNG"),
+        ("jpeg.png", "damaged or is not a PNG"),
+        ("empty.png", "damaged or is not a PNG"),
+        ("part.gif", "must end in .png"),
+    ],
+)
 @pytest.mark.parametrize("script", ["sample.py", "visualize_denoising.py"])
 def test_bad_pictures(script, name, words, checkpoint):
     picture_of(part_of_a_digit())
@@ -365,15 +366,18 @@ def test_bad_pictures(script, name, words, checkpoint):
     assert words in fail(script, checkpoint, "--fill", name)
 
 
-@pytest.mark.parametrize("script, flags, words", [
-    ("sample.py", "--out part.png", "the same file is read"),
-    ("sample.py", "--save-tensor part.png", "the same file is read"),
-    ("visualize_denoising.py", "--out link.gif", "the same file is read"),
-    ("sample.py", "--guidance 1", "needs a class"),
-    ("sample.py", "--digit 3", "without classes"),
-    ("sample.py", "--particles 0", "at least 1"),
-    ("visualize_denoising.py", "--particles 0", "at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("sample.py", "--out part.png", "the same file is read"),
+        ("sample.py", "--save-tensor part.png", "the same file is read"),
+        ("visualize_denoising.py", "--out link.gif", "the same file is read"),
+        ("sample.py", "--guidance 1", "needs a class"),
+        ("sample.py", "--digit 3", "without classes"),
+        ("sample.py", "--particles 0", "at least 1"),
+        ("visualize_denoising.py", "--particles 0", "at least 1"),
+    ],
+)
 def test_bad_flags(script, flags, words, checkpoint):
     picture_of(part_of_a_digit())
     Path("link.gif").symlink_to("part.png")

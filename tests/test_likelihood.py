@@ -1,25 +1,19 @@
-"""Weights of whole trajectories against sums over every trajectory, and what evaluate.py makes of them."""
+"""Weights of trajectories, against sums over every trajectory; their summary."""
 
 import itertools
-import json
 import math
-import re
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from enumeration import NAMES, Enumeration, save_untrained, small_chain
-from PIL import Image
-from scripts import fail, succeed
+from chains import Constant
+from enumeration import NAMES, Enumeration, small_chain
 
-import evaluate
-from checkpoint import load_checkpoint
-from dataset import load_digits, to_levels
-from diffusion import DiscreteDiffusion, draw, importance_weighted
-from metrics import spread, summarize_gain
+from diffusion import DiscreteDiffusion
+from metrics import summarize_gain
 from model import UNet
+from trajectories import fill_in, importance_weighted, log_weights, walk
+from transitions import draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
 
@@ -28,20 +22,20 @@ def log_weights_of(monkeypatch, e, image, paths, partial=False):
     """The class's own log-weights of these walks, [n], or their growth step by step, [T + 1, n]."""
     x = torch.from_numpy(e.states[paths]).view(len(paths), e.T + 1, 1, 1, e.D)
     steps = iter(x.unbind(1))
-    monkeypatch.setattr("diffusion.draw", lambda q, u, mode=False: next(steps))
+    monkeypatch.setattr("trajectories.draw", lambda q, u, mode=False: next(steps))
     x_0 = torch.from_numpy(e.states[image]).view(1, 1, 1, -1).expand(len(paths), -1, -1, -1)
     y = None if e.y is None else torch.full((len(paths),), e.y)
     if partial:
         uniforms = lambda: torch.rand(x_0.shape, dtype=torch.float64)  # noqa: E731
-        return torch.stack([log_w for _, log_w in e.d._walk(x_0, uniforms, y)])
-    return e.d.log_weights(x_0, 1, y=y, batch_size=len(paths))[:, 0]
+        return torch.stack([log_w for _, log_w in walk(e.d, x_0, uniforms, y)])
+    return log_weights(e.d, x_0, 1, y=y, batch_size=len(paths))[:, 0]
 
 
 @pytest.mark.parametrize(
     "name, y", [*((name, None) for name in NAMES), ("labels", 0), ("labels", 1)]
 )
 def test_weights_of_every_trajectory(name, y, monkeypatch):
-    """Each is p(x_{0:T}) / q(x_{1:T} | x_0); their mean over q is p(x_0), the sum over all ways to get there."""
+    """Each is p(x_{0:T}) / q(x_{1:T} | x_0), and their mean over q is p(x_0)."""
     e = Enumeration(small_chain(name), y=y)
     likelihood = e.law()
     assert likelihood.sum() == pytest.approx(1)
@@ -79,12 +73,12 @@ def test_mean_log_weight_is_the_bound_term_by_term(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_weights_follow_their_distribution(name):
-    """Two images and many trajectories in batches that fit neither: the distribution of log w is that of the sum."""
+    """Two images, batches that fit neither: log w has the enumerated distribution."""
     e, n = Enumeration(small_chain(name)), 4000
     images = [e.images[0], e.images[-1]]
     x_0 = torch.from_numpy(e.states[images])[:, None, None]
-    drawn = e.d.log_weights(
-        x_0.to(torch.uint8), n, torch.Generator().manual_seed(0), batch_size=999
+    drawn = log_weights(
+        e.d, x_0.to(torch.uint8), n, torch.Generator().manual_seed(0), batch_size=999
     )
     assert drawn.shape == (2, n)
     for image, log_w in zip(images, drawn.numpy(), strict=True):
@@ -99,7 +93,7 @@ def test_drawn_weights_follow_their_distribution(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_importance_weighted_bound_falls_towards_the_likelihood(name):
-    """Summed over all pairs and triples of trajectories: every K tightens the bound on -log p(x_0)."""
+    """Summed over all pairs and triples of trajectories: larger K tightens the bound."""
     d = small_chain(name, D=1)
     e = Enumeration(d, D=1)
     likelihood = e.law()
@@ -122,15 +116,10 @@ def test_importance_weighted_by_hand():
 def test_what_the_model_rules_out_has_weight_zero():
     """Not NaN: here the network says that a pixel is never 1, and the walk has to end in one."""
 
-    class Never(torch.nn.Module):
-        def forward(self, x_t, t):
-            return (
-                torch.tensor([0.0, -math.inf]).view(1, 2, 1, 1).expand(len(x_t), -1, *x_t.shape[2:])
-            )
-
-    d = DiscreteDiffusion(Never(), timesteps=4)
+    never = Constant(2, torch.tensor([0.0, -math.inf]))
+    d = DiscreteDiffusion(never, timesteps=4, image_shape=(1, 1, 1))
     x_0 = torch.tensor([0, 1]).view(2, 1, 1, 1)
-    log_w = d.log_weights(x_0, 5)
+    log_w = log_weights(d, x_0, 5)
     assert log_w[0].isfinite().all() and (log_w[1] == -math.inf).all()
     assert importance_weighted(log_w)[1] == math.inf
 
@@ -145,46 +134,46 @@ def test_weights_on_cuda_are_those_on_the_cpu(reverse):
         torch.nn.init.normal_(p, std=0.1)
     d = DiscreteDiffusion(network, timesteps=20, reverse=reverse)
     x_0, y = torch.randint(0, 2, (6, 1, 32, 32)), torch.arange(6)
-    there = d.log_weights(x_0, 3, torch.Generator().manual_seed(0), y, batch_size=4)
-    other = d.log_weights(x_0, 3, torch.Generator().manual_seed(0), y + 1, batch_size=4)
-    here = d.cuda().log_weights(x_0.cuda(), 3, torch.Generator().manual_seed(0), y, batch_size=4)
+    there = log_weights(d, x_0, 3, torch.Generator().manual_seed(0), y, batch_size=4)
+    other = log_weights(d, x_0, 3, torch.Generator().manual_seed(0), y + 1, batch_size=4)
+    here = log_weights(d.cuda(), x_0.cuda(), 3, torch.Generator().manual_seed(0), y, batch_size=4)
     assert here.device.type == "cpu" and torch.allclose(here, there, rtol=1e-3)
     assert not torch.allclose(here, other, rtol=1e-2)
     known = x_0.masked_fill(torch.rand(x_0.shape) < 0.5, -1).cuda()
-    filled = d.sample(6, y=y, known=known, particles=3)
+    filled = fill_in(d, known, 6, y=y, particles=3)
     assert torch.equal(torch.where(known.cpu() < 0, filled, known.cpu()), filled)
     network.unfold[-1].bias.data.fill_(math.nan)
     with pytest.raises(ValueError, match="not finite"):
-        d.log_weights(x_0, 1)
+        log_weights(d, x_0, 1)
 
 
 def test_weights_are_drawn_in_double_precision(monkeypatch):
-    """A float32 uniform is a multiple of 6e-8: rare jumps of single pixels in a thousand steps would come too often."""
+    """A float32 uniform is a multiple of 6e-8: rare jumps of pixels would come too often."""
     rounded = []
 
     def spy(q, u, mode=False):
         rounded.extend([torch.equal(q, q.float().double()), torch.equal(u, u.float().double())])
         return draw(q, u)
 
-    monkeypatch.setattr("diffusion.draw", spy)
-    small_chain("uniform-mutual_info").log_weights(torch.zeros(9, 1, 1, 2, dtype=torch.long), 2)
+    monkeypatch.setattr("trajectories.draw", spy)
+    log_weights(small_chain("uniform-mutual_info"), torch.zeros(9, 1, 1, 2, dtype=torch.long), 2)
     assert rounded[:6] == [False] * 6  # the last draw is of x_0, which is certain
 
 
 @pytest.mark.parametrize("kwargs", [{"trajectories": 0}, {"trajectories": 1, "batch_size": 0}])
 def test_log_weights_refuses_bad_numbers(kwargs):
     with pytest.raises(ValueError):
-        small_chain("labels").log_weights(torch.zeros(1, 1, 1, 2, dtype=torch.long), **kwargs)
+        log_weights(small_chain("labels"), torch.zeros(1, 1, 1, 2, dtype=torch.long), **kwargs)
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        small_chain("labels").log_weights(torch.full((1, 1, 1, 2), 2), 1)
+        log_weights(small_chain("labels"), torch.full((1, 1, 1, 2), 2), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What evaluate.py makes of them
+# --------------------------------------------------------------------------------------------------
+# The gain in numbers
 
 
 def test_gain_by_hand():
-    """Two images, three trajectories: for k = 1 nothing; for k = 2 the first two; for k = 3 all of them."""
+    """Two images, three trajectories: k = 1 gains nothing, k = 2 uses two, k = 3 all."""
     w = torch.tensor([[1.0, 3.0, 1.0], [2.0, 2.0, 2.0]], dtype=torch.float64)
     bound = {"nats_per_image": 5.0, "standard_error": 0.3}
     result = summarize_gain(w.log(), bound)
@@ -205,81 +194,3 @@ def test_gain_by_hand():
     assert [row["trajectories"] for row in four] == [1, 2, 4]
     groups = (math.log(2) + math.log(1)) / 2 - math.log(3) / 4
     assert four[1]["gain"] == pytest.approx(groups / 2)  # every group of two counts
-
-
-@pytest.fixture
-def empty(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def test_evaluate_weighs_trajectories(empty, monkeypatch):
-    """The report holds the bound on all digits and the gain of some, spread over the binarizations; also given the
-    true labels, plus ln 10. It says of which chain, and what it will cost."""
-    save_untrained("x.pth", num_labels=10, binarize="dynamic")
-    flags = "--data offline --trajectories 3 --images 5 --binarizations 2 --timesteps 4 --repeats 1 --num-samples 20"
-    asked, weigh = [], DiscreteDiffusion.log_weights
-
-    def log_weights(self, x_0, n, *args, **kwargs):
-        asked.append((len(x_0), n))
-        return weigh(self, x_0, n, *args, **kwargs)
-
-    monkeypatch.setattr(DiscreteDiffusion, "log_weights", log_weights)
-    monkeypatch.setattr(
-        evaluate, "time", SimpleNamespace(perf_counter=iter([0, 100, 200, 215.36]).__next__)
-    )
-    out = succeed("evaluate.py", "x.pth", *flags.split(), "--device", "cpu", "--out-dir", "out")
-    assert (
-        "Weights of 30 trajectories: 120 network passes, about 0.12 minutes" in out
-    )  # 0.06 s for each of 64 x 4
-    assert "4 of 6 timesteps" in out
-    assert asked == [(1, 64), (1, 64), (3, 3), (2, 3), (3, 3), (2, 3)]
-    report = json.loads(Path("out/evaluation.json").read_text())
-    d, digits = load_checkpoint("x.pth").respaced(4), load_digits("validation", "offline")
-    rows = spread(torch.arange(500), 5)
-    for name, labelled in (("bound", False), ("bound_with_labels", True)):
-        parts, means = [], []
-        for seed in range(2):
-            levels = to_levels(digits.images, 2, "dynamic", torch.Generator().manual_seed(seed))
-            some, generator = rows[seed::2], torch.Generator().manual_seed(seed)
-            parts.append(
-                d.log_weights(levels[some], 3, generator, digits.labels[some] if labelled else None)
-            )
-            y, generator = digits.labels if labelled else None, torch.Generator().manual_seed(seed)
-            means.append(d.variational_bound(levels, 1, generator, y).mean().item())
-        bound = report[name]
-        assert bound["images"] == 500
-        assert bound["nats_per_image"] == pytest.approx(
-            np.mean(means) + (math.log(10) if labelled else 0)
-        )
-        expected = summarize_gain(torch.cat(parts), bound)
-        weighted = bound["importance_weighted"]
-        assert weighted["images"] == 5 and weighted["by_trajectories"][2]["gain"] > 0.1
-        for row, by_hand in zip(
-            weighted["by_trajectories"], expected["by_trajectories"], strict=True
-        ):
-            assert row == pytest.approx(by_hand)
-            assert re.search(
-                rf" {row['trajectories']} trajectories .*{row['nats_per_image']:.2f} \+-", out
-            )
-    assert report["bound"]["nats_per_image"] != report["bound_with_labels"]["nats_per_image"]
-    Image.open("out/gain.png").verify()
-
-
-def test_evaluate_without_trajectories(empty):
-    """No weights, no picture of them, no labels from a network without: --images is then for the bound."""
-    save_untrained("x.pth")
-    flags = "--data offline --images 30 --repeats 1 --num-samples 20 --device cpu"
-    succeed("evaluate.py", "x.pth", *flags.split(), "--out-dir", "out")
-    report = json.loads(Path("out/evaluation.json").read_text())
-    assert report["bound"]["images"] == 30 and "importance_weighted" not in report["bound"]
-    assert "bound_with_labels" not in report
-    assert {path.name for path in Path("out").iterdir()} == {
-        "evaluation.json",
-        "bound_terms.png",
-        "nearest.png",
-    }
-
-
-def test_evaluate_refuses_no_trajectories(empty):
-    save_untrained("x.pth")
-    assert "at least 1" in fail("evaluate.py", "x.pth", "--trajectories", 0)

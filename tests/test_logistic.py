@@ -1,23 +1,23 @@
 """The logistic output, against a direct evaluation in float64, and where float32 ends."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scripts import TRAIN, fail, succeed
 
 from checkpoint import read_checkpoint
 from diffusion import DiscreteDiffusion
 from model import FLOOR, UNet, build_network, logistic_logits
-from pictures import GROUND, image_grid
+from pictures import BACKGROUND, image_grid
 
 
 def direct(mean, scale, K):
-    """The probabilities of K bins in plain floats: differences of the distribution function, from the side where they
-    don't cancel; normalised; with the uniform share."""
+    """The probabilities of K bins in plain floats, normalised, with the uniform share.
+
+    Differences of the distribution function are taken from the side where they do not cancel.
+    """
 
     def sigmoid(z):
         return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
@@ -46,7 +46,7 @@ def test_against_direct_evaluation(K, dtype):
 
 @pytest.mark.parametrize("K", [2, 256])
 def test_extremes_are_finite(K):
-    """Logits and gradients, and no level is impossible: with bound and loss in float32, none is infinite."""
+    """Logits and gradients are finite, and no level is impossible in float32."""
     mean = (
         torch.tensor([-1e9, -1.0, -1 / 3, 0.0, 1.0, 1e9])
         .view(-1, 1, 1, 1)
@@ -66,7 +66,7 @@ def test_extremes_are_finite(K):
 
 
 def test_narrow_and_wrong_costs_much_but_not_everything():
-    """A certain network that is wrong: the terms of the bound are finite in float32, for masks and narrow kernels."""
+    """A certain but wrong network: the loss is finite in float32, for every transition."""
 
     class Certain(torch.nn.Module):
         def forward(self, x_t, t):
@@ -84,7 +84,7 @@ def test_narrow_and_wrong_costs_much_but_not_everything():
 
 
 def test_the_mean_is_a_correction_to_the_noisy_level():
-    """At the start, when the network says nothing: around the level; around the middle for the mask."""
+    """At the start the mean is the noisy level, or the middle for the mask."""
     net = UNet(256, 257, channels=(8, 8, 8), output="logistic")
     x_t = torch.arange(257).repeat(2)[: 8 * 64].view(8, 1, 8, 8)
     level = torch.where(x_t < 256, x_t / 127.5 - 1, 0.0)
@@ -138,42 +138,23 @@ def test_choice_of_output():
     assert build_network(old).config["output"] == "softmax"
 
 
-def test_train_with_it(tmp_path):
-    """train.py keeps output and reverse step in its checkpoints, and does not go on with others."""
-
-    def train(*arguments):
-        command = [
-            sys.executable,
-            Path(__file__).parents[1] / "train.py",
-            "--out-dir",
-            tmp_path / "run",
-            *arguments,
-        ]
-        return subprocess.run([*map(str, command)], capture_output=True, text=True)
-
-    flags = "--data offline --limit 16 --batch-size 8 --channels 8 8 8 --timesteps 20 --device cpu --levels 5 "
-    flags += "--transition gaussian --output logistic --reverse joint --loss variational --steps 2"
-    assert train(*flags.split()).returncode == 0
-    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pth")
-    assert (checkpoint["network"]["output"], checkpoint["diffusion"]["reverse"]) == (
-        "logistic",
-        "joint",
-    )
-    assert (checkpoint["settings"]["output"], checkpoint["settings"]["reverse"]) == (
-        "logistic",
-        "joint",
-    )
-    refused = train("--resume", "--steps", "4", "--reverse", "mixture")
-    assert (
-        refused.returncode == 1
-        and refused.stderr.count("\n") == 1
-        and "disagrees" in refused.stderr
-    )
+def test_train_with_it(fresh_directory):
+    """Checkpoints keep output and reverse step; a run is not resumed with others."""
+    choices = {"output": "logistic", "reverse": "joint"}
+    flags = [f"--{name}={value}" for name, value in choices.items()]
+    flags += ["--levels", 3, "--transition", "gaussian", "--timesteps", 20, "--steps", 2]
+    succeed("train.py", *TRAIN, *flags, "--loss", "variational", "--out-dir", "run")
+    checkpoint = read_checkpoint("run/checkpoints/last.pth")
+    assert checkpoint["network"]["output"] == "logistic" and checkpoint["network"]["ordinal"]
+    assert checkpoint["diffusion"]["reverse"] == "joint"
+    assert choices.items() <= checkpoint["settings"].items()
+    refused = fail("train.py", "--resume", "--out-dir", "run", "--steps", 4, "--reverse", "mixture")
+    assert "disagrees" in refused
 
 
 def test_pictures_of_256_levels():
-    """Bytes can't hold the level after the last, which is the ground's: all 256 greys are there all the same."""
+    """Bytes cannot hold level 256, the background; all 256 greys are drawn anyway."""
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     colours = np.asarray(image_grid(x, 256)).ravel().tolist()
     assert set(colours) == set(range(256))
-    assert (np.asarray(image_grid(torch.full_like(x.int(), 256), 256)) == GROUND).all()
+    assert (np.asarray(image_grid(torch.full_like(x.int(), 256), 256)) == BACKGROUND).all()

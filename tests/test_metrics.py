@@ -2,6 +2,8 @@
 
 import math
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -21,14 +23,16 @@ from metrics import (
     share_within,
     spread,
     summarize_bound,
+    summarize_gain,
     train_classifier,
 )
 
-# -- the bound --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The bound
 
 
 def bound_of(L_T, L_t_minus_1, L_0, n=5) -> BoundTerms:
-    """The parts of the bound of some images; of the terms that they come from only the number counts here."""
+    """The parts of the bound of some images, from n terms each."""
     L_T, L_t_minus_1, L_0 = (torch.tensor(v, dtype=torch.float64) for v in (L_T, L_t_minus_1, L_0))
     return BoundTerms(
         L_T, L_t_minus_1, L_0, torch.ones(len(L_T), n, dtype=torch.long), torch.zeros(len(L_T), n)
@@ -47,7 +51,7 @@ def test_bound_of_one_binarization_by_hand():
 
 
 def test_bound_of_several_binarizations_by_hand():
-    """Two images, three binarizations: totals [1, 3], [2, 6], [3, 9], whose means over binarizations are 2 and 6."""
+    """Two images, three binarizations: totals [1, 3], [2, 6], [3, 9]; means of images 2 and 6."""
     L_t_minus_1, L_0 = [[1, 3], [1.5, 5], [3, 9]], [[0, 0], [0.5, 1], [0, 0]]
     summary = summarize_bound(
         *(bound_of([0, 0], a, b) for a, b in zip(L_t_minus_1, L_0, strict=True))
@@ -63,11 +67,33 @@ def test_bound_of_several_binarizations_by_hand():
     assert summary["binarizations"] == 3 and summary["images"] == 2
 
 
-# -- sets of features -------------------------------------------------------------------------------------------------
+def test_gain_by_hand():
+    """Two images, three trajectories: k = 1 gains nothing, k = 2 uses the first two, k = 3 all."""
+    w = torch.tensor([[1.0, 3.0, 1.0], [2.0, 2.0, 2.0]], dtype=torch.float64)
+    bound = {"nats_per_image": 5.0, "standard_error": 0.3}
+    result = summarize_gain(w.log(), bound)
+    gains = [0, (math.log(2) - math.log(3) / 3) / 2, (math.log(5 / 3) - math.log(3) / 3) / 2]
+    # Errors are those of 0 and twice the mean. Deviations, over n - 1: those of 0, log 3, 0; and 0.
+    assert result["deviation_within_an_image"] == pytest.approx(math.log(3) / math.sqrt(3) / 2)
+    assert result["images"] == 2
+    for k, gain, row in zip((1, 2, 3), gains, result["by_trajectories"], strict=True):
+        expected = {"trajectories": k, "gain": gain, "gain_standard_error": gain}
+        expected |= {"nats_per_image": 5 - gain, "standard_error": math.hypot(0.3, gain)}
+        assert row == pytest.approx(expected, abs=1e-12)
+    w = torch.tensor([[1.0, 3, 1, 1], [2, 2, 2, 2]], dtype=torch.float64)
+    rows = summarize_gain(w.log(), bound)["by_trajectories"]
+    groups = (math.log(2) + math.log(1)) / 2 - math.log(3) / 4  # both groups of two count
+    assert [row["trajectories"] for row in rows] == [1, 2, 4]
+    assert rows[1]["gain"] == pytest.approx(groups / 2)
+    assert summarize_gain(w[:, :1].log(), bound)["deviation_within_an_image"] == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Sets of features
 
 
 def test_frechet_distance_of_gaussians():
-    """Known means and covariances, built exactly: |difference of means|^2 + (sum over axes of (s_a - s_b)^2)."""
+    """Exact means and covariances: |mean_a - mean_b|^2 + sum over axes of (s_a - s_b)^2."""
     torch.manual_seed(0)
     raw = torch.randn(5000, 6, dtype=torch.float64)
     raw -= raw.mean(0)
@@ -96,7 +122,7 @@ def test_share_within_by_hand():
 
 
 def test_share_within_in_blocks():
-    """More points and references than one block holds, in an order that matters, against a direct computation."""
+    """More points and references than one block holds, against a direct computation."""
     rng = np.random.default_rng(0)
     reference = np.concatenate([rng.normal(0, 1, (1050, 3)), rng.normal(3, 1, (1050, 3))])
     points = np.concatenate([rng.normal(5, 2, (1200, 3)), rng.normal(0, 1, (30, 3))])
@@ -129,7 +155,8 @@ def test_nearest_digits_by_hand():
     assert torch.equal(rows, torch.stack([samples[0], train[1], samples[1], train[2]]))
 
 
-# -- the eye ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The eye
 
 
 def picture(*white):
@@ -140,7 +167,7 @@ def picture(*white):
 
 
 def test_isolated_pixels_by_hand():
-    """Neighbours are the eight around a pixel; beyond the edge there is none, and the opposite edge is far away."""
+    """A pixel has eight neighbours, at the edge fewer: the opposite edge is far away."""
     alone = [
         picture((2, 2)),
         picture((0, 0)),
@@ -160,7 +187,7 @@ def test_isolated_pixels_by_hand():
 
 
 class Corners(torch.nn.Module):
-    """A judge whose two features are the pixels (10, 10) and (10, 20); the larger one decides between two classes."""
+    """A judge whose features are the pixels (10, 10) and (10, 20). The larger is the class."""
 
     def __init__(self):
         super().__init__()
@@ -209,6 +236,7 @@ def test_quality_by_hand():
         "recall": 1,  # what is not near (0, 0) is within sqrt(13) / 3 of (1, 1)
         "mean_confidence": (6 * 0.5 + 2 * sure) / 8,
         "isolated_white": 1 / 8,
+        "isolated_white_standard_error": math.sqrt(1 / 8 * 7 / 8 / 8),
         "isolated_black": 2 / 8,
         "ink_in_border": 3 / 8,
         "ink": (2 + 2 * (3 * 1023 + 1) + 1 + 2 + 1 + 1 + 6) / (3 * 8 * 1024),
@@ -228,7 +256,7 @@ def test_ink_in_any_part_of_the_border_counts(i, j):
 
 
 def test_precision_is_of_samples_and_recall_of_digits():
-    """All samples alike, at one of the digits: each is near a digit, but few of the digits are near a sample."""
+    """All samples equal one digit: each is near a digit, but few digits are near a sample."""
     reference = torch.cartesian_prod(
         torch.linspace(0, 1, 5), torch.linspace(0, 1, 4)
     ).double()  # 20 digits
@@ -257,7 +285,8 @@ def test_quality_compares_with_as_many_digits_as_there_are_samples():
     assert few["frechet_distance"] == pytest.approx(frechet_distance(features, reference))
 
 
-# -- the released judge -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The released judge
 
 
 def test_released_classifier_reads_digits():
@@ -273,41 +302,75 @@ def test_released_classifier_reads_digits():
 def test_missing_and_damaged_classifier(monkeypatch, tmp_path):
     path = tmp_path / "classifier.pth"
     monkeypatch.setattr(metrics, "CLASSIFIER", path)
-    with pytest.raises(FileNotFoundError, match="train-classifier"):
+    with pytest.raises(UserError, match="train-classifier"):
         load_classifier()
     torch.save({"something": torch.zeros(1)}, tmp_path / "other.pth")
     for content in (b"nonsense", (tmp_path / "other.pth").read_bytes()):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged") as error:
+        with pytest.raises(UserError, match="damaged") as error:
             load_classifier()
         assert "\n" not in str(error.value)
 
 
-def test_training_a_classifier(monkeypatch, tmp_path, capsys):
-    """It learns to read, says how well, and what it writes is what `load_classifier` loads. The same twice."""
-    digits, asked = take(load_digits("train", "offline"), 900), []
+def few_digits(monkeypatch, train: Digits, test: Digits) -> list:
+    """These instead of MNIST's; the calls."""
+    calls = []
 
     def load(split, data, data_root):
-        asked.append((split, data, data_root))
-        return (
-            digits
-            if split == "train"
-            else Digits(digits.images[1::3], digits.labels[1::3], "offline")
-        )
+        calls.append((split, data, data_root))
+        return train if split == "train" else test
 
     monkeypatch.setattr(metrics, "load_digits", load)
-    for name in ("one", "two"):
-        train_classifier("root", tmp_path / name / "classifier.pth", epochs=4, batch_size=32)
+    return calls
+
+
+def test_training_a_classifier(monkeypatch, tmp_path, capsys):
+    """It learns to read and says how well. `load_classifier` loads it. The same twice."""
+    train = take(load_digits("train", "offline"), 900)
+    test = Digits(train.images[1::3], train.labels[1::3], "offline")
+    asked = few_digits(monkeypatch, train, test)
+    files = [tmp_path / "one", tmp_path / "new" / "two"]
+    for file in files:
+        train_classifier("root", file, epochs=4, batch_size=32)
     assert asked[:2] == [("train", "mnist", "root"), ("test", "mnist", "root")]
-    one, two = (
-        torch.load(tmp_path / name / "classifier.pth", weights_only=True) for name in ("one", "two")
-    )
+    one, two = (torch.load(file, weights_only=True) for file in files)
     assert all(torch.equal(one[key], two[key]) for key in one)
-    monkeypatch.setattr(metrics, "CLASSIFIER", tmp_path / "one" / "classifier.pth")
+    monkeypatch.setattr(metrics, "CLASSIFIER", files[0])
     lines = capsys.readouterr().out.splitlines()
     for protocol, line in zip(("threshold", "dynamic"), lines[:2], strict=True):
-        x = to_levels(digits.images[1::3], 2, protocol, torch.Generator().manual_seed(0))
+        x = to_levels(test.images, 2, protocol, torch.Generator().manual_seed(0))
         _, logits = judge(load_classifier(), x, 2)
-        share = (logits.argmax(1) == digits.labels[1::3]).float().mean()
-        assert share > 0.8 and line.startswith(f"{share:.4f} of {protocol}")
-    assert isinstance(load_classifier(), Classifier)
+        share = (logits.argmax(1) == test.labels).double().mean()
+        assert share > 0.8 and line == f"accuracy {share:.4f} on {protocol} test digits"
+
+
+def test_what_the_classifier_is_trained_on(monkeypatch, tmp_path):
+    """All shifts by up to 2 pixels; half of the digits thresholded, half binarized at random."""
+    seen = []
+
+    class Recorder(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Conv2d(1, 64, 1)
+
+        def forward(self, grey):
+            seen.append(grey)
+            return super().forward(grey)
+
+    grey = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
+    grey[:, :, 4, 4] = 255  # shows the shift
+    grey[:, :, 10:20, 10:20] = 100  # black if thresholded, else white with probability 0.39
+    digits = Digits(grey, torch.arange(64) % 10, "mnist")
+    few_digits(monkeypatch, digits, digits)
+    monkeypatch.setattr(metrics, "Classifier", Recorder)
+    train_classifier("root", tmp_path / "x.pth", epochs=50, batch_size=16)
+    shifts, at_random = [], []
+    for batch in seen:
+        (corner,) = batch[0, 0, :8, :8].nonzero().tolist()
+        shifts.append(tuple(corner))
+        inside = batch.roll((4 - corner[0], 4 - corner[1]), (2, 3))[:, 0, 10:20, 10:20]
+        at_random.append(inside.flatten(1).any(1))
+        white = inside[at_random[-1]].mean().item()
+        assert white == pytest.approx(0.39, abs=0.2) or not at_random[-1].any()
+    assert set(shifts) == {(i, j) for i in range(2, 7) for j in range(2, 7)}
+    assert torch.cat(at_random).double().mean().item() == pytest.approx(0.5, abs=0.05)

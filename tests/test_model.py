@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint import RELEASED, load_checkpoint
 from dataset import load_digits, take, to_levels
 from diffusion import DiscreteDiffusion
-from model import ResBlock, UNet, as_numbers, build_network, one_hot, time_features
+from model import Attention, ResBlock, UNet, as_numbers, build_network, one_hot, time_features
 
 
 def mflop(network):
@@ -56,7 +56,7 @@ def test_output_depends_on_image_and_time_and_not_on_neighbours():
 
 
 def test_labels():
-    """y moves the output of its own image; -1 is no label, the same as none at all; networks without labels refuse."""
+    """y changes the output of its own image; -1 is no label; networks without labels refuse y."""
     network = randomize(UNet(2, channels=(8, 8, 8), num_labels=10))
     torch.nn.init.normal_(network.embed_y.weight)
     x_t, t = torch.zeros(4, 1, 8, 8, dtype=torch.long), torch.full((4,), 5)
@@ -115,7 +115,7 @@ def test_what_the_network_refuses():
 
 
 def test_hidden_matrices_are_what_lies_between_embeddings_and_output():
-    """Muon's part: every matrix but those that read t, y or pixels and those that write logits; no vector."""
+    """Every matrix except those that read t, y or pixels and those that write logits."""
     network = UNet(3, 4, channels=(8, 16, 24), blocks=2, num_labels=10, ordinal=True)
     hidden = {id(p) for p in network.hidden_matrices()}
     rest = {name for name, p in network.named_parameters() if id(p) not in hidden and p.ndim > 1}
@@ -146,6 +146,16 @@ def test_ordinal_levels():
     )
 
 
+def test_it_starts_from_uniform_probabilities_and_blocks_that_change_nothing():
+    torch.manual_seed(0)
+    h, emb = torch.randn(2, 16, 4, 4), torch.randn(2, 32)
+    assert torch.equal(ResBlock(16, 32, 0.0)(h, emb), h)
+    assert torch.equal(Attention(16)(h), h)
+    network = UNet(3, 4, channels=(8, 8, 8), num_labels=10, ordinal=True)
+    x_t = torch.randint(0, 4, (2, 1, 16, 16))
+    assert not network(x_t, torch.tensor([1, 9]), torch.tensor([0, 7])).any()
+
+
 def test_one_hot_and_time_features():
     x = torch.tensor([[[[0, 2]]]])
     assert one_hot(x, 3).tolist() == [[[[1, 0]], [[0, 0]], [[0, 1]]]]
@@ -158,15 +168,16 @@ def test_released_weights_mean_what_they_meant():
     """They fit the network that was trained, every skip, shift and head of it: nats per image."""
     digits = take(load_digits("validation", "offline"), 40)
     d, x_0, t = load_checkpoint(RELEASED), to_levels(digits.images), 25 * torch.arange(1, 41)
-    u = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0))
+    x_t = d.q_sample(x_0, t, torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
-        without, labelled = (F.cross_entropy(d.x_0_logits(d.q_sample(x_0, t, u), t, y), x_0[:, 0].long()) * 1024
-                             for y in (None, digits.labels))  # fmt: skip
-    assert (without.item(), labelled.item()) == pytest.approx((58.175, 55.085), abs=0.02)
+        logits = [d.x_0_logits(x_t, t, y) for y in (None, digits.labels)]
+    nats = [F.cross_entropy(one, x_0[:, 0].long()).item() * 1024 for one in logits]
+    # In float64; float32 is within 1e-5 under SSE4.1, AVX2 and AVX-512.
+    assert nats == pytest.approx([58.174915, 55.084742], rel=0, abs=3e-5)
 
 
 def test_learns_to_draw_its_patterns():
-    """A tiny network on three 8x8 patterns ends up drawing those patterns, each of them, and little else."""
+    """A tiny network on three 8x8 patterns ends up drawing each of them, and little else."""
     torch.manual_seed(0)
     patterns = torch.zeros(3, 1, 8, 8, dtype=torch.long)
     patterns[0, :, 2:6, 2:6] = 1
@@ -174,14 +185,16 @@ def test_learns_to_draw_its_patterns():
     patterns[2, :, 4:] = 1
     d = DiscreteDiffusion(UNet(channels=(16, 16, 16)), timesteps=20, image_shape=(1, 8, 8))
     optimizer = torch.optim.AdamW(d.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 200)
     for _ in range(200):
-        loss = d.loss(patterns[torch.randint(0, 3, (48,))])
+        loss = d.loss(patterns.repeat(32, 1, 1, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     d.eval()
-    drawn = d.sample(100).flatten(1)
-    matches = (drawn[:, None] == patterns.flatten(1)[None]).all(2)  # [100, 3]
+    drawn = d.sample(300, batch_size=300).flatten(1)
+    matches = (drawn[:, None] == patterns.flatten(1)[None]).all(2)  # [300, 3]
     assert matches.any(1).float().mean() > 0.9
     assert matches.float().mean(0).min() > 0.15
     bound = d.variational_bound(

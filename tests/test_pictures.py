@@ -1,14 +1,32 @@
 """Pictures, pixel by pixel."""
 
+import io
+import os
+import subprocess
+import sys
+
+import cli
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from pictures import image_grid, plot_history, plot_terms, titled_frame
+from pictures import (
+    image_grid,
+    plot_gains,
+    plot_history,
+    plot_terms,
+    read_partial_digit,
+    save_figure,
+    titled_frame,
+    write_picture,
+)
 
 
 def test_image_grid_two_levels():
-    """Three 2x3 images: two columns, two rows, two grey pixels around each image, everything doubled in size."""
+    """Three 2x3 images: two columns, two rows, two grey pixels around each, doubled in size."""
     x = torch.tensor(
         [[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 1]]]
     ).unsqueeze(1)
@@ -77,13 +95,88 @@ def test_titled_frame():
     assert not np.array_equal(np.array(titled_frame(x, 2, "t = 8"))[:24], frame[:24])
 
 
+@pytest.mark.parametrize("alpha", [128, 200, 255])
+def test_nothing_to_draw(alpha, tmp_path):
+    """Where every pixel is at least half opaque."""
+    Image.new("LA", (28, 28), (255, alpha)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="nothing to draw"):
+        read_partial_digit(tmp_path / "x.png")
+    Image.new("LA", (28, 28), (255, 127)).save(tmp_path / "x.png")
+    known = read_partial_digit(tmp_path / "x.png")[0, 0]
+    assert (known[2:-2, 2:-2] == -1).all() and (known == 0).sum() == 32**2 - 28**2
+
+
+def test_a_picture_that_fails_is_a_warning(tmp_path, capsys):
+    """The older file stays."""
+    path = tmp_path / "x.png"
+    assert write_picture(path, lambda file: file.write(b"a picture"))
+
+    def broken(file):
+        file.write(b"half")
+        raise RuntimeError("one line\nand another")
+
+    assert not write_picture(path, broken)
+    assert capsys.readouterr().err == f"warning: {path} was not written: one line\n"
+    assert path.read_bytes() == b"a picture" and len(list(tmp_path.iterdir())) == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+HISTORY = [
+    {"epoch": 3, "train_loss": 0.5, "validation_bound": 90.0},
+    {"epoch": 4, "train_loss": 0.25, "validation_bound": 80.0},
+]
+
+
 def test_plots_hold_the_numbers():
-    """Loss and bound by epoch; the mean of the bound's terms by the t that the network is told, where there are any."""
-    rows = [{"epoch": 3, "train_loss": 0.5, "validation_bound": 90.0}]
-    rows += [{"epoch": 4, "train_loss": 0.25, "validation_bound": 80.0}]
-    left, right = plot_history(rows).axes
+    """Loss and bound by epoch; the mean of the bound's terms by the network's t; the plain bound
+    and the bound minus the gain."""
+    left, right = plot_history(HISTORY).axes
     assert left.lines[0].get_xydata().tolist() == [[3, 0.5], [4, 0.25]]
     assert right.lines[0].get_xydata().tolist() == [[3, 90], [4, 80]]
     t, terms = torch.tensor([1, 1, 3, 3, 3]), torch.tensor([1.0, 2, 3, 6, 9], dtype=torch.float64)
     (axis,) = plot_terms(torch.tensor([0, 10, 20, 50]), t, terms).axes
     assert axis.lines[0].get_xydata().tolist() == [[10, 1.5], [50, 6]]
+    rows = [
+        {"trajectories": 1, "gain": 0.0, "gain_standard_error": 0.0},
+        {"trajectories": 2, "gain": 3.0, "gain_standard_error": 0.5},
+    ]
+    (axis,) = plot_gains({"no labels": (80.0, rows)}).axes
+    plain, (weighted, _, (errors,)) = axis.lines[0], axis.containers[0]
+    assert list(plain.get_ydata()) == [80, 80]
+    assert weighted.get_xydata().tolist() == [[1, 80], [2, 77]]
+    assert [segment[:, 1].tolist() for segment in errors.get_segments()] == [[80, 80], [76.5, 77.5]]
+    labels = [plain.get_label(), axis.containers[0].get_label()]
+    assert labels == ["plain bound, no labels: 80.00", "importance-weighted, no labels: 77.00"]
+
+
+def test_figures_ignore_a_users_settings(tmp_path):
+    """A notebook's backend that is not installed here, and LaTeX, which may not be either."""
+    settings = "text.usetex: True\nfigure.facecolor: black\nsavefig.bbox: tight\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
+    expected = io.BytesIO()
+    save_figure(plot_history(HISTORY), expected)
+    code = f"""
+import sys
+sys.path.insert(0, {str(cli.REPOSITORY)!r})
+from pictures import plot_history, save_figure
+with open("x.png", "wb") as file:
+    save_figure(plot_history({HISTORY}), file)
+import matplotlib, os
+assert matplotlib.rcParams["text.usetex"] and "matplotlib.backends.backend_agg" in sys.modules
+assert "matplotlib.pyplot" not in sys.modules and os.environ["MPLBACKEND"].startswith("module")
+"""
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment["MATPLOTLIBRC"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    assert np.array_equal(Image.open(tmp_path / "x.png"), Image.open(expected))
+
+
+def test_figures_leave_settings_as_they_were():
+    import matplotlib
+
+    with matplotlib.rc_context({"text.usetex": True, "figure.dpi": 50}):
+        before = dict(matplotlib.rcParams)
+        save_figure(plot_history(HISTORY), io.BytesIO())
+        assert dict(matplotlib.rcParams) == before

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from diffusion import DiscreteDiffusion
 from model import UNet
+from trajectories import respaced
 
 FAMILIES = [("uniform", 2), ("uniform", 4), ("absorbing", 2), ("absorbing", 3), ("gaussian", 4)]
 T = 16
 
 
 class Table(torch.nn.Module):
-    """A network for images of one pixel: its logits are looked up by t and the noisy state, float64 [T + 1, S, K]."""
+    """A network for one pixel: logits by t and the noisy state, float64 [T + 1, S, K]."""
 
     def __init__(self, logits):
         super().__init__()
@@ -27,7 +28,7 @@ class Table(torch.nn.Module):
 
 
 def posteriors(transition, K, seed=0):
-    """A chain, its bar_Q, a random p(x_0), p(x_0 | x_t) and the leave-one-out posterior: [T + 1, S, K] each.
+    """A chain, p(x_0 | x_t) and the leave-one-out posterior, [T + 1, S, K], of a random p(x_0).
 
     Of a single pixel the others say nothing: leaving it out leaves p(x_0).
     """
@@ -52,7 +53,7 @@ def states(d, t):
 
 
 def equation_4(d, probs, t, x_t):
-    """Proportional to sum over x_0 of q(x_{t-1} = j | x_0) q(x_t | x_{t-1} = j) p~(x_0), state by state."""
+    """Proportional to the sum over x_0 of q(j | x_0) q(x_t | j) p~(x_0), state by state."""
     p = [
         sum(
             d.bar_Q[t - 1, k, j].item() * d.Q[t, j, x_t].item() * probs[k]
@@ -65,7 +66,7 @@ def equation_4(d, probs, t, x_t):
 
 @pytest.mark.parametrize("transition, K", FAMILIES)
 def test_joint_form_is_equation_4(transition, K):
-    """For t >= 2, whatever the network says; at t = 1 it is the softmax of x_0, with 0 for states beyond the levels."""
+    """For t >= 2; at t = 1 it is the softmax of x_0, with 0 for states beyond the levels."""
     d, exact, _ = posteriors(transition, K)
     probs = np.random.default_rng(1).dirichlet(np.ones(K), exact.shape[:2])
     joint = with_network(d, probs, "joint")
@@ -80,14 +81,14 @@ def test_joint_form_is_equation_4(transition, K):
 
 @pytest.mark.parametrize("transition, K", FAMILIES)
 def test_joint_form_of_the_leave_one_out_posterior_is_the_mixture_of_the_posterior(transition, K):
-    """Of a respaced chain, too, whose first timestep is not the network's t = 1 and so is no plain softmax."""
+    """Also of a respaced chain, whose first timestep is not the network's t = 1."""
     d, exact, leave_one_out = posteriors(transition, K)
     joint, mixture = with_network(d, leave_one_out, "joint"), with_network(d, exact, "mixture")
     for t in range(2, T + 1):
         np.testing.assert_allclose(
             joint.p_theta(*states(d, t)), mixture.p_theta(*states(d, t)), atol=1e-12
         )
-    joint, mixture = joint.respaced([2, 3, T]), mixture.respaced([2, 3, T])
+    joint, mixture = respaced(joint, [2, 3, T]), respaced(mixture, [2, 3, T])
     assert joint.config["reverse"] == "joint"
     for t in (1, 2, 3):
         np.testing.assert_allclose(
@@ -97,7 +98,7 @@ def test_joint_form_of_the_leave_one_out_posterior_is_the_mixture_of_the_posteri
 
 @pytest.mark.parametrize("transition, K", FAMILIES)
 def test_the_forms_differ_where_the_likelihood_does(transition, K):
-    """Given the posterior, the joint form counts the likelihood twice, and is the mixture for absorbing only."""
+    """Given the posterior, the joint form counts the likelihood twice: harmless when absorbing."""
     d, exact, _ = posteriors(transition, K)
     joint, mixture = with_network(d, exact, "joint"), with_network(d, exact, "mixture")
     apart = max(
@@ -107,31 +108,10 @@ def test_the_forms_differ_where_the_likelihood_does(transition, K):
     assert apart < 1e-12 if transition == "absorbing" else apart > 0.01
 
 
-@pytest.mark.parametrize("transition, K", FAMILIES)
-def test_argmax_is_the_posterior_of_the_most_probable_level(transition, K):
-    d, exact, _ = posteriors(transition, K)
-    probs = np.random.default_rng(1).dirichlet(np.ones(K), exact.shape[:2])
-    argmax = with_network(d, probs, "argmax")
-    for t in range(1, T + 1):
-        x_t, ts = states(d, t)
-        p = argmax.p_theta(x_t, ts)[:, :, 0, 0].numpy()
-        for row, x in zip(p, x_t.flatten().tolist(), strict=True):
-            possible = d.bar_Q[t, :K, x].numpy() > 0
-            best = int(np.where(possible, probs[t, x], -1).argmax())
-            np.testing.assert_allclose(row, equation_4(d, np.eye(K)[best], t, x), atol=1e-12)
-    x_0 = torch.full((1, 1, 1, 1), int(probs[1, 0].argmin()))
-    assert (
-        with_network(d, np.broadcast_to(probs[1, 0], probs.shape), "argmax")
-        .variational_bound(x_0)
-        .isinf()
-        .all()
-    )
-
-
 @pytest.mark.parametrize("reverse", ["mixture", "joint"])
 @pytest.mark.parametrize("transition, K", FAMILIES)
 def test_loss_bound_and_sampler_use_it(transition, K, reverse):
-    """Each term of the bound by enumeration; the loss is T times one of them; samples come in p_theta's proportions."""
+    """Each term of the bound by enumeration; the loss; the distribution of samples."""
     d, exact, _ = posteriors(transition, K)
     probs = 0.8 * exact + 0.2 * np.random.default_rng(2).dirichlet(np.ones(K), exact.shape[:2])
     d = with_network(d, probs, reverse, loss_type="variational")
@@ -178,7 +158,7 @@ def test_loss_bound_and_sampler_use_it(transition, K, reverse):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joint_form_in_low_precision(dtype):
-    """Where likelihoods and probabilities underflow in float32 it is finite, and near what float64 gives."""
+    """Where likelihoods underflow in float32, it is finite and close to float64."""
     d = DiscreteDiffusion(torch.nn.Identity(), 64, 50, "gaussian", reverse="joint")
     torch.manual_seed(0)
     x_0 = torch.randint(0, 64, (8, 1, 8, 8))
@@ -194,18 +174,7 @@ def test_joint_form_in_low_precision(dtype):
         assert torch.autograd.grad(p.clamp(min=1e-30).log().mean(), logits)[0].isfinite().all()
 
 
-# -- the choice itself ------------------------------------------------------------------------------------------------
-
-
-def test_argmax_is_refused_with_a_loss_that_is_infinite():
-    for loss in ("variational", "hybrid"):
-        with pytest.raises(ValueError, match="infinite") as error:
-            DiscreteDiffusion(torch.nn.Identity(), loss_type=loss, reverse="argmax")
-        assert "\n" not in str(error.value)
-    with pytest.raises(
-        ValueError, match="unknown reverse step 'sum': choose from mixture, joint, argmax"
-    ):
-        DiscreteDiffusion(torch.nn.Identity(), reverse="sum")
+# -- the choice itself -----------------------------------------------------------------------------
 
 
 def test_hybrid_weight_stands_beside_one_term_of_the_bound():
@@ -224,7 +193,7 @@ def test_hybrid_weight_stands_beside_one_term_of_the_bound():
     )
     for weight in (0.001, 0.3):
         changes = {} if weight == 0.001 else {"hybrid_weight": weight}
-        d = DiscreteDiffusion(Fixed(), 2, 20, loss_type="hybrid", **changes)
+        d = DiscreteDiffusion(Fixed(), 2, 20, loss_type="hybrid", image_shape=(1, 8, 8), **changes)
         term = d.L_t_minus_1(x_0, d.q_sample(x_0, t, u), t).mean().item() / 64
         cross_entropy = -logits.log_softmax(1).expand(4, -1, -1, -1).gather(1, x_0).mean().item()
         assert d.loss(x_0, t, u).item() == pytest.approx(
@@ -233,7 +202,7 @@ def test_hybrid_weight_stands_beside_one_term_of_the_bound():
 
 
 def test_checkpoints_keep_the_choice_and_old_ones_are_mixtures(tmp_path):
-    """Where num_classes is said, the hybrid weight stood beside T times a term; without `reverse` it is the mixture."""
+    """A checkpoint from before there was a choice is a mixture; num_classes is num_levels."""
     model = UNet(channels=(8, 8, 8))
     d = DiscreteDiffusion(
         model, timesteps=20, loss_type="hybrid", reverse="joint", hybrid_weight=0.5
@@ -242,20 +211,8 @@ def test_checkpoints_keep_the_choice_and_old_ones_are_mixtures(tmp_path):
     save_checkpoint(tmp_path / "new.pth", saved)
     new = load_checkpoint(tmp_path / "new.pth", timesteps=5)
     assert (new.reverse, new.hybrid_weight) == ("joint", 0.5)
-    old = {"num_classes": 3, "timesteps": 20, "transition": "gaussian", "schedule": "linear"}
-    old |= {"loss_type": "hybrid", "hybrid_weight": 0.01}
+    old = {"num_classes": 2, "timesteps": 20, "transition": "uniform"}
     network = {key: value for key, value in model.config.items() if key != "output"}
-    settings = {"transition": "gaussian", "schedule": "linear", "hybrid_weight": 0.02}
-    save_checkpoint(
-        tmp_path / "old.pth", saved | {"network": network, "diffusion": old, "settings": settings}
-    )
-    checkpoint = read_checkpoint(tmp_path / "old.pth")
-    assert checkpoint["settings"] == {
-        "transition": "gaussian",
-        "schedule": "fitted",
-        "hybrid_weight": 0.001,
-    }
+    save_checkpoint(tmp_path / "old.pth", saved | {"network": network, "diffusion": old})
     old = load_checkpoint(tmp_path / "old.pth")
-    assert (old.reverse, old.num_levels) == ("mixture", 3)
-    assert (old.config["schedule"], old.model.output) == ("fitted", "softmax")
-    assert old.hybrid_weight == pytest.approx(0.01 / 20)
+    assert (old.reverse, old.num_levels, old.model.output) == ("mixture", 2, "softmax")

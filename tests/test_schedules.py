@@ -1,4 +1,4 @@
-"""What the schedules do to a pixel: the fitted one is what its definition says, and the names hold."""
+"""Schedules: the fitted one keeps its definition, the others keep what their names say."""
 
 import math
 
@@ -17,7 +17,7 @@ def process(K, T, *names):
 
 @pytest.mark.parametrize("K, T", [(2, 10), (8, 200), (256, 20)])
 def test_mutual_information_falls_in_a_straight_line(K, T):
-    """Of absorbing transitions with the schedule of that name. Others bend: the name is only a name there."""
+    """Only for absorbing transitions with the schedule of that name; others bend."""
     line = 1 - np.arange(T + 1) / T
     np.testing.assert_allclose(
         mutual_information(process(K, T, "absorbing", "mutual_info")), line, atol=1e-12
@@ -27,7 +27,7 @@ def test_mutual_information_falls_in_a_straight_line(K, T):
 
 
 def test_mutual_information_by_hand():
-    """Summed over joint and marginals, in plain Python, for a chain whose prior on x_t is not uniform."""
+    """Summed in plain Python, for a chain whose distribution of x_t is not uniform."""
     d = process(4, 20, "gaussian")
     for t in (0, 1, 7, 20):
         q = d.bar_Q[t].tolist()
@@ -45,7 +45,7 @@ def test_mutual_information_by_hand():
 
 
 def bisected(T, K):
-    """The width at the end that brings the edge's row within 1e-4 of uniform, by products of the matrices."""
+    """The final width that brings the edge's row within 1e-4 of uniform, by products."""
     first = 4 / ((K - 1) ** 2 * math.log(2 / 0.001))
     low, high = math.log(first), math.log(1e4)
     for _ in range(40):

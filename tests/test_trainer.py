@@ -25,11 +25,13 @@ from trainer import (
     orthogonalized,
 )
 
+SMALL = {"image_shape": (1, 16, 16)}
+
 
 def small_diffusion(num_labels=10, **kwargs) -> DiscreteDiffusion:
     torch.manual_seed(0)
     return DiscreteDiffusion(
-        UNet(channels=(8, 8, 8), num_labels=num_labels), timesteps=10, **kwargs
+        UNet(channels=(8, 8, 8), num_labels=num_labels), timesteps=10, **SMALL | kwargs
     )
 
 
@@ -47,13 +49,14 @@ def steps(trainer: Trainer, n: int) -> list[float]:
     return [trainer.step(*batch(i)).item() for i in range(trainer.steps, trainer.steps + n)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The step
 
 
 @pytest.mark.parametrize("decay", ["late", "cosine"])
-def test_steps_are_those_written_out_by_hand(decay):
-    """Noise by (seed, step), hidden labels, clipping, the rate's course, AdamW, the average: all of a run of 24 steps.
+def test_steps_are_those_written_out_by_hand(decay, monkeypatch):
+    """Noise by (seed, step), hidden labels, clipping, the rate's course, AdamW, the average: all of
+    a run of 24 steps.
 
     The norm that gradients are clipped to is such that some are and some aren't.
     """
@@ -62,9 +65,8 @@ def test_steps_are_those_written_out_by_hand(decay):
     network, average = (UNet(channels=(8, 8, 8), num_labels=10) for _ in range(2))
     network.load_state_dict(d.model.state_dict())
     optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    trainer = Trainer(
-        d, total, 8, peak, decay=decay, label_dropout=0.3, seed=seed, max_grad_norm=max_norm
-    )
+    monkeypatch.setattr(trainer_module, "MAX_GRAD_NORM", max_norm)
+    trainer = Trainer(d, total, 8, peak, decay=decay, label_dropout=0.3, seed=seed)
     clipped = []
     for i in range(total):
         x_0, y = batch(i)
@@ -121,26 +123,55 @@ def test_gradients_are_clipped_to_norm_1(monkeypatch):
     assert norm == pytest.approx(1, rel=1e-3)
 
 
+class Drawing(UNet):
+    """A network that draws random numbers and remembers them. It does not say that it has no
+    dropout."""
+
+    config = None
+
+    def forward(self, x_t, t, y=None):
+        self.drawn = torch.rand(3)
+        return super().forward(x_t, t, y)
+
+    def __setattr__(self, name, value):
+        if name == "config":
+            value = {key: v for key, v in value.items() if key != "dropout"}
+        super().__setattr__(name, value)
+
+
 @pytest.mark.parametrize("part", ["seed", "step", "share"])
-def test_dropout_is_a_function_of_seed_step_and_share(part, monkeypatch):
-    """What comes before makes no difference; and it is none of the streams that noise is drawn from."""
+def test_dropout_is_a_function_of_seed_step_and_share(part):
+    """Not of earlier draws; and its stream is none that the noise is drawn from."""
     drawn = []
-    monkeypatch.setattr(
-        Trainer, "_update", lambda self, *given: drawn.append(torch.rand(3)) or torch.zeros(())
-    )
     for i in (0, 0, 1):
-        trainer = Trainer(small_diffusion(), 9, 8, seed=i * (part == "seed"))
+        network = Drawing(channels=(8, 8, 8))
+        trainer = Trainer(
+            DiscreteDiffusion(network, timesteps=10, **SMALL), 9, 8, seed=i * (part == "seed")
+        )
         trainer.steps, trainer.shard = i * (part == "step"), slice(4 * i * (part == "share"), 8)
         torch.rand(len(drawn))
         trainer.step(*batch(0))
+        drawn.append(network.drawn)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(
-        drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(stream_seed(0, 0, 0)))
-    )
+    noise = torch.Generator().manual_seed(stream_seed(0, 0, 0))
+    assert not torch.equal(drawn[0], torch.rand(3, generator=noise))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_step_leaves_the_global_generator_alone(dropout, monkeypatch):
+    """Without dropout it is not even saved and restored, which would cost time."""
+    if not dropout:
+        monkeypatch.setattr(torch.random, "fork_rng", lambda *_: pytest.fail("no need"))
+    network = UNet(channels=(8, 8, 8), dropout=dropout)
+    trainer = Trainer(DiscreteDiffusion(network, timesteps=10, **SMALL), 9, 8)
+    before = torch.get_rng_state()
+    trainer.step(*batch(0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_noise_is_a_function_of_seed_and_step(monkeypatch):
-    """The same in a run that goes on, and another in every step and for every seed. Without labels, none are told."""
+    """The same in a run that goes on, and another in every step and for every seed. Without labels,
+    none are told."""
     seen = []
 
     def spy(self, x_0, t, u, y, loss=DiscreteDiffusion.loss):
@@ -157,6 +188,16 @@ def test_noise_is_a_function_of_seed_and_step(monkeypatch):
     for a, b in ((0, 1), (0, 4), (1, 5)):
         assert not torch.equal(u[a], u[b])
     assert all(y is None for *_, y in seen)
+
+
+def test_t_does_not_depend_on_the_place_in_the_batch():
+    """Nor is it sorted: at each place, its mean over 400 steps is that of 1..10."""
+    trainer, (x_0, y), drawn = Trainer(small_diffusion(), 10, 8), batch(0), []
+    for trainer.steps in range(400):
+        drawn.append(trainer._add_noise(x_0, y)[1])
+    t = torch.stack(drawn).double()
+    assert ((t.mean(0) - 5.5).abs() < 0.6).all()  # four standard deviations
+    assert (t.min(0).values == 1).all() and (t.max(0).values == 10).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -199,13 +240,16 @@ def test_parts_have_the_names_that_the_benchmark_reads(monkeypatch):
     assert parts == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Validation, and what is carried on
 
 
-def test_validation_is_the_bound_of_the_average():
-    """Of the averaged network, not the current one; one t a digit; the same noise each time; nothing is trained."""
-    trainer = Trainer(small_diffusion().eval(), 20, 8, lr=0.05)
+@pytest.mark.parametrize("training", [True, False])
+def test_validation_is_the_bound_of_the_average(training):
+    """Of the averaged network, not the current one; one t a digit; the same noise each time;
+    nothing is trained."""
+    d = small_diffusion()
+    trainer = Trainer(d.train() if training else d.eval(), 20, 8, lr=0.05)
     steps(trainer, 6)
     before = trainer.state_dict()["weights"]["fold.weight"].clone()
     x_0 = batch(100, 60)[0]
@@ -214,7 +258,7 @@ def test_validation_is_the_bound_of_the_average():
     network = UNet(channels=(8, 8, 8), num_labels=10).eval()
     for weights, same in (("averaged_weights", True), ("weights", False)):
         network.load_state_dict(trainer.state_dict()[weights])
-        d = DiscreteDiffusion(network, timesteps=10)
+        d = DiscreteDiffusion(network, timesteps=10, **SMALL)
         bound = d.variational_bound(x_0, 1, torch.Generator().manual_seed(0)).mean().item()
         assert (measured == pytest.approx(bound, rel=1e-6)) == same
     assert trainer.network.training and not trainer.averaged.model.training
@@ -223,12 +267,13 @@ def test_validation_is_the_bound_of_the_average():
 
 @pytest.mark.parametrize("optimizer, dropout", [("adamw", 0.0), ("muon", 0.0), ("muon", 0.3)])
 def test_going_on_is_exact(optimizer, dropout):
-    """Saved in the middle and loaded into a new trainer of other weights: as if nothing had happened."""
+    """Saved in the middle and loaded into a new trainer of other weights: as if nothing had
+    happened."""
     options = {"lr": 0.01, "optimizer": optimizer, "seed": 3}
 
     def small():
         return DiscreteDiffusion(
-            UNet(channels=(8, 8, 8), num_labels=10, dropout=dropout), timesteps=10
+            UNet(channels=(8, 8, 8), num_labels=10, dropout=dropout), timesteps=10, **SMALL
         )
 
     torch.manual_seed(0)
@@ -247,7 +292,8 @@ def test_going_on_is_exact(optimizer, dropout):
 
 
 def test_going_on_after_another_kind_of_device():
-    """What CUDA's recorded steps leave in the optimizer, its flag and its tensor of a rate, means nothing elsewhere."""
+    """What CUDA's recorded steps leave in the optimizer, its flag and its tensor of a rate, means
+    nothing elsewhere."""
     straight = Trainer(small_diffusion(), 12, 8, 0.01)
     steps(straight, 5)
     state = copy(straight.state_dict())
@@ -261,7 +307,8 @@ def test_going_on_after_another_kind_of_device():
 
 
 def test_recorded_calls(monkeypatch):
-    """Three as usual; then one recording, replayed on what each call gives. This graph only remembers what to do."""
+    """Three as usual; then one recording, replayed on what each call gives. This graph only
+    remembers what to do."""
     asked, recordings = [], []
 
     def function(x, nothing):
@@ -276,11 +323,16 @@ def test_recorded_calls(monkeypatch):
 
     class Graph:
         def replay(self):
-            recorded.result.copy_(function(*recorded.given))
+            recorded.result.copy_(function(*recorded.inputs))
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, fake in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: nullcontext(),
-                       "graph": graph, "CUDAGraph": Graph}.items():  # fmt: skip
+    for name, fake in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda _: nullcontext(),
+        "graph": graph,
+        "CUDAGraph": Graph,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     recorded = Recorded(function)
     given = [torch.full((2,), float(i)) for i in range(7)]
@@ -292,21 +344,31 @@ def test_recorded_calls(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("optimizer, output, loss", [
-    ("adamw", "softmax", "cross_entropy"), ("muon", "softmax", "variational"), ("muon", "logistic", "hybrid"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer, output, loss",
+    [
+        ("adamw", "softmax", "cross_entropy"),
+        ("muon", "softmax", "variational"),
+        ("muon", "logistic", "hybrid"),
+    ],
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recorded_steps_are_the_usual_ones(optimizer, output, loss, dropout):
-    """Also after a state is loaded into a trainer that has recorded; and a run may move between the devices."""
+    """Also after a state is loaded into a trainer that has recorded; and a run may move between the
+    devices."""
 
-    def make(device, usual=Recorded.USUAL):
+    def make(device, usual=Recorded.WARMUP):
         torch.manual_seed(0)
         network = UNet(channels=(8, 8, 8), num_labels=10, output=output, dropout=dropout).to(device)
         trainer = Trainer(
-            DiscreteDiffusion(network, timesteps=10, loss_type=loss), 40, 8, 0.01, optimizer
+            DiscreteDiffusion(network, timesteps=10, loss_type=loss, **SMALL),
+            40,
+            8,
+            0.01,
+            optimizer,
         )
         if device == "cuda":
-            trainer.update.USUAL = usual
+            trainer.update.WARMUP = usual
         return trainer
 
     recorded, plain = make("cuda"), make("cuda", usual=100)
@@ -338,13 +400,16 @@ def copy(value):
     return [copy(item) for item in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("damage", [
-    lambda state: state.update(weights={"nonsense": torch.zeros(1)}),
-    lambda state: state.update(weights=None),
-    lambda state: state.update(averaged_weights={}),
-    lambda state: state["optimizer"].pop("param_groups"),
-    lambda state: state["optimizer"]["param_groups"][0]["params"].pop(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.update(weights={"nonsense": torch.zeros(1)}),
+        lambda state: state.update(weights=None),
+        lambda state: state.update(averaged_weights={}),
+        lambda state: state["optimizer"].pop("param_groups"),
+        lambda state: state["optimizer"]["param_groups"][0]["params"].pop(),
+    ],
+)
 def test_state_that_does_not_fit(damage):
     trainer = Trainer(small_diffusion(), 12, 8)
     state = copy(trainer.state_dict())
@@ -361,6 +426,8 @@ def test_learning_rate_by_hand():
     assert cosine == pytest.approx(
         [0.02, 1 + math.cos(math.pi / 10), 1, 1 + math.cos(math.pi * 0.999)]
     )
+    constant = [learning_rate(2.0, step, 1000, "constant") for step in (0, 99, 700, 999)]
+    assert constant == pytest.approx([0.02, 2, 2, 2])
     short = [learning_rate(2.0, step, 30) for step in range(4)]
     assert short == pytest.approx([2 / 3, 4 / 3, 2, 2])  # a tenth of the steps
     assert learning_rate(2.0, 0, 1) == pytest.approx(2)
@@ -368,7 +435,8 @@ def test_learning_rate_by_hand():
 
 @pytest.mark.parametrize("total", [1, 3, 10, 16, 1000, 1001])
 def test_the_decay_starts_where_the_rate_leaves_its_peak(total):
-    """Before decay_start the rate is the peak, so that what is saved there can go on in a longer run; then it falls."""
+    """Before decay_start the rate is the peak, so that what is saved there can go on in a longer
+    run; then it falls."""
     start = decay_start(total)
     warm = max(1, min(100, total // 10))
     assert all(learning_rate(1.0, step, total) == 1 for step in range(warm - 1, start))
@@ -378,7 +446,8 @@ def test_the_decay_starts_where_the_rate_leaves_its_peak(total):
 
 
 def test_moving_average_by_hand():
-    """A ninth of the steps early on, a thousand late; whole numbers, of batch norm say, are copied."""
+    """A ninth of the steps early on, a thousand late; whole numbers, of batch norm say, are
+    copied."""
     for n, keep in ((0, 0), (1, 2 / 11), (8, 0.5), (100, 101 / 110), (10**6, 0.999)):
         averaged, current = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
         nn.init.constant_(current.weight, 2)
@@ -400,14 +469,14 @@ def test_buffers_are_averaged_too():
         def forward(self, x, t):
             return self.out(self.norm(x.float()))
 
-    trainer = Trainer(DiscreteDiffusion(WithNorm(), timesteps=5), 10, 8)
+    trainer = Trainer(DiscreteDiffusion(WithNorm(), timesteps=5, **SMALL), 10, 8)
     steps(trainer, 3)
     averaged, current = trainer.averaged.model.norm, trainer.network.norm
     assert averaged.num_batches_tracked == current.num_batches_tracked == 3
     assert 0 < (averaged.running_mean - current.running_mean).abs() < current.running_mean.abs()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Muon
 
 
@@ -432,7 +501,8 @@ def test_orthogonalized():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_by_hand(dtype):
-    """Matrices along their orthogonalised Nesterov momentum, at AdamW's size; the rest is AdamW's alone."""
+    """Matrices along their orthogonalised Nesterov momentum, at AdamW's size; the rest is AdamW's
+    alone."""
     torch.manual_seed(0)
     network = UNet(channels=(8, 8, 8))
     matrices = {id(p) for p in network.hidden_matrices()}
@@ -475,8 +545,12 @@ def test_muon_by_hand(dtype):
 
 
 def test_optimizers_of_the_trainer():
-    """Muon computes in bfloat16 where the network does; it needs a network that says which matrices are its own."""
+    """Muon computes in bfloat16 where the network does; it needs a network that says which matrices
+    are its own."""
     assert type(Trainer(small_diffusion(), 10).optimizer) is torch.optim.AdamW
+    adam = Trainer(small_diffusion(), 10, optimizer="adam").optimizer
+    assert type(adam) is torch.optim.Adam
+    assert adam.defaults["betas"] == (0.9, 0.999) and adam.defaults["weight_decay"] == 0
     for amp, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         optimizer = Trainer(small_diffusion(), 10, optimizer="muon", amp=amp).optimizer
         assert isinstance(optimizer, Muon) and optimizer.dtype == dtype
@@ -484,12 +558,13 @@ def test_optimizers_of_the_trainer():
         Trainer(DiscreteDiffusion(nn.Linear(1, 1)), 10, optimizer="muon")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bfloat16, compilation, several processes
 
 
 def test_autocast():
-    """The network computes in bfloat16 with plain attention, its logits come out in float32; weights keep float32."""
+    """The network computes in bfloat16 with plain attention, its logits come out in float32;
+    weights keep float32."""
 
     class Network(nn.Module):
         def __init__(self):
@@ -546,19 +621,22 @@ def test_processes_share_a_batch():
         Trainer(small_diffusion(), 10, 13, processes=Processes(0, 0, 3))
 
 
-@pytest.mark.parametrize("rank, local, size, result", [
-    (None, None, None, Processes()),
-    ("", "", "", Processes()),
-    ("2", "0", "4", Processes(2, 0, 4)),
-    ("1", "1", "2", Processes(1, 1, 2)),
-    ("1", None, None, None),
-    (None, None, "2", None),
-    ("0", "0", "", None),
-    ("0", "zero", "2", None),
-    ("2", "0", "2", None),
-    ("-1", "-1", "2", None),
-    ("0", "1", "2", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rank, local, size, result",
+    [
+        (None, None, None, Processes()),
+        ("", "", "", Processes()),
+        ("2", "0", "4", Processes(2, 0, 4)),
+        ("1", "1", "2", Processes(1, 1, 2)),
+        ("1", None, None, None),
+        (None, None, "2", None),
+        ("0", "0", "", None),
+        ("0", "zero", "2", None),
+        ("2", "0", "2", None),
+        ("-1", "-1", "2", None),
+        ("0", "1", "2", None),
+    ],
+)
 def test_variables_of_torchrun(rank, local, size, result, monkeypatch):
     for name, value in (("RANK", rank), ("LOCAL_RANK", local), ("WORLD_SIZE", size)):
         if value is None:

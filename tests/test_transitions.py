@@ -22,7 +22,7 @@ from transitions import (
 
 @pytest.mark.parametrize("transition, schedule, K", LEGAL)
 def test_every_family_makes_transition_matrices(transition, schedule, K):
-    """[T+1, S, S] in float64, the identity at 0, rows summing to one; the table knows how many states are extra."""
+    """[T+1, S, S] in float64, the identity at 0, rows summing to one, S - K extra states."""
     Q = transition_matrices(transition, schedule, K, 50)
     S = K + 1 if transition == "absorbing" else K
     assert (
@@ -57,7 +57,7 @@ def test_closed_forms(transition, schedule, K):
 
 @pytest.mark.parametrize("K", [3, 5, 16])
 def test_gaussian_transitions(K):
-    """Appendix A.2.3, entry by entry; symmetric, so doubly stochastic; the widths evenly spaced from 0.001 escape."""
+    """Appendix A.2.3, entry by entry; symmetric; the widths are evenly spaced."""
     T, betas = 50, fitted_betas(50, K)
     Q = transition_matrices("gaussian", "fitted", K, T)
     np.testing.assert_allclose(np.diff(betas), (betas[-1] - betas[0]) / (T - 1), rtol=1e-9)
@@ -78,7 +78,7 @@ def test_gaussian_transitions(K):
     [("uniform", 2, 1), ("uniform", 8, 1), ("absorbing", 3, 1), ("gaussian", 5, 20)],
 )
 def test_default_schedules_reach_noise(transition, K, least):
-    """Whatever x_0 was, x_T is uniform, or exactly the mask; Gaussian transitions need a few steps for it."""
+    """x_T is uniform, or exactly the mask; Gaussian transitions need a few steps for it."""
     for T in (1, 2, 20, 200):
         if least <= T:
             bar_Q_T = products(transition_matrices(transition, None, K, T).numpy())[T]
@@ -90,7 +90,7 @@ def test_default_schedules_reach_noise(transition, K, least):
 
 
 def test_legal_combinations():
-    """Each family goes with these schedules, the first being its default; everything else is an error in one line."""
+    """The schedules of each family, the default first; others raise one line."""
     listed = {transition: [] for transition, _, _ in LEGAL}
     for transition, schedule, _ in LEGAL:
         if schedule not in listed[transition]:
@@ -103,7 +103,7 @@ def test_legal_combinations():
     illegal = {
         ("absorbing", "linear", 2): "mutual_info or cosine, not linear",
         ("gaussian", "linear", 4): "cosine or fitted, not linear",
-        ("gaussian", "fitted", 2): "uniform transitions in disguise",
+        ("gaussian", "fitted", 2): "between 2 levels are uniform transitions",
         ("uniform", "nonsense", 2): "cosine or linear or mutual_info",
         ("nonsense", None, 2): "uniform, absorbing, gaussian",
     }
@@ -121,7 +121,7 @@ def test_chains_that_can_not_reach_noise_are_refused():
 
 
 def test_ready_matrices_are_checked():
-    """What is not a chain is refused, with the reason; what is one comes back in float64, from arrays and lists too."""
+    """Matrices that are no chain are refused; arrays and lists become float64 tensors."""
     Q = random_chain(3, 4, 6)[0]
     for given in (Q, torch.from_numpy(Q), Q.tolist()):
         checked = check_transitions(given, 3, 6)

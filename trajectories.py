@@ -1,0 +1,279 @@
+"""Whole trajectories x_T, ..., x_0: chains of fewer timesteps, weights, and filling in.
+
+Importance weights of trajectories tighten the bound (Burda et al. 2016). Filling in is
+self-normalised importance sampling over trajectories. Replacement alone, as in RePaint (Lugmayr
+et al. 2022), is one trajectory without a weight; particle filters over the steps of a trajectory
+are in Trippe et al. 2022 and Wu et al. 2023.
+
+Images, t and y are as in diffusion.py. Everything here takes a DiscreteDiffusion.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion import LAST_STEPS, DiscreteDiffusion
+from transitions import RandomStreams, check_integers, draw
+
+# -------------------------------------------------------------------------------------------------
+# Fewer timesteps
+
+
+def respaced(diffusion: DiscreteDiffusion, timesteps: int | list[int]) -> DiscreteDiffusion:
+    """The same process seen at fewer timesteps, around the same network.
+
+    Between kept timesteps, Q is the product of the skipped ones, so bar_Q at a kept timestep stays
+    what the network was trained for. The network is still given the original t.
+
+    Args:
+        timesteps: how many, 1..T; or a rising list of those to keep, up to T. A number is spread so
+            that each step moves pixels about as far, whatever the schedule.
+
+    Raises:
+        ValueError: for other numbers or lists.
+    """
+    T = diffusion.timesteps
+    if isinstance(timesteps, list | tuple) or getattr(timesteps, "ndim", 0):
+        kept = [0, *map(operator.index, timesteps)]
+    else:
+        n = operator.index(timesteps)
+        if not 1 <= n <= T:
+            raise ValueError(f"timesteps must be in 1..{T}, as many as in training, got {n}")
+        kept = [0, *evenly_spread(diffusion, n)]
+    if kept[-1] != T or any(a >= b for a, b in pairwise(kept)):
+        raise ValueError(f"the timesteps to keep must rise from at least 1 to {T}")
+    steps = [reduce(torch.matmul, diffusion.Q[a + 1 : b + 1]) for a, b in pairwise(kept)]
+    config = {**diffusion.config, "timesteps": len(kept) - 1}
+    config["Q"] = torch.stack([diffusion.Q[0], *steps])
+    config["network_t"] = diffusion.network_t[kept]
+    config.pop("transition", None)
+    config.pop("schedule", None)
+    other = type(diffusion)(diffusion.model, **config)
+    other.num_labels = diffusion.num_labels
+    return other
+
+
+def evenly_spread(diffusion: DiscreteDiffusion, n: int) -> list[int]:
+    """n timesteps up to T, evenly spaced in how far pixels are from their level on average.
+
+    For uniform and absorbing transitions that is the share of pixels that are changed. With
+    Gaussian transitions nearly all pixels change early, but by little.
+    """
+    T, K = diffusion.timesteps, diffusion.num_levels
+    level = torch.arange(diffusion.num_states, dtype=torch.float64)
+    distance = (level[:K, None] - level).abs()
+    distance[:, K:] = K - 1  # a mask is far from every level
+    moved = torch.einsum("tij,ij->t", diffusion.bar_Q[:, :K], distance) / K  # [T+1]
+    kept = [0]
+    for k in range(1, n + 1):
+        nearest = int((moved - k / n * moved[T]).abs().argmin())
+        # all different, with room for those to come
+        kept.append(min(max(nearest, kept[-1] + 1), T - (n - k)))
+    return [*kept[1:-1], T]
+
+
+# -------------------------------------------------------------------------------------------------
+# Trajectories and their weights
+
+
+@torch.no_grad()
+def walk(
+    diffusion: DiscreteDiffusion,
+    known: Tensor,
+    next_uniforms: Callable[[], Tensor],
+    y: Tensor | None = None,
+    guidance: float = 0.0,
+    last_step: str = "draw",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields x_T, ..., x_0, each with the log-weight of the trajectory up to there, [B].
+
+    Given pixels draw x_T ~ q(x_T | x_0) and x_{t-1} ~ q(x_{t-1} | x_t, x_0). The others draw from
+    p(x_T) and p_theta. The log-weight sums log p - log q over the draws of given pixels.
+
+    Args:
+        known: integers [B, 1, H, W], levels where they are given and -1 where they are not.
+        next_uniforms: returns those of the next draw, [B, 1, H, W]. Their device and dtype are
+            those of all arithmetic but the network's.
+        y, guidance: as in `DiscreteDiffusion.x_0_logits`; last_step: as in `reverse_process`.
+    """
+    u = next_uniforms()
+    known = known.to(u.device)
+    given, x_0 = known >= 0, known.clamp(min=0)
+    T = torch.full((len(known),), diffusion.timesteps, device=u.device)
+    log_p = diffusion.prior.log().to(u)[None, :, None, None].expand(len(u), -1, *u.shape[2:])
+    log_q = torch.where(given, diffusion.q_x_t(x_0, T, u.dtype).log(), log_p)
+    x_t, log_w = draw(log_q.exp(), u), torch.zeros(len(u), dtype=u.dtype, device=u.device)
+    for step in range(diffusion.timesteps, -1, -1):
+        ratio = log_p.gather(1, x_t) - log_q.gather(1, x_t)
+        log_w = log_w + torch.where(given, ratio, 0.0).sum((1, 2, 3))
+        yield x_t, log_w
+        if step == 0:
+            return
+        u, t = next_uniforms(), torch.full_like(T, step)
+        x_t_there, t_there = x_t.to(diffusion.device), t.to(diffusion.device)
+        logits = diffusion.x_0_logits(x_t_there, t_there, y, guidance).to(u)
+        log_p = diffusion.log_p_theta(x_t, t, logits)
+        log_q = diffusion.log_q_posterior(x_t, x_0, t, u.dtype)
+        log_q = torch.where(given, log_q, log_p)
+        x_t = draw(log_q.exp(), u, mode=last_step == "mode" and step == 1)
+
+
+def log_weights(
+    diffusion: DiscreteDiffusion,
+    x_0: Tensor,
+    trajectories: int,
+    generator: torch.Generator | None = None,
+    y: Tensor | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """log p_theta(x_{0:T}) - log q(x_{1:T} | x_0) for draws from q(x_{1:T} | x_0), float64 [B, N].
+
+    The mean is minus the negative bound. The mean of the exponentials estimates p_theta(x_0); see
+    `importance_weighted`.
+
+    Args:
+        x_0: images, integers [B, 1, H, W].
+        trajectories: N, for each image.
+        generator: a CPU generator for all draws. It draws others with another batch size.
+        y: labels [B].
+        batch_size: trajectories at a time.
+
+    Raises:
+        ValueError: for arguments out of range, or a network whose output is not finite.
+    """
+    batch_size = diffusion.suitable_batch() if batch_size is None else batch_size
+    if trajectories < 1 or batch_size < 1:
+        raise ValueError("trajectories and batch_size must be at least 1")
+    x_0 = diffusion.check_x_0(x_0).cpu().long()
+    y = None if y is None else diffusion.check_labels(y, len(x_0))
+    on_cpu = diffusion.device.type == "mps"  # MPS has no float64
+    device = torch.device("cpu") if on_cpu else diffusion.device
+
+    def next_uniforms(n: int) -> Tensor:
+        u = torch.rand(n, *x_0.shape[1:], generator=generator, dtype=torch.float64)
+        return u.to(device)
+
+    log_w = torch.empty(len(x_0) * trajectories, dtype=torch.float64)
+    total = len(log_w) * (diffusion.timesteps + 1)
+    with tqdm(total=total, desc="weights", unit_scale=True, disable=not progress) as bar:
+        for start in range(0, len(log_w), batch_size):
+            pairs = torch.arange(start, min(start + batch_size, len(log_w)))
+            rows = pairs // trajectories
+            labels = None if y is None else y[rows]
+            for _, log_w_t in walk(diffusion, x_0[rows], partial(next_uniforms, len(rows)), labels):
+                log_w[pairs] = log_w_t.cpu()
+                bar.update(len(pairs))
+    if log_w.isnan().any():
+        raise ValueError("the network's output is not finite")
+    return log_w.view(len(x_0), trajectories)
+
+
+def importance_weighted(log_w: Tensor) -> Tensor:
+    """-log (1/N) sum over n of w_n (Burda et al. 2016): [B, N] -> [B], in nats.
+
+    It is the plain bound for N = 1. In expectation it falls with N, towards -log p_theta(x_0).
+    """
+    return math.log(log_w.shape[1]) - log_w.logsumexp(1)
+
+
+# -------------------------------------------------------------------------------------------------
+# Filling in
+
+
+def fill_in(
+    diffusion: DiscreteDiffusion,
+    known: Tensor,
+    n: int,
+    seed: int = 0,
+    first: int = 0,
+    y: Tensor | None = None,
+    guidance: float = 0.0,
+    particles: int = 16,
+    last_step: str = "draw",
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Draw the unknown pixels of n images: uint8 [n, 1, H, W] on the CPU.
+
+    For each image N = `particles` trajectories are drawn in which given pixels follow the forward
+    process and the others p_theta. One of them is chosen with a probability proportional to its
+    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is the usual
+    replacement: it is biased, since early steps see no more of the given pixels than their noise.
+
+    Args:
+        known: integers [n or 1, 1, H, W], levels where they are given and -1 elsewhere.
+        seed, first, y, guidance, last_step, batch_size: as in `DiscreteDiffusion.sample`.
+
+    Raises:
+        ValueError: for arguments out of range.
+    """
+    batch_size = diffusion.suitable_batch() if batch_size is None else batch_size
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
+    known = check_known(diffusion, known, n)
+    y = None if y is None else diffusion.check_labels(y, n)
+    x_0 = []
+    for rows in torch.arange(n).split(batch_size):
+        labels = None if y is None else y[rows]
+        request = len(rows), seed, first + int(rows[0]), labels, guidance, particles, last_step
+        x_0.append(filling_process(diffusion, known[rows], *request, progress)[-1].byte())
+    return torch.cat(x_0)
+
+
+def filling_process(
+    diffusion: DiscreteDiffusion,
+    known: Tensor,
+    n: int,
+    seed: int = 0,
+    first: int = 0,
+    y: Tensor | None = None,
+    guidance: float = 0.0,
+    particles: int = 16,
+    last_step: str = "draw",
+    progress: bool = False,
+) -> Tensor:
+    """x_T, ..., x_0 of the trajectories that `fill_in` chooses: [T + 1, n, 1, H, W] on the CPU.
+
+    Trajectory 0 of image i uses the random stream (seed, i), the ordinary sampler's, trajectory j
+    uses (seed, i, j). Adding a Gumbel variable to each log-weight and taking the largest sum is a
+    draw in proportion to the weights.
+    """
+    if last_step not in LAST_STEPS:
+        raise ValueError(f"unknown choice {last_step!r}: choose from {', '.join(LAST_STEPS)}")
+    if particles < 1:
+        raise ValueError(f"particles must be at least 1, got {particles}")
+    known = check_known(diffusion, known, n)
+    y = None if y is None else diffusion.check_labels(y, n)
+    states = torch.uint8 if diffusion.num_states <= 256 else torch.int16
+    chain = torch.empty(diffusion.timesteps + 1, *known.shape, dtype=states)
+    chosen, best = chain.clone(), torch.full((n,), -math.inf, dtype=torch.float64)
+    total = n * particles * len(chain)
+    with tqdm(total=total, desc="filling in", unit_scale=True, disable=not progress) as bar:
+        for j in range(particles):
+            streams = RandomStreams(n, seed, first, *([j] if j else []))
+            next_uniforms = partial(streams.uniforms, diffusion.image_shape, diffusion.device)
+            trajectory = walk(diffusion, known, next_uniforms, y, guidance, last_step)
+            for k, (x_t, log_w) in enumerate(trajectory):
+                chain[k], score = x_t, log_w
+                bar.update(n)
+            score = score.cpu().double() + streams.gumbel()
+            if j == 0:  # where nothing is given, all weights are 1: keep the ordinary sample
+                score[(known < 0).flatten(1).all(1)] = math.inf
+            better = score >= best
+            best, chosen[:, better] = torch.where(better, score, best), chain[:, better]
+    return chosen
+
+
+def check_known(diffusion: DiscreteDiffusion, known: Tensor, n: int) -> Tensor:
+    """The given pixels of n images, int64 [n, 1, H, W] on the CPU."""
+    known = torch.as_tensor(known).cpu()
+    shape = (1 if known.shape[:1] == (1,) else n, *diffusion.image_shape)
+    known = check_integers("known", known, shape, -1, diffusion.num_levels - 1)
+    return known.long().expand(n, -1, -1, -1)
