@@ -185,8 +185,8 @@ def test_learns_to_draw_its_patterns():
     patterns[2, :, 4:] = 1
     d = DiscreteDiffusion(UNet(channels=(16, 16, 16)), timesteps=20, image_shape=(1, 8, 8))
     optimizer = torch.optim.AdamW(d.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 200)
-    for _ in range(200):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 300)
+    for _ in range(300):
         loss = d.loss(patterns.repeat(32, 1, 1, 1))
         optimizer.zero_grad()
         loss.backward()
