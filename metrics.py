@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import RELEASED, atomic_write
-from dataset import load_digits, to_levels
+from dataset import load_dataset, to_levels
 from diffusion import BoundTerms
 from trajectories import importance_weighted
 
@@ -127,7 +127,7 @@ def train_classifier(data_root, out, epochs: int = 12, batch_size: int = 128) ->
     Digits are shifted by up to 2 pixels. Half are thresholded, half binarized at random.
     """
     torch.manual_seed(0)
-    digits, test = (load_digits(split, "mnist", data_root) for split in ("train", "test"))
+    digits, test = (load_dataset(split, "mnist", data_root) for split in ("train", "test"))
     classifier = Classifier().to(memory_format=torch.channels_last)
     steps = len(digits.images) // batch_size
     optimizer = torch.optim.AdamW(classifier.parameters(), 3e-3, weight_decay=0.05)

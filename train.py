@@ -44,7 +44,7 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from dataset import Digits, batches, load_digits, take, to_levels
+from dataset import Dataset, batches, load_dataset, take, to_levels
 from diffusion import LOSSES, REVERSES, DiscreteDiffusion
 from model import NETWORKS, OUTPUTS, build_network
 from pictures import image_grid, plot_history, save_figure
@@ -243,11 +243,11 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
 
 def load_data(
     settings: dict, checkpoint: dict | None, processes: Processes
-) -> tuple[Digits, torch.Tensor]:
+) -> tuple[Dataset, torch.Tensor]:
     """The training digits, and the validation images as levels. Raises UserError."""
     if processes.local_rank > 0:  # one process of each machine downloads, the others wait
         processes.mean(0)
-    digits = load_digits("train", settings["data"], settings["data_root"])
+    digits = load_dataset("train", settings["data"], settings["data_root"])
     if processes.local_rank == 0:
         processes.mean(0)
     if processes.mean(digits.source == "mnist")[0] not in (0, 1):
@@ -256,7 +256,7 @@ def load_data(
         trained = f"the run was trained on {checkpoint['data']} digits"
         raise UserError(f"{trained}, but these are {digits.source} digits")
     limit = 200 if settings["levels"] > 32 else None  # one image of 256 levels takes 0.1 seconds
-    grey = take(load_digits("validation", digits.source, settings["data_root"]), limit).images
+    grey = take(load_dataset("validation", digits.source, settings["data_root"]), limit).images
     generator = torch.Generator().manual_seed(0)  # whatever --seed, so that bounds compare
     validation = to_levels(grey, settings["levels"], settings["binarize"], generator)
     digits = take(digits, settings["limit"])
@@ -271,7 +271,7 @@ def load_data(
 class Run:
     """The loop over epochs, with validation, checkpoints and reports."""
 
-    def __init__(self, trainer: Trainer, digits: Digits, validation: torch.Tensor, settings: dict):
+    def __init__(self, trainer: Trainer, digits: Dataset, validation: torch.Tensor, settings: dict):
         self.trainer, self.digits, self.validation = trainer, digits, validation
         self.settings, self.folder = settings, RunFolder(settings["out_dir"])
         self.steps_per_epoch = len(digits.images) // settings["batch_size"]

@@ -15,7 +15,7 @@ from cli import add_device, pick_device, run
 import torch
 
 from checkpoint import TIMESTEPS, write_json
-from dataset import Digits, load_digits
+from dataset import Dataset, load_dataset
 from diffusion import DiscreteDiffusion
 from experiments.baseline import PlainUNet, usual_trainer
 from experiments.common import endless, experiment_parser, markdown, output, render
@@ -43,7 +43,7 @@ def take_turns(contestants: dict[str, Callable], device: torch.device) -> dict[s
     return {name: statistics.median(turns[warm_up:]) for name, turns in seconds.items()}
 
 
-def training(digits: Digits, device: torch.device, compiled: bool) -> dict[str, dict]:
+def training(digits: Dataset, device: torch.device, compiled: bool) -> dict[str, dict]:
     """Weights, operations and images per second of each network and way to train it."""
 
     def ours(loss: str = "cross_entropy", **options) -> Trainer:
@@ -96,7 +96,7 @@ def main() -> None:
     p.add_argument("--no-compile", action="store_true", help="without the compiled network")
     add_device(p.add_argument)
     args = p.parse_args()
-    device, digits = pick_device(args.device), load_digits("train", args.data, args.data_root)
+    device, digits = pick_device(args.device), load_dataset("train", args.data, args.data_root)
     result = {"device": str(device), "batch_size": BATCH_SIZE}
     result["drawing"] = drawing(device)
     result["training"] = {"networks": training(digits, device, not args.no_compile)}

@@ -21,7 +21,7 @@ from cli import REPOSITORY, UserError, parser, path, provenance
 from tqdm import tqdm
 
 from checkpoint import write_json
-from dataset import Digits, batches
+from dataset import Dataset, batches
 from pictures import save_figure, write_picture
 
 OUT = REPOSITORY / "results_d3pm" / "experiments"
@@ -52,7 +52,7 @@ def output(name: str, suffix: str = ".json") -> Path:
     return OUT / name / f"{name}{suffix}"
 
 
-def endless(digits: Digits, batch_size: int) -> Iterator[tuple]:
+def endless(digits: Dataset, batch_size: int) -> Iterator[tuple]:
     """The batches of one epoch after another."""
     return chain.from_iterable(batches(digits, batch_size, epoch=epoch) for epoch in count())
 

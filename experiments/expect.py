@@ -20,7 +20,7 @@ from checkpoint import (
     save_checkpoint,
     write_json,
 )
-from dataset import batches, load_digits, to_levels
+from dataset import batches, load_dataset, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.common import draw, output
 from model import UNet
@@ -36,8 +36,8 @@ DIGITS = {"offline": ("offline digits", 2e-3), "mnist": ("full MNIST", 1e-4)}
 
 def train(data: str, data_root: Path, minutes: list[int]) -> list[dict]:
     """Loss, bound and samples after each of the minutes, up to the end of the run."""
-    digits = load_digits("train", data, data_root)
-    x_0 = to_levels(load_digits("validation", data, data_root).images)
+    digits = load_dataset("train", data, data_root)
+    x_0 = to_levels(load_dataset("validation", data, data_root).images)
     epoch_steps = len(digits.images) // BATCH_SIZE
     total = EPOCHS * epoch_steps
     marks = {min(total, round(m * 60 * RATE / BATCH_SIZE)) for m in minutes}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, write_json
-from dataset import Digits, load_digits, sha256, to_levels
+from dataset import Dataset, load_dataset, sha256, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.common import experiment_parser, markdown, output, render
 from metrics import frechet_distance, judge, load_classifier, rows_of_classes
@@ -34,7 +34,7 @@ def given_parts() -> dict[str, Tensor]:
     return {"upper half": upper, "left half": left, "around a hole of 10x10": around}
 
 
-def measure(diffusion: DiscreteDiffusion, digits: Digits) -> dict:
+def measure(diffusion: DiscreteDiffusion, digits: Dataset) -> dict:
     """How the classifier reads completions, the given part on black, and the real digits."""
     classifier, K, parts = load_classifier(diffusion.bar_Q.device), diffusion.num_levels, {}
     levels = to_levels(digits.images, K)
@@ -66,7 +66,7 @@ def table(result: dict) -> str:
     return markdown(heading, lines)
 
 
-def draw_figure(diffusion: DiscreteDiffusion, digits: Digits):
+def draw_figure(diffusion: DiscreteDiffusion, digits: Dataset):
     """A row for each digit: the digit, the given part, the completions."""
     rows = rows_of_classes(digits.labels, torch.ones(10, dtype=torch.long))
     x = to_levels(digits.images[rows], diffusion.num_levels).long()
@@ -90,7 +90,7 @@ def main() -> None:
     diffusion = load_checkpoint(RELEASED, pick_device(args.device), TIMESTEPS)
     diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
     split = "test" if args.data == "mnist" else "validation"
-    digits = load_digits(split, args.data, args.data_root)
+    digits = load_dataset(split, args.data, args.data_root)
     result = measure(diffusion, digits)
     write_json(output("fill"), {"sha256": sha256(RELEASED)} | result)
     print(render(table, output("fill")))

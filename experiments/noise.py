@@ -13,7 +13,7 @@ from cli import run
 import torch
 from torch import Tensor
 
-from dataset import load_digits, to_levels
+from dataset import load_dataset, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.common import experiment_parser, output
 from pictures import new_figure, save_figure, write_picture
@@ -70,7 +70,7 @@ def noise_figure():
 
 def main() -> None:
     args = experiment_parser(__doc__).parse_args()
-    digits = load_digits("validation", args.data, args.data_root)
+    digits = load_dataset("validation", args.data, args.data_root)
     x_0 = to_levels(digits.images[digits.labels == DIGIT][:1])
     for name, figure in (("forward", forward_figure(x_0)), ("noise", noise_figure())):
         file = output("noise").with_name(f"{name}.png")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from cli import REPOSITORY, UserError, add_speed, integer, run
 
 from checkpoint import RELEASED, read_checkpoint
-from dataset import load_digits, sha256
+from dataset import load_dataset, sha256
 from experiments import common
 from experiments.common import cell, markdown, nats
 
@@ -265,7 +265,7 @@ def main() -> None:
     labels = list(dict.fromkeys(row.label for row in rows().values()))
     if unknown := set(args.rows or ()) - set(labels):
         p.error(f"--rows: there is no row {min(unknown)!r}: choose from {'; '.join(labels)}")
-    load_digits("validation", args.data, args.data_root)  # if there are none, the error comes now
+    load_dataset("validation", args.data, args.data_root)  # if there are none, the error comes now
     every = ["--data", args.data, *["--amp"] * args.amp, *["--compile"] * args.compile]
     plan = {
         key: planned(args.table, row, every, args.data_root)

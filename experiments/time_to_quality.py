@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from dataset import Digits, load_digits, to_levels
+from dataset import Dataset, load_dataset, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.baseline import MostProbable, PlainUNet, usual_trainer
 from experiments.common import collect, draw, endless, experiment_parser, table
@@ -35,7 +35,7 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the training, after which it is 
 BATCH_SIZE, LR, BOUND_IMAGES, NUM_SAMPLES, TIMESTEPS, NORM_BATCHES = 128, 2e-3, 500, 500, 20, 20
 
 
-def compete(name: str, minutes: float, digits: Digits, x_0: Tensor) -> dict:
+def compete(name: str, minutes: float, digits: Dataset, x_0: Tensor) -> dict:
     """The curve of one contestant; its last point is the row of the table."""
     torch.manual_seed(0)
     if name == USUAL:
@@ -105,8 +105,8 @@ def main() -> None:
     minutes = "of training for each (default 5)"
     p.add_argument("--minutes", type=number(0, above=True), default=5, help=minutes)
     args = p.parse_args()
-    digits = load_digits("train", args.data, args.data_root)
-    x_0 = to_levels(load_digits("validation", args.data, args.data_root).images)
+    digits = load_dataset("train", args.data, args.data_root)
+    x_0 = to_levels(load_dataset("validation", args.data, args.data_root).images)
     # The linear schedule is here on purpose.
     warnings.filterwarnings("ignore", "bar_Q.T. is far from stationary")
     flags, plan = f"--minutes {args.minutes:g} --data {args.data}", {}

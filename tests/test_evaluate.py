@@ -20,7 +20,7 @@ from scripts import call, fail, files, snapshot, succeed, untrained
 import evaluate
 import metrics
 from checkpoint import RELEASED
-from dataset import Digits, load_digits, stream_seed, take, to_levels
+from dataset import Dataset, load_dataset, stream_seed, take, to_levels
 from diffusion import DiscreteDiffusion
 from metrics import (
     judge,
@@ -42,15 +42,15 @@ PICTURES = {"nearest.png", "bound_terms.png"}
 
 
 @cache
-def digits_of(source, split) -> Digits:
+def digits_of(source, split) -> Dataset:
     """Small sets of genuine digits without overlap; of MNIST a hundred, 60 and 50."""
-    offline = load_digits("train", "offline")
+    offline = load_dataset("train", "offline")
     if source == "offline":
-        whole, n = (offline, 80) if split == "train" else (load_digits(split, "offline"), 40)
+        whole, n = (offline, 80) if split == "train" else (load_dataset(split, "offline"), 40)
         return take(whole, n)
     first, last = {"train": (0, 100), "validation": (100, 160), "test": (160, 210)}[split]
     rows = torch.randperm(len(offline.images), generator=seeded(0))[first:last]
-    return Digits(offline.images[rows], offline.labels[rows], "mnist")
+    return Dataset(offline.images[rows], offline.labels[rows], "mnist")
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def few_digits(monkeypatch):
         calls.append((split, data, data_root))
         return digits_of("offline" if data == "offline" else "mnist", split)
 
-    monkeypatch.setattr(evaluate, "load_digits", load)
+    monkeypatch.setattr(evaluate, "load_dataset", load)
     return calls
 
 
@@ -364,7 +364,7 @@ def test_weights():
 def test_weights_of_100_digits_by_default(monkeypatch):
     """The bound is of all. The picture of the gain starts from that bound."""
     untrained("x.pth", timesteps=2)
-    monkeypatch.setattr(evaluate, "load_digits", load_digits)
+    monkeypatch.setattr(evaluate, "load_dataset", load_dataset)
     plotted, plot = [], evaluate.plot_gains
     monkeypatch.setattr(evaluate, "plot_gains", lambda gains: plotted.append(gains) or plot(gains))
     flags = "--data offline --trajectories 1 --repeats 1 --num-samples 0"

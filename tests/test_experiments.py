@@ -16,7 +16,7 @@ from scripts import ENVIRONMENT, call, fail, succeed, untrained
 
 import dataset
 from checkpoint import json_bytes, read_checkpoint
-from dataset import Digits, to_levels
+from dataset import Dataset, to_levels
 from diffusion import DiscreteDiffusion
 from experiments import (
     baseline,
@@ -106,7 +106,7 @@ def result_of(name, out):
 def random_digits(n=8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    return Digits(torch.nn.functional.pad(images, (2, 2, 2, 2)), torch.arange(n), "offline")
+    return Dataset(torch.nn.functional.pad(images, (2, 2, 2, 2)), torch.arange(n), "offline")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -506,7 +506,7 @@ def test_time_to_quality(out, monkeypatch):
     constants = {"BATCH_SIZE": 2, "BOUND_IMAGES": 2, "NUM_SAMPLES": 20, "NORM_BATCHES": 1}
     for name, value in (constants | {"TIMESTEPS": 1, "SHARES": (1 / 2, 1)}).items():
         monkeypatch.setattr(time_to_quality, name, value)
-    monkeypatch.setattr(time_to_quality, "load_digits", lambda *_: random_digits())
+    monkeypatch.setattr(time_to_quality, "load_dataset", lambda *_: random_digits())
     tiny = dict.fromkeys(time_to_quality.CONTESTANTS, Tiny)
     monkeypatch.setattr(time_to_quality, "CONTESTANTS", tiny)
     monkeypatch.setattr(baseline, "PlainUNet", Tiny)
@@ -573,7 +573,7 @@ def test_benchmark(out, monkeypatch):
     monkeypatch.setattr(benchmark, "BATCH_SIZE", 2)
     monkeypatch.setattr(benchmark, "DRAWN", (1, 2, 3))
     monkeypatch.setattr(benchmark, "FEW", 2)
-    monkeypatch.setattr(benchmark, "load_digits", lambda *_: random_digits())
+    monkeypatch.setattr(benchmark, "load_dataset", lambda *_: random_digits())
     monkeypatch.setattr(benchmark, "UNet", Tiny)
     monkeypatch.setattr(benchmark, "PlainUNet", Tiny)
     monkeypatch.setattr(baseline, "PlainUNet", Tiny)
@@ -636,7 +636,7 @@ def test_fill(out, tmp_path, monkeypatch):
 def test_expect(out, monkeypatch):
     """Stopped after the first mark and gone on with, it ends as if it had never stopped."""
     monkeypatch.setattr(expect, "UNet", Tiny)
-    monkeypatch.setattr(expect, "load_digits", lambda *_: random_digits(64))
+    monkeypatch.setattr(expect, "load_dataset", lambda *_: random_digits(64))
     constants = {"BATCH_SIZE": 16, "SAVE_STEPS": 1, "TIMESTEPS": 2, "RATE": 16 / 60, "EPOCHS": 3}
     for name, value in constants.items():
         monkeypatch.setattr(expect, name, value)

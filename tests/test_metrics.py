@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import metrics
-from dataset import Digits, load_digits, take, to_levels
+from dataset import Dataset, load_dataset, take, to_levels
 from diffusion import BoundTerms
 from metrics import (
     Classifier,
@@ -291,7 +291,7 @@ def test_quality_compares_with_as_many_digits_as_there_are_samples():
 
 def test_released_classifier_reads_digits():
     """In eval mode, so that a digit is read the same way in any company."""
-    digits = take(load_digits("validation", "offline"), 250)
+    digits = take(load_dataset("validation", "offline"), 250)
     classifier = load_classifier()
     _, logits = judge(classifier, to_levels(digits.images), 2)
     assert (logits.argmax(1) == digits.labels).float().mean() > 0.98
@@ -312,7 +312,7 @@ def test_missing_and_damaged_classifier(monkeypatch, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def few_digits(monkeypatch, train: Digits, test: Digits) -> list:
+def few_digits(monkeypatch, train: Dataset, test: Dataset) -> list:
     """These instead of MNIST's; the calls."""
     calls = []
 
@@ -320,14 +320,14 @@ def few_digits(monkeypatch, train: Digits, test: Digits) -> list:
         calls.append((split, data, data_root))
         return train if split == "train" else test
 
-    monkeypatch.setattr(metrics, "load_digits", load)
+    monkeypatch.setattr(metrics, "load_dataset", load)
     return calls
 
 
 def test_training_a_classifier(monkeypatch, tmp_path, capsys):
     """It learns to read and says how well. `load_classifier` loads it. The same twice."""
-    train = take(load_digits("train", "offline"), 900)
-    test = Digits(train.images[1::3], train.labels[1::3], "offline")
+    train = take(load_dataset("train", "offline"), 900)
+    test = Dataset(train.images[1::3], train.labels[1::3], "offline")
     asked = few_digits(monkeypatch, train, test)
     files = [tmp_path / "one", tmp_path / "new" / "two"]
     for file in files:
@@ -360,7 +360,7 @@ def test_what_the_classifier_is_trained_on(monkeypatch, tmp_path):
     grey = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
     grey[:, :, 4, 4] = 255  # shows the shift
     grey[:, :, 10:20, 10:20] = 100  # black if thresholded, else white with probability 0.39
-    digits = Digits(grey, torch.arange(64) % 10, "mnist")
+    digits = Dataset(grey, torch.arange(64) % 10, "mnist")
     few_digits(monkeypatch, digits, digits)
     monkeypatch.setattr(metrics, "Classifier", Recorder)
     train_classifier("root", tmp_path / "x.pth", epochs=50, batch_size=16)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import RELEASED, load_checkpoint
-from dataset import load_digits, take, to_levels
+from dataset import load_dataset, take, to_levels
 from diffusion import DiscreteDiffusion
 from model import Attention, ResBlock, UNet, as_numbers, build_network, one_hot, time_features
 
@@ -166,7 +166,7 @@ def test_one_hot_and_time_features():
 
 def test_released_weights_mean_what_they_meant():
     """They fit the network that was trained, every skip, shift and head of it: nats per image."""
-    digits = take(load_digits("validation", "offline"), 40)
+    digits = take(load_dataset("validation", "offline"), 40)
     d, x_0, t = load_checkpoint(RELEASED), to_levels(digits.images), 25 * torch.arange(1, 41)
     x_t = d.q_sample(x_0, t, torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():

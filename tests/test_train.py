@@ -38,7 +38,7 @@ import model
 import train
 import trainer
 from checkpoint import RELEASED, load_checkpoint, read_checkpoint, save_checkpoint
-from dataset import Digits, batches, load_digits, take, to_levels
+from dataset import Dataset, batches, load_dataset, take, to_levels
 from diffusion import DiscreteDiffusion
 from model import build_network
 from pictures import image_grid
@@ -98,13 +98,13 @@ def spy(monkeypatch, owner, name) -> list[tuple]:
 def test_a_run_is_these_steps_on_these_batches(run):
     """The whole of a run, written out: network by seed, batches by epoch, steps, a mean loss and a
     bound each epoch."""
-    digits = take(load_digits("train", "offline"), 64)
+    digits = take(load_dataset("train", "offline"), 64)
     torch.manual_seed(0)
     network = build_network(
         {"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8], "num_labels": 0}
     )
     t = Trainer(DiscreteDiffusion(network, timesteps=10), 16, 16, 2e-3, "muon")
-    validation = to_levels(load_digits("validation", "offline").images)
+    validation = to_levels(load_dataset("validation", "offline").images)
     history = []
     for epoch in range(4):
         losses = [t.step(*batch).item() for batch in batches(digits, 16, 0, epoch)]
@@ -379,7 +379,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     batches, the checkpoint."""
     monkeypatch.setattr(torch, "compile", lambda model: model)
     made, loaded, served = (
-        spy(monkeypatch, train, name) for name in ("Trainer", "load_digits", "batches")
+        spy(monkeypatch, train, name) for name in ("Trainer", "load_dataset", "batches")
     )
     flags = """--steps 2 --batch-size 8 --timesteps 12 --transition absorbing --schedule cosine
         --loss hybrid --hybrid-weight 0.5 --levels 4 --conditional --label-dropout 0.3
@@ -427,7 +427,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     ]
     digits, *rest = served[-1][0]
     assert rest == [8, 5, 0, 0, 4, "threshold"]
-    everything = load_digits("train", "offline")
+    everything = load_dataset("train", "offline")
     assert torch.equal(digits.images, take(everything, 40).images)
     assert torch.equal(digits.labels, take(everything, 40).labels)
     settings = checkpoint_of("here")["settings"]
@@ -507,10 +507,10 @@ def test_defaults(monkeypatch, cheap):
     }
 
 
-def fake_mnist(split, data="auto", data_root="data") -> Digits:
+def fake_mnist(split, data="auto", data_root="data") -> Dataset:
     """Splits that can be told apart: all pixels of a split have one grey level."""
     grey = {"train": 10, "validation": 130, "test": 140}[split]
-    return Digits(
+    return Dataset(
         torch.full((32, 1, 32, 32), grey, dtype=torch.uint8), torch.arange(32) % 10, "mnist"
     )
 
@@ -540,8 +540,8 @@ def test_the_recipe_is_that_of_what_is_released():
 
 def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
     """And validation digits come from where the training digits were found."""
-    monkeypatch.setattr(train, "load_digits", fake_mnist)
-    made, loaded = spy(monkeypatch, train, "Trainer"), spy(monkeypatch, train, "load_digits")
+    monkeypatch.setattr(train, "load_dataset", fake_mnist)
+    made, loaded = spy(monkeypatch, train, "Trainer"), spy(monkeypatch, train, "load_dataset")
     succeed("train.py", *STEP, "--limit", 16, "--data", "auto")
     assert made[0][1]["lr"] == 1e-4 and checkpoint_of("out")["data"] == "mnist"
     assert [args for args, _ in loaded] == [
@@ -551,7 +551,7 @@ def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
 
 
 def test_a_run_stays_with_its_digits(monkeypatch, my_run):
-    monkeypatch.setattr(train, "load_digits", fake_mnist)
+    monkeypatch.setattr(train, "load_dataset", fake_mnist)
     line = fail("train.py", "--resume", "--epochs", 6, "--data", "mnist", "--out-dir", my_run)
     assert "trained on offline digits, but these are mnist digits" in line
 
@@ -577,7 +577,7 @@ def test_validation_is_on_validation_digits(protocol, levels, monkeypatch, cheap
         "--out-dir",
         "out",
     )
-    grey = take(load_digits("validation", "offline"), 200 if levels > 32 else 500).images
+    grey = take(load_dataset("validation", "offline"), 200 if levels > 32 else 500).images
     expected = to_levels(grey, levels, protocol, torch.Generator().manual_seed(0))
     assert len(seen) == 2 and all(torch.equal(x_0, expected) for x_0 in seen)
     assert served[-1][0][-1] == protocol
@@ -1147,7 +1147,7 @@ def test_validation_is_the_same_whatever_the_seed(monkeypatch, cheap):
 
 def test_the_default_rate_is_that_of_the_digits_in_use(monkeypatch, cheap):
     """A fallback to the offline digits is trained at their rate."""
-    monkeypatch.setattr(train, "load_digits", lambda split, *_: load_digits(split, "offline"))
+    monkeypatch.setattr(train, "load_dataset", lambda split, *_: load_dataset(split, "offline"))
     made = spy(monkeypatch, train, "Trainer")
     succeed("train.py", *TRAIN, "--steps", 1, "--data", "auto", "--out-dir", "out")
     assert made[0][1]["lr"] == 2e-3
@@ -1200,7 +1200,7 @@ def test_what_may_differ_on_resume(my_run, cheap, monkeypatch):
     shutil.move(my_run, "results_d3pm")
     flags = "--epochs 5 --data auto --data-root elsewhere --device cpu --compile --amp "
     flags += "--validate-every 2"
-    monkeypatch.setattr(train, "load_digits", lambda split, *_: load_digits(split, "offline"))
+    monkeypatch.setattr(train, "load_dataset", lambda split, *_: load_dataset(split, "offline"))
     succeed("train.py", "--resume", *flags.split())
     settings = checkpoint_of("results_d3pm")["settings"]
     assert (settings["data"], settings["data_root"], settings["out_dir"]) == (
@@ -1670,7 +1670,7 @@ def test_all_processes_stop_if_one_is_told_to(monkeypatch, cheap):
     told = like_processes(lambda *values: [0.5 if value is False else value for value in values])
     monkeypatch.setattr(train.Processes, "from_environment", lambda: told)
     monkeypatch.setattr(
-        train, "load_data", lambda *_: (take(load_digits("train", "offline"), 64), torch.zeros(1))
+        train, "load_data", lambda *_: (take(load_dataset("train", "offline"), 64), torch.zeros(1))
     )
     code, _, err = call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out")
     assert code == 128 + signal.SIGTERM and "Stopped by SIGTERM after step 1 of 8" in err
@@ -1783,7 +1783,7 @@ def test_empty_path(flag):
     ],
 )
 def test_bad_flags_are_found_before_the_digits_are_fetched(arguments, monkeypatch):
-    monkeypatch.setattr(train, "load_digits", lambda *_: pytest.fail("fetched for nothing"))
+    monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("fetched for nothing"))
     fail("train.py", *TRAIN, "--out-dir", "out", *arguments.split())
 
 
