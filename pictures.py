@@ -15,13 +15,14 @@ from cli import UserError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from checkpoint import atomic_write
 from dataset import to_levels
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BACKGROUND = 96  # the grey between images, also for masks and for unknown pixels
@@ -78,17 +79,14 @@ def read_partial_digit(path: str | Path, num_levels: int = 2) -> Tensor:
 def titled_frame(x_t: Tensor, num_levels: int, title: str) -> Image.Image:
     """The image grid under a line of text."""
     grid = image_grid(x_t, num_levels)
-    frame = Image.new("L", (grid.width, grid.height + 24), 255)
-    frame.paste(grid, (0, 24))
-    ImageDraw.Draw(frame).text((6, 4), title, fill=0, font=ImageFont.load_default(size=15))
+    frame = ImageOps.expand(grid, (0, 24, 0, 0), "white")
+    ImageDraw.Draw(frame).text((6, 4), title, fill="black", font=ImageFont.load_default(size=15))
     return frame
 
 
 def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
-    """Write what `draw` draws into a file. Any failure is a warning and returns False.
-
-    A picture must not end a program that has trained or measured for hours.
-    """
+    """Write what `draw` writes into a buffer. False after a failure, which is only a warning:
+    a picture must not end a program that has trained or measured for hours."""
     try:
         with atomic_write(path) as file:
             draw(file)
@@ -106,8 +104,8 @@ def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
 @contextmanager
 def default_style() -> Iterator[None]:
     """Matplotlib's default settings, whatever a user's matplotlibrc says. Usable as a decorator."""
-    # A notebook's shells inherit MPLBACKEND. It may name a backend that is missing in this
-    # environment, with which matplotlib can't be imported. We need none: PNGs are always Agg's.
+    # A notebook's shells inherit MPLBACKEND. Where that backend is missing, matplotlib can't be
+    # imported. We need none: PNGs are always Agg's.
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     import matplotlib  # takes half a second, so only for figures
 
@@ -132,18 +130,22 @@ def save_figure(figure: Figure, file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=120)
 
 
+def subplots(*ylabels: str, **settings) -> tuple[Figure, list[Axes]]:
+    figure = new_figure(3 + 4 * len(ylabels), 4)
+    axes = [figure.add_subplot(1, len(ylabels), 1 + i) for i in range(len(ylabels))]
+    for axis, ylabel in zip(axes, ylabels, strict=True):
+        axis.set(ylabel=ylabel, **settings)
+        axis.grid(alpha=0.3, which="both")
+    return figure, axes
+
+
 @default_style()
 def plot_history(history: list[dict]) -> Figure:
     """Training loss and validation bound of a run by epoch."""
-    epochs = [row["epoch"] for row in history]
-    figure = new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [row["train_loss"] for row in history], marker=".")
-    left.set(xlabel="epoch", ylabel="training loss, nats per pixel", yscale="log")
-    right.plot(epochs, [row["validation_bound"] for row in history], marker=".", color="tab:orange")
-    right.set(xlabel="epoch", ylabel="validation bound, nats per image", yscale="log")
-    for axis in (left, right):
-        axis.grid(alpha=0.3, which="both")
+    ylabels = "training loss, nats per pixel", "validation bound, nats per image"
+    figure, axes = subplots(*ylabels, xlabel="epoch", yscale="log")
+    for axis, key in zip(axes, ("train_loss", "validation_bound"), strict=True):
+        axis.plot([row["epoch"] for row in history], [row[key] for row in history], marker=".")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
     return figure
@@ -154,36 +156,23 @@ def plot_terms(network_t: Tensor, t: Tensor, terms: Tensor) -> Figure:
     """The mean of the bound's terms by t: flat `t` and `terms`, of a chain with `network_t`."""
     sums = terms.new_zeros(len(network_t)).index_add_(0, t, terms)
     counts = t.bincount(minlength=len(network_t))
-    seen = counts > 0
-    figure = new_figure(7, 4)
-    axis = figure.subplots()
+    seen, labels = counts > 0, {"title": "Where the bound comes from", "xlabel": "t"}
+    figure, (axis,) = subplots("mean term of the bound, nats per image", yscale="log", **labels)
     axis.plot(network_t[seen], (sums / counts)[seen], marker=".", linewidth=0.8)
-    axis.set(xlabel="t", ylabel="mean term of the bound, nats per image", yscale="log")
-    axis.set_title("Where the bound comes from")
-    axis.grid(alpha=0.3, which="both")
     return figure
 
 
 @default_style()
 def plot_gains(bounds: dict[str, tuple[float, list[dict]]]) -> Figure:
-    """Importance-weighted bounds by the number of trajectories.
-
-    `bounds` holds, by name, the plain bound and the rows of `metrics.summarize_gain`.
-    """
-    figure = new_figure(7, 4)
-    axis = figure.subplots()
+    """By name, the plain bound and the rows of `metrics.summarize_gain`."""
+    labels = {"title": "Averaging weights before the logarithm", "xlabel": "trajectories"}
+    figure, (axis,) = subplots("bound, nats per image", **labels)
     for i, (name, (plain, rows)) in enumerate(bounds.items()):
-        style = {"color": f"C{i}", "linestyle": "--", "linewidth": 0.8}
-        axis.axhline(plain, label=f"plain bound, {name}: {plain:.2f}", **style)
-        x = [row["trajectories"] for row in rows]
-        y = [plain - row["gain"] for row in rows]
-        errors = [row["gain_standard_error"] for row in rows]
-        label = f"importance-weighted, {name}: {y[-1]:.2f}"
-        axis.errorbar(x, y, errors, marker=".", color=f"C{i}", label=label)
+        axis.axhline(plain, label=f"plain bound, {name}: {plain:.2f}", color=f"C{i}", ls="--")
+        x, y = [row["trajectories"] for row in rows], [plain - row["gain"] for row in rows]
+        style = {"color": f"C{i}", "label": f"importance-weighted, {name}: {y[-1]:.2f}"}
+        axis.errorbar(x, y, [row["gain_standard_error"] for row in rows], marker=".", **style)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="trajectories", ylabel="bound, nats per image")
-    axis.set_title("Averaging weights before the logarithm")
-    axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
