@@ -69,15 +69,15 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def read_mnist(raw: Path) -> dict[str, bytes | None]:
-    """The contents of MNIST's four files; None for one that is missing or damaged.
+def read_mnist(raw: Path) -> dict[str, bytes]:
+    """The contents of those of MNIST's four files that are whole.
 
     A file may still be packed, as it is after a download by hand.
     """
-    contents: dict[str, bytes | None] = dict.fromkeys(MNIST_FILES)
+    contents = {}
     for name, digest in MNIST_FILES.items():
         for path, opened in ((raw / name, open), (raw / f"{name}.gz", gzip.open)):
-            if contents[name] is None and path.exists():
+            if path.exists():
                 with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
                     with opened(path, "rb") as file:
                         content = file.read()
@@ -86,25 +86,20 @@ def read_mnist(raw: Path) -> dict[str, bytes | None]:
     return contents
 
 
-def download_mnist(data_root: str | Path) -> None:
+def download_mnist(data_root: Path) -> None:
     """Download MNIST through torchvision, and move it to its place when it is complete.
 
     Raises DataError; older files then stay as they were.
     """
     from torchvision.datasets import MNIST  # takes seconds to import, and is needed only here
 
-    fetcher = type("MNIST", (MNIST,), {})  # torchvision names the folder after the class
     before = socket.getdefaulttimeout()
     try:
-        os.makedirs(data_root, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".mnist-download-", dir=data_root)
-    except OSError as error:
-        raise DataError(f"can't write to {data_root}: {error.strerror}") from None
-    try:
         socket.setdefaulttimeout(DOWNLOAD_SILENCE)  # torchvision sets no time limit
-        with temporary as folder:
-            fetcher(folder, download=True)
-            raw = Path(data_root) / "MNIST" / "raw"
+        data_root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".mnist-download-", dir=data_root) as folder:
+            MNIST(folder, download=True)
+            raw = data_root / "MNIST" / "raw"
             raw.mkdir(parents=True, exist_ok=True)
             for name in MNIST_FILES:
                 os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
@@ -114,31 +109,28 @@ def download_mnist(data_root: str | Path) -> None:
         socket.setdefaulttimeout(before)
 
 
-def ensure_mnist(data_root: str | Path) -> dict[str, bytes]:
-    """The contents of MNIST's four files by name, downloaded if need be. Raises DataError."""
-    folder = Path(data_root) / "MNIST"
+def load_mnist(data_root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 28, 28] and labels int64 [N] of MNIST's training or test split.
+
+    Downloads MNIST if need be. Raises DataError.
+    """
+    folder = data_root / "MNIST"
     contents = read_mnist(folder / "raw")
-    damaged = ", ".join(name for name, content in contents.items() if content is None)
-    if not damaged:
-        return contents
-    print(f"Downloading MNIST to {data_root} ...", file=sys.stderr)
-    try:
-        download_mnist(data_root)
-    except DataError as error:
-        if not any((folder / "raw").glob("*-ubyte*")):
-            message = f"MNIST's files are not in {folder / 'raw'} and the download failed: {error}"
-            raise DataError(message) from None
-        # A fallback to other digits would hide the damage.
-        raise DamagedData(
-            f"MNIST under {data_root} is incomplete or damaged ({damaged}) and a fresh download "
-            f"failed ({error}); remove {folder} or use --data offline"
-        ) from None
-    return read_mnist(folder / "raw")
-
-
-def load_mnist(data_root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 28, 28] and labels int64 [N] of MNIST's training or test split."""
-    contents, name = ensure_mnist(data_root), "train" if train else "t10k"
+    if damaged := ", ".join(name for name in MNIST_FILES if name not in contents):
+        print(f"Downloading MNIST to {data_root} ...", file=sys.stderr)
+        try:
+            download_mnist(data_root)
+        except DataError as error:
+            if not any((folder / "raw").glob("*-ubyte*")):
+                message = f"MNIST's files are not in {folder / 'raw'} and the download failed"
+                raise DataError(f"{message}: {error}") from None
+            # A fallback to other digits would hide the damage.
+            raise DamagedData(
+                f"MNIST under {data_root} is incomplete or damaged ({damaged}) and a fresh "
+                f"download failed ({error}); remove {folder} or use --data offline"
+            ) from None
+        contents = read_mnist(folder / "raw")
+    name = "train" if train else "t10k"
     # The headers have 16 and 8 bytes; a copy, because torch wants memory that it may write to.
     images = np.frombuffer(contents[f"{name}-images-idx3-ubyte"], np.uint8, offset=16).copy()
     labels = np.frombuffer(contents[f"{name}-labels-idx1-ubyte"], np.uint8, offset=8).copy()
@@ -173,7 +165,7 @@ def load_dataset(split: str, data: str = "auto", data_root: str | Path = "data")
     source = "offline"
     if data != "offline":
         try:
-            images, labels = load_mnist(data_root, train=split != "test")
+            images, labels = load_mnist(Path(data_root), train=split != "test")
             source = "mnist"
         except DataError as error:
             if data == "mnist" or isinstance(error, DamagedData):

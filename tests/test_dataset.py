@@ -319,10 +319,10 @@ def test_mnist_does_not_fall_back(failing_download, tmp_path):
 def test_data_root_that_cannot_be_made(tmp_path, capsys):
     """A data root under a regular file: a DataError for "mnist", the fallback for "auto"."""
     (tmp_path / "file").write_text("")
-    assert "can't write" in refuses("train", "mnist", tmp_path / "file" / "data")
+    assert "Not a directory" in refuses("train", "mnist", tmp_path / "file" / "data")
     capsys.readouterr()
     assert load_dataset("train", "auto", tmp_path / "file" / "data").source == "offline"
-    assert "can't write" in fallback_line(capsys)
+    assert "Not a directory" in fallback_line(capsys)
 
 
 # --------------------------------------------------------------------------------------------------
