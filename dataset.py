@@ -165,7 +165,7 @@ def load_dataset(split: str, data: str = "auto", data_root: str | Path = "data")
     source = "offline"
     if data != "offline":
         try:
-            images, labels = load_mnist(Path(data_root), train=split != "test")
+            images, labels = load_mnist(Path(data_root), split != "test")
             source = "mnist"
         except DataError as error:
             if data == "mnist" or isinstance(error, DamagedData):
