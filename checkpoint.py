@@ -1,7 +1,8 @@
 """Files: atomic writes, checkpoints that describe themselves, the folder of a training run.
 
 A checkpoint is a dict of plain values and tensors. Sampling needs the configurations `network` and
-`diffusion`, and `averaged_weights`. train.py adds `data`, `binarize`, `step`, and the run's state.
+`diffusion`, and `averaged_weights`. train.py adds `dataset` (Dataset.description), `binarize`,
+`step`, and the run's state.
 """
 
 import errno
@@ -182,6 +183,9 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is not a checkpoint of this repository")
     if "num_classes" in parts[1]:  # the name in the first released models
         parts[1]["num_levels"] = parts[1].pop("num_classes")
+    if "dataset" not in checkpoint:  # from when all images were digits
+        known = {"classes": [*"0123456789"], "size": [28, 28], "palette": None}
+        checkpoint["dataset"] = {"source": checkpoint.get("data", "mnist")} | known
     return checkpoint
 
 
