@@ -194,7 +194,9 @@ def test_offline_digits_have_no_test_split(data, tmp_path):
 def test_unknown_split_and_source_are_errors(tmp_path):
     with pytest.raises(ValueError, match="unknown split 'valid'"):
         load_dataset("valid", "offline")
-    with pytest.raises(ValueError, match="data 'fashio' is neither a folder nor one of auto, mnist"):
+    with pytest.raises(
+        ValueError, match="data 'fashio' is neither a folder nor one of auto, mnist"
+    ):
         load_dataset("train", "fashio", tmp_path)
 
 

@@ -30,19 +30,10 @@ def test_image_grid_two_levels():
     x = torch.tensor(
         [[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 1]]]
     ).unsqueeze(1)
-    g, w = 96, 255
-    sheet = np.array([
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, w, 0, 0, g, g, 0, 0, 0, g, g],
-        [g, g, 0, w, 0, g, g, w, w, w, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, w, w, w, g, g, g, g, g, g, g],
-        [g, g, w, 0, w, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-    ])  # fmt: skip
+    # g: grey, w: white, b: black; each row of text is a row of pixels
+    rows = "gggggggggggg gggggggggggg ggwbbggbbbgg ggbwbggwwwgg gggggggggggg gggggggggggg"
+    rows += " ggwwwggggggg ggwbwggggggg gggggggggggg gggggggggggg"
+    sheet = np.array([[{"g": 96, "w": 255, "b": 0}[c] for c in row] for row in rows.split()])
     for images in (x, x.to(torch.uint8)):
         picture = image_grid(images)
         assert picture.mode == "L"
