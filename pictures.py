@@ -1,4 +1,4 @@
-"""Pictures of digits and of numbers."""
+"""Pictures of images and of numbers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from cli import UserError
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from checkpoint import atomic_write
-from dataset import to_levels
+from dataset import NAMES, padded, to_levels, unpadded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,59 +27,87 @@ if TYPE_CHECKING:
 BACKGROUND = 96  # the grey between images, also for masks and for unknown pixels
 
 
-def image_grid(x: Tensor, num_levels: int = 2, columns: int | None = None) -> Image.Image:
+def style_of(checkpoint: dict) -> dict:
+    """How the images of a checkpoint are shown: keyword arguments of the functions here."""
+    dataset, num_levels = checkpoint["dataset"], checkpoint["diffusion"]["num_levels"]
+    size = None if dataset["source"] in NAMES else tuple(dataset["size"])
+    return {"num_levels": num_levels, "palette": dataset["palette"], "size": size}
+
+
+def without_padding(x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """[n, 1, H, W] -> a copy [n, 1, h, w], or x itself where the padding is shown, too."""
+    return x if size is None else unpadded(x, size).contiguous()
+
+
+def image_grid(
+    x: Tensor, num_levels: int = 2, columns: int | None = None, palette=None, size=None
+) -> Image.Image:
     """One picture of the images [n, 1, H, W], integers, row by row; level 0 is black.
 
-    States that are not levels (-1, or a mask) get the colour of the background.
+    States that are not levels (-1, or a mask) get the colour of the background. `palette` has the
+    (r, g, b) of each level, `size` is (h, w) without the padding, which is then left out.
     """
+    x = without_padding(x, size)
     n, _, H, W = x.shape
     columns = columns or math.isqrt(n - 1) + 1
     rows, gap = math.ceil(n / columns), 2
-    grey = np.append(np.linspace(0, 255, num_levels).round(), BACKGROUND).astype(np.uint8)
+    colours = np.array(palette or np.linspace(0, 255, num_levels).round()[:, None])
+    colours = np.append(colours, np.full_like(colours[:1], BACKGROUND), axis=0).astype(np.uint8)
     shape = rows * (H + gap) + gap, columns * (W + gap) + gap
-    sheet = np.full(shape, BACKGROUND, dtype=np.uint8)
+    sheet = np.full((*shape, colours.shape[1]), BACKGROUND, dtype=np.uint8)
     states = x[:, 0].cpu().long().clamp(max=num_levels).numpy()
     for i, image in enumerate(states):
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[top : top + H, left : left + W] = grey[image]  # grey[-1] is the background
+        sheet[top : top + H, left : left + W] = colours[image]  # colours[-1] is the background
     scale = 2 if n <= 1024 else 1
-    size = shape[1] * scale, shape[0] * scale
-    return Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST)
+    new_size = shape[1] * scale, shape[0] * scale
+    return Image.fromarray(sheet.squeeze()).resize(new_size, Image.Resampling.NEAREST)
 
 
-def read_partial_digit(path: str | Path, num_levels: int = 2) -> Tensor:
-    """The known pixels of a digit, int64 [1, 1, 32, 32]: levels, or -1 where they are unknown.
+def read_partial_digit(path: str | Path, num_levels: int = 2, palette=None, size=None) -> Tensor:
+    """The known pixels of an image, int64 [1, 1, H, W]: levels, or -1 where they are unknown.
 
-    The file is a PNG, 28x28 or 32x32, white on black. Pixels are unknown where it is at least half
-    transparent. Grey values become levels as in training. 28x28 is padded with known black pixels.
+    The file is a PNG of the size that the model's images have: `size`, or MNIST's, 28x28 or 32x32.
+    Pixels are unknown where it is at least half transparent. Colours become levels as in training,
+    and the padding is known.
 
     Raises:
         OSError: if the file can't be read.
-        UserError: if it is not such a PNG, or has no unknown pixel.
+        UserError: if it is not such a PNG, has no unknown pixel or a colour not in the palette.
     """
+    sizes = ((28, 28), (32, 32)) if size is None else (size,)
     with open(path, "rb") as file:
         try:
             picture = Image.open(file, formats=["PNG"])
-            fits = picture.size in ((28, 28), (32, 32))
-            pixels = np.array(picture.convert("RGBA").convert("LA")) if fits else None
+            width, height = picture.size
+            rgba = picture.convert("RGBA") if (height, width) in sizes else None
         except Exception as error:  # Pillow raises half a dozen types
             reason = type(error).__name__
             raise UserError(f"{path} is damaged or is not a PNG ({reason})") from None
-    if pixels is None:
-        raise UserError(f"{path} is {picture.width}x{picture.height} pixels: give 28x28 or 32x32")
-    grey, alpha = torch.from_numpy(pixels).unbind(2)
-    given = alpha >= 128
+    if rgba is None:
+        wanted = " or ".join(f"{w}x{h}" for h, w in sizes)
+        raise UserError(f"{path} is {width}x{height} pixels: give {wanted}")
+    given = torch.from_numpy(np.array(rgba.getchannel("A"))) >= 128
     if given.all():
         raise UserError(f"{path} has nothing to draw: make unknown pixels transparent")
-    known = torch.where(given, to_levels(grey, num_levels).long(), -1)
-    return F.pad(known, [(32 - len(known)) // 2] * 4)[None, None]
+    if palette is None:
+        levels = to_levels(torch.from_numpy(np.array(rgba.convert("L"))), num_levels).long()
+    else:
+        colours = torch.from_numpy(np.array(rgba))[..., None, :3]
+        same = (colours == torch.tensor(palette)).all(-1)  # [h, w, K]
+        levels = same.byte().argmax(-1)
+        foreign = given & ~same.any(-1)
+        if foreign.any():
+            colour = tuple(colours[foreign][0, 0].tolist())
+            raise UserError(f"{path} has the colour {colour}, which no picture in training had")
+    return padded(torch.where(given, levels, -1)[None])
 
 
-def titled_frame(x_t: Tensor, num_levels: int, title: str) -> Image.Image:
+def titled_frame(x_t: Tensor, title: str, **style) -> Image.Image:
     """The image grid under a line of text."""
-    grid = image_grid(x_t, num_levels)
-    frame = ImageOps.expand(grid, (0, 24, 0, 0), "white")
-    ImageDraw.Draw(frame).text((6, 4), title, fill="black", font=ImageFont.load_default(size=15))
+    frame = ImageOps.expand(image_grid(x_t, **style), (0, 24, 0, 0), "white")
+    font = ImageFont.load_default(size=15)
+    ImageDraw.Draw(frame).text((6, 4), title, fill="black", font=font)
     return frame
 
 

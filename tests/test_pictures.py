@@ -80,10 +80,10 @@ def test_large_image_grid_is_not_doubled():
 def test_titled_frame():
     """The grid, and above it a white strip with the words in it."""
     x = torch.randint(0, 2, (4, 1, 32, 32), generator=torch.Generator().manual_seed(0))
-    frame, grid = np.array(titled_frame(x, 2, "t = 7")), np.array(image_grid(x))
+    frame, grid = np.array(titled_frame(x, "t = 7")), np.array(image_grid(x))
     assert np.array_equal(frame[24:], grid)
     assert (frame[:24] == 255).mean() > 0.8 and (frame[:24] < 64).any()
-    assert not np.array_equal(np.array(titled_frame(x, 2, "t = 8"))[:24], frame[:24])
+    assert not np.array_equal(np.array(titled_frame(x, "t = 8"))[:24], frame[:24])
 
 
 @pytest.mark.parametrize("alpha", [128, 200, 255])

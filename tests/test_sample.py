@@ -242,7 +242,7 @@ def test_gif_shows_the_whole_reverse_process(checkpoint):
     assert loops == 0 and durations == [50] * 10 + [3000]
     chain = list(load_checkpoint(checkpoint).reverse_process(4, seed=3, last_step="mode"))
     for i, (frame, x_t) in enumerate(zip(images, chain, strict=True)):
-        assert np.array_equal(frame, titled_frame(x_t, 2, f"t = {10 - i}"))
+        assert np.array_equal(frame, titled_frame(x_t, f"t = {10 - i}"))
     assert len({frame[:24].tobytes() for frame in images}) == 11  # the title can be read
 
 
@@ -256,8 +256,8 @@ def test_fewer_timesteps(checkpoint):
     assert len(shown) == 6 and np.array_equal(shown[-1][24:], image_grid(images))
     x_T, after_one, *_ = d.reverse_process(4)
     t = d.network_t[4]
-    assert np.array_equal(shown[0], titled_frame(x_T, 2, "t = 10"))
-    assert np.array_equal(shown[1], titled_frame(after_one, 2, f"t = {t}")) and t != 4
+    assert np.array_equal(shown[0], titled_frame(x_T, "t = 10"))
+    assert np.array_equal(shown[1], titled_frame(after_one, f"t = {t}")) and t != 4
 
 
 def test_sixteen_digits_of_classes_in_turn(conditional):
