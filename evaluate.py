@@ -1,5 +1,5 @@
-"""Measure a model: its bound on test digits, the quality of its samples, and whether it memorized
-the training set.
+"""Measure a model: its bound on test images, the quality of its samples if they are digits, and
+whether it memorized the training set.
 
     python evaluate.py                                   # the released model
     python evaluate.py results_d3pm/checkpoints/last.pth
@@ -28,17 +28,18 @@ from torch import Tensor
 import checkpoint as files
 import metrics
 from checkpoint import RELEASED, TIMESTEPS
-from dataset import Dataset, load_dataset, sha256, stream_seed, to_levels
+from dataset import DIGITS, NAMES, Dataset, load_dataset, sha256, stream_seed, to_levels
 from diffusion import LAST_STEPS, DiscreteDiffusion
 from metrics import load_classifier, spread, summarize_bound, summarize_gain
 from model import accelerated
-from pictures import image_grid, plot_gains, plot_terms, save_figure, write_picture
+from pictures import image_grid, plot_gains, plot_terms, save_figure, style_of, write_picture
 from trajectories import log_weights, respaced
 
 OUTPUTS = ("evaluation.json", "bound_terms.png", "gain.png", "nearest.png")
 OF_THE_BOUND = ("images", "repeats", "exact", "binarizations", "trajectories", "weighted_images")
 OF_THE_SAMPLES = ("guidance", "last_step", "no_labels", "seed")
 MIN_SAMPLES = 20
+NOT_JUDGED = "the classifier that judges samples knows only MNIST's digits"
 NO_BOUND = "the offline digits are in MNIST's training split, which this model was trained on"
 
 
@@ -46,18 +47,18 @@ def parse_arguments() -> argparse.Namespace:
     p = cli.parser(__doc__)
     add = p.add_argument
     add("checkpoint", nargs="?", type=path(), help="a .pth file (default: the released model)")
-    words = "of MNIST (default test); choose settings on validation"
+    words = "of the images (default test); choose settings on validation"
     add("--split", choices=["test", "validation"], default="test", help=words)
     words = "how many timesteps (default: for the bound all, for samples those of sample.py)"
     add("--timesteps", type=int, metavar="N", help=words)
-    add("--images", type=integer(2), metavar="N", help="digits for the bound (default all)")
+    add("--images", type=integer(2), metavar="N", help="for the bound (default all)")
     add("--repeats", type=integer(1), metavar="N", help="timesteps drawn for each (default 4)")
-    add("--exact", action="store_true", help="every timestep instead: T passes over the digits")
+    add("--exact", action="store_true", help="every timestep instead: T passes over the images")
     words = "random binarizations to average (default 1), if trained with --binarize dynamic"
     add("--binarizations", type=integer(1), metavar="N", help=words)
-    words = "also the importance-weighted bound: N passes over each digit in every timestep"
+    words = "also the importance-weighted bound: N passes over each image in every timestep"
     add("--trajectories", type=integer(1), metavar="N", help=words)
-    words = "digits for that (default 100): the gain varies little between digits"
+    words = "images for that (default 100): the gain varies little between images"
     add("--weighted-images", type=integer(2), metavar="N", help=words)
     words = f"images to draw and judge (default 500, at least {MIN_SAMPLES}; 0: only the bound)"
     add("--num-samples", type=integer(0), default=500, metavar="N", help=words)
@@ -66,7 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     cli.add_last_step(add, LAST_STEPS)
     add("--no-labels", action="store_true", help="draw samples without classes")
     add("--seed", type=cli.SEED, help="random seed of the samples (default 0)")
-    cli.add_data(add)
+    words = "a folder or a name, as for train.py (default: what the model was trained on)"
+    add("--data", metavar="NAME|FOLDER", help=words)
+    add("--data-root", type=path(), default=Path("data"), help="MNIST's folder (default data)")
     words = "default: the folder of the run; for the released models results_d3pm/evaluation"
     add("--out-dir", type=path(), help=words)
     add("--overwrite", action="store_true", help="replace an earlier evaluation in --out-dir")
@@ -125,16 +128,17 @@ def prepare_outputs(args: argparse.Namespace) -> None:
 
 @dataclass
 class Evaluation:
-    """One model, the digits it is measured on, and the arguments."""
+    """One model, the images it is measured on, and the arguments."""
 
     args: argparse.Namespace
     diffusion: DiscreteDiffusion
     binarize: str
+    style: dict  # of pictures, from `style_of`
     test: Dataset  # for the bound, and the reference for samples
-    other: Dataset  # real digits that are judged like samples, for comparison
-    train: Dataset  # where memorized digits would be found
+    other: Dataset | None  # real digits that are judged like samples; None for other images
+    train: Dataset  # where memorized images would be found
     name: str  # of `test`
-    seen: bool  # whether the model was trained on `test`
+    seen: bool = False  # whether the model was trained on `test`
 
     def levels(self, grey: Tensor, seed: int) -> Tensor:
         # The bound draws its noise from `seed` itself. Binarizing needs a stream of its own.
@@ -178,7 +182,8 @@ class Evaluation:
                 x_0, generator, y = self.inputs(rows, seed, labelled)
                 draws.append(diffusion.bound_terms(x_0, num_t, generator, y, progress=True))
             label_cost = math.log(diffusion.num_labels) if labelled else 0.0
-            bound = summarize_bound(*draws, label_cost=label_cost)
+            pixels = math.prod(self.test.size)
+            bound = summarize_bound(*draws, label_cost=label_cost, pixels=pixels)
             show(f"bound, {name}", {"nats": bound})
             if not labelled:
                 t = torch.cat([draw.t.flatten() for draw in draws])
@@ -207,6 +212,9 @@ class Evaluation:
         last_step = args.last_step or files.default_last_step(diffusion)
         how = {"guidance": args.guidance or 0.0, "last_step": last_step}
         x = diffusion.sample(n, args.seed or 0, progress=True, y=asked, **how)
+        if self.other is None:
+            print(f"Samples are not judged: {NOT_JUDGED}")
+            return {"not_judged": NOT_JUDGED}, x
         how |= {"timesteps": diffusion.timesteps, "labels": asked is not None}
         K, other = diffusion.num_levels, self.levels(self.other.images, 1)
         reference, _ = metrics.judge(classifier, self.levels(self.test.images, 0), K)
@@ -237,9 +245,10 @@ class Evaluation:
         if self.args.num_samples:
             quality, x = self.samples(classifier)
             train = self.levels(self.train.images, 1)
-            rows, distances = metrics.nearest_digits(x[:8], train)
+            p = 1 if self.style["palette"] is None else 0  # colours differ or not
+            rows, distances = metrics.nearest_digits(x[:8], train, p=p)
             report |= quality | {"nearest_training_digit": {"least_distances": distances.tolist()}}
-            grid = image_grid(rows, self.diffusion.num_levels, columns=8)
+            grid = image_grid(rows, columns=len(rows) // 8, **self.style)
             pictures["nearest.png"] = partial(grid.save, format="png")
         return report, pictures
 
@@ -260,7 +269,7 @@ def show(title: str, columns: dict[str, dict]) -> None:
 
 def real_digits(args: argparse.Namespace, trained_on: str) -> dict:
     """The fields of `Evaluation` about digits: splits of MNIST, or the offline digits."""
-    train = load_dataset("train", args.data, args.data_root)
+    train = load_dataset("train", args.data or "auto", args.data_root)
     if train.source == "mnist":
         other = "validation" if args.split == "test" else "test"  # new to the classifier, too
         splits = (args.split, other)
@@ -274,15 +283,37 @@ def real_digits(args: argparse.Namespace, trained_on: str) -> dict:
     return {"test": test, "other": other, "train": train, "name": name, "seen": seen}
 
 
+def other_images(args: argparse.Namespace, trained_on: dict, labelled: bool) -> dict:
+    """The same of images of another kind, which must be like those that the model knows."""
+    if args.num_samples:
+        refuse(args, ["num_samples"], NOT_JUDGED)
+        args.num_samples = 8  # beside their nearest neighbours
+    data, options = args.data or trained_on["source"], {}
+    if data not in NAMES:
+        if not args.data and not Path(data).is_dir():
+            raise UserError(f"{data}, with the images of training, is gone: say where with --data")
+        options = {"size": tuple(trained_on["size"]), "palette": bool(trained_on["palette"])}
+    splits = (args.split, "train")
+    test, train = (load_dataset(split, data, args.data_root, **options) for split in splits)
+    for key in ("size", "palette", "classes") if labelled else ("size", "palette"):
+        if test.description[key] != trained_on[key]:
+            raise UserError(f"{data} differs in {key} from the images {args.checkpoint} knows")
+    return {"test": test, "other": None, "train": train, "name": f"{data}, {args.split} split"}
+
+
 def load_evaluation(checkpoint: dict, args: argparse.Namespace, device) -> Evaluation:
     """Raises UserError for an unusable checkpoint, or flags that do nothing for it."""
     diffusion = files.build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
     diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
-    trained_on, binarize = checkpoint.get("data"), checkpoint.get("binarize", "threshold")
-    if trained_on not in ("mnist", "offline"):
-        raise UserError(f"{args.checkpoint} does not say which digits it was trained on")
+    trained_on, binarize = checkpoint["dataset"], checkpoint.get("binarize", "threshold")
+    if not isinstance(trained_on["source"], str):
+        raise UserError(f"{args.checkpoint} does not say which images it was trained on")
     check_flags(args, diffusion.num_labels, binarize)
-    evaluation = Evaluation(args, diffusion, binarize, **real_digits(args, trained_on))
+    if trained_on["source"] in DIGITS and args.data in (None, "auto", *DIGITS):
+        data = real_digits(args, trained_on["source"])
+    else:
+        data = other_images(args, trained_on, diffusion.num_labels > 0)
+    evaluation = Evaluation(args, diffusion, binarize, style_of(checkpoint), **data)
     if evaluation.seen:
         refuse(args, OF_THE_BOUND, NO_BOUND)
         if not args.num_samples:
@@ -305,7 +336,8 @@ def main() -> None:
     checkpoint = files.read_checkpoint(args.checkpoint)
     prepare_outputs(args)
     device = cli.pick_device(args.device)
-    evaluation, classifier = load_evaluation(checkpoint, args, device), load_classifier(device)
+    evaluation = load_evaluation(checkpoint, args, device)
+    classifier = load_classifier(device) if evaluation.other and args.num_samples else None
     with files.atomic_write(args.out_dir / OUTPUTS[0]) as file:  # errors come before the work
         report, pictures = evaluation.report(classifier)
         file.write(files.json_bytes(report))

@@ -16,21 +16,21 @@ from diffusion import BoundTerms
 from trajectories import importance_weighted
 
 CLASSIFIER = RELEASED.with_name("classifier.pth")
-REAL_PIXELS = 28 * 28  # for bits per dimension; the padding counts in the bound, but not here
 BATCH = 250
 
 
 def standard_error(x: Tensor) -> float:
-    return x.std().item() / len(x) ** 0.5
+    return x.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
-def summarize_bound(*draws: BoundTerms, label_cost: float = 0.0) -> dict:
+def summarize_bound(*draws: BoundTerms, label_cost: float = 0.0, pixels: int = 28 * 28) -> dict:
     """Means in nats per image, their standard error over images, and bits per dimension.
 
     Args:
         draws: the terms of the same images, for one or several random binarizations.
         label_cost: -log p(label) in nats, for terms that are given the label. With it the sum
             bounds p(image), too.
+        pixels: for bits per dimension, without the padding, which counts in the bound.
     """
 
     def mean(part: str) -> float:
@@ -41,7 +41,7 @@ def summarize_bound(*draws: BoundTerms, label_cost: float = 0.0) -> dict:
     summary = {
         "nats_per_image": nats,
         "standard_error": standard_error(totals.mean(0)),
-        "bits_per_dimension": nats / REAL_PIXELS / math.log(2),
+        "bits_per_dimension": nats / pixels / math.log(2),
         "L_T": mean("L_T"),
         "sum_L_t_minus_1": mean("L_t_minus_1"),
         "L_0": mean("L_0"),
@@ -224,10 +224,10 @@ def quality(
     return result
 
 
-def nearest_digits(samples: Tensor, train: Tensor, k: int = 7) -> tuple[Tensor, Tensor]:
-    """Each sample and its k nearest training digits, [n (k + 1), 1, H, W]; smallest distances [n].
-    They are sums of absolute differences of levels: for two levels, the pixels that differ."""
-    distance = torch.cdist(samples.flatten(1).float(), train.flatten(1).float(), p=1)
-    nearest = distance.topk(k, largest=False)
+def nearest_digits(samples: Tensor, train: Tensor, k: int = 7, p: int = 1) -> tuple[Tensor, Tensor]:
+    """Each sample and its k nearest training images, [n (k + 1), 1, H, W]; smallest distances [n].
+    They are sums of absolute differences of levels, or for p = 0 numbers of pixels that differ."""
+    distance = torch.cdist(samples.flatten(1).float(), train.flatten(1).float(), p=p)
+    nearest = distance.topk(min(k, len(train)), largest=False)
     rows = torch.cat([samples[:, None], train[nearest.indices]], dim=1)
     return rows.flatten(0, 1), nearest.values[:, 0]

@@ -1,10 +1,12 @@
 """evaluate.py end to end: which digits are used, each number of the report, what is printed,
 written and refused. The meaning of the numbers is the subject of test_metrics.py."""
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import shutil
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ import cli
 import numpy as np
 import pytest
 import torch
+from own import SIZE, own_folder, own_model
 from PIL import Image
 from scripts import call, fail, files, snapshot, succeed, untrained
 
@@ -21,7 +24,7 @@ import evaluate
 import metrics
 import pictures
 from checkpoint import RELEASED
-from dataset import Dataset, load_dataset, stream_seed, take, to_levels
+from dataset import CLASSES, Dataset, load_dataset, stream_seed, take, to_levels
 from diffusion import DiscreteDiffusion
 from metrics import judge, load_classifier, nearest_digits, quality, rows_of_classes, spread
 from model import Autocast
@@ -458,6 +461,88 @@ def test_training_of_the_classifier(flags, place, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
+# Images of one's own
+
+
+@pytest.fixture
+def folders(monkeypatch):
+    """`load_dataset` of folders as it is."""
+    few = evaluate.load_dataset
+
+    def load(split, data="auto", data_root="data", **options):
+        return load_dataset(split, data, **options) if options else few(split, data, data_root)
+
+    monkeypatch.setattr(evaluate, "load_dataset", load)
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_every_figure_of_own_pictures(split, folders):
+    """Bounds of real pixels, and the nearest training pictures by pixels that differ."""
+    d, folder = own_model(num_labels=2), own_folder()
+    report, out = evaluated(f"--repeats 2 --trajectories 2 --split {split}", "own.pth", small="")
+    data, train = (load_dataset(name, folder, size=SIZE, palette=True) for name in (split, "train"))
+    n = len(data.images)
+    assert report["digits"] == f"{folder}, {split} split" and report["binarization"] == "palette"
+    assert report["not_judged"] == evaluate.NOT_JUDGED and evaluate.NOT_JUDGED in out
+    assert "samples" not in report and report["digits_were_in_training"] is False
+    for key, y, cost in (("bound", None, 0), ("bound_with_labels", data.labels, math.log(2))):
+        terms = d.bound_terms(data.images, 2, seeded(0), y)
+        nats = terms.total.mean().item() + cost
+        assert report[key]["nats_per_image"] == pytest.approx(nats)
+        assert report[key]["bits_per_dimension"] == pytest.approx(nats / 60 / math.log(2))
+        log_w = log_weights(d, data.images, 2, seeded(0), y)
+        gain = (metrics.importance_weighted(log_w) + log_w.mean(1)).mean().item()
+        rows = report[key]["importance_weighted"]["by_trajectories"]
+        assert report[key]["images"] == n and rows[1]["gain"] == pytest.approx(-gain)
+    x = d.sample(8, 0, last_step="mode", y=torch.arange(8) % 2)
+    distances = (x[:, None] != train.images[None]).sum((2, 3, 4)).amin(1)
+    assert report["nearest_training_digit"]["least_distances"] == distances.tolist()
+    rows, _ = nearest_digits(x, train.images, p=0)
+    grid = image_grid(rows, 5, 8, [*data.palette], SIZE)
+    assert np.array_equal(Image.open("nearest.png"), grid)
+
+
+def test_own_pictures_elsewhere(folders):
+    """--data names another folder of pictures alike; a folder that is gone is an error."""
+    own_model(num_labels=2)
+    Path("own").rename("moved")
+    assert "own, with the images of training, is gone" in fail("evaluate.py", "own.pth", *CPU)
+    assert "neither a folder" in fail("evaluate.py", "own.pth", "--data", "own", *CPU)
+    report, _ = evaluated("--data moved", "own.pth", small="--num-samples 0")
+    assert report["digits"] == "moved, test split" and "nearest_training_digit" not in report
+    Path("moved/lake").rename("moved/sea")
+    flags = "own.pth", "--data", "moved", "--overwrite", *CPU
+    assert "moved differs in classes from the images own.pth" in fail("evaluate.py", *flags)
+    line = fail("evaluate.py", *flags, "--num-samples", 20)
+    assert "--num-samples does nothing here: the classifier that judges" in line
+
+
+@pytest.mark.parametrize("trained_on, data", [("fashion", ""), ("mnist", "--data fashion")])
+def test_fashion_is_not_judged(trained_on, data, monkeypatch):
+    """By name, at 32x32 with 28x28 real pixels."""
+    digits, calls = digits_of("mnist", "test"), []
+    clothes = dataclasses.replace(digits, source="fashion", classes=CLASSES["fashion"])
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *how: calls.append(how) or clothes)
+    known = clothes if trained_on == "fashion" else digits
+    d = untrained("x.pth", timesteps=3, dataset=known.description)
+    report, _ = evaluated(f"--images 12 --repeats 2 {data}", small="")
+    assert calls == [(split, "fashion", Path("data")) for split in ("test", "train")]
+    assert close(report["bound"], expected_bound(d, clothes, 12, 2))
+    assert report["digits"] == "fashion, test split" and "not_judged" in report
+    assert Image.open("nearest.png").size == (2 * (2 + 8 * 34),) * 2
+
+
+def test_one_picture_in_a_split(folders):
+    """Then errors are unknown."""
+    own_model()
+    shutil.rmtree("own")
+    own_folder(4)
+    report, _ = evaluated("--trajectories 1", "own.pth", small="")
+    assert report["bound"]["images"] == 1 and report["bound"]["standard_error"] == "nan"
+    assert Image.open("nearest.png").width == 2 * (2 + 3 * 8)
+
+
+# --------------------------------------------------------------------------------------------------
 # Errors: before the work, in one line, and nothing is half written
 
 
@@ -515,12 +600,12 @@ def test_bad_checkpoint():
     assert "weights that are not finite" in fail("evaluate.py", "x.pth", "--out-dir", "out", *CPU)
 
 
-@pytest.mark.parametrize("data", [None, "fashion", 3])
+@pytest.mark.parametrize("data", [None, 3])
 def test_a_checkpoint_that_does_not_say_what_it_has_seen(data, monkeypatch):
     """Then the digits at hand may have been in training."""
     untrained("x.pth", timesteps=10, data=data)
     no_work(monkeypatch)
-    words = "x.pth does not say which digits it was trained on"
+    words = "x.pth does not say which images it was trained on"
     assert words in fail("evaluate.py", "x.pth", *CPU)
 
 

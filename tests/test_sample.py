@@ -9,6 +9,7 @@ import cli
 import numpy as np
 import pytest
 import torch
+from own import COLOURS, SIZE, own_model, palette_image
 from PIL import Image
 from scripts import call, fail, files, start, succeed, untrained
 
@@ -291,6 +292,96 @@ def test_gif_elsewhere(checkpoint):
     succeed("visualize_denoising.py", *flags, "--out", "new/y.gif")
     assert files(Path()) == {"x.gif", "new/y.gif"}
     assert "the same file is read" in fail("visualize_denoising.py", *flags, "--out", "x.gif")
+
+
+# --------------------------------------------------------------------------------------------------
+# Images of one's own
+
+
+def colours(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"))
+
+
+def test_own_pictures_without_padding_and_in_colour():
+    d = own_model()
+    images, x_0 = draw("own.pth", "--n 3"), mode(d, 3)
+    assert images.shape == (3, 1, *SIZE) and images.is_contiguous()
+    assert torch.equal(images, x_0[:, :, 3:13, 1:7])
+    sheet = colours(Image.open("x.png"))
+    assert sheet.shape == (2 * (2 + 2 * 12), 2 * (2 + 2 * 8), 3)
+    assert np.array_equal(sheet[4:24:2, 4:16:2], np.array(COLOURS)[images[0, 0]])
+    succeed("visualize_denoising.py", "own.pth", "--n", 3, *CPU)
+    with Image.open("denoising_process.gif") as gif:
+        assert gif.n_frames == 5
+        gif.seek(4)
+        assert np.array_equal(colours(gif)[24:], sheet)
+
+
+def test_filling_in_own_pictures():
+    d, states = own_model(), np.arange(60).reshape(SIZE) % 5
+    alpha = Image.fromarray(
+        np.where(np.arange(10) < 5, 255, 0)[:, None].astype(np.uint8).repeat(6, 1)
+    )
+    part = palette_image(states).convert("RGBA")
+    part.putalpha(alpha)
+    part.save("part.png")
+    known = torch.zeros(1, 1, 16, 8, dtype=torch.long)  # the padding is known
+    known[0, 0, 3:13, 1:7] = torch.tensor(np.where(np.arange(10)[:, None] < 5, states, -1))
+    images = draw("own.pth", "--fill part.png --n 2 --particles 2")
+    expected = fill_in(d, known, 2, particles=2, last_step="mode")
+    assert torch.equal(images, expected[:, :, 3:13, 1:7])
+    assert np.array_equal(images[0, 0, :5], states[:5])
+    sheet = torch.cat([known, expected.long()])
+    assert shows("x.png", image_grid(sheet, 5, palette=COLOURS, size=SIZE))
+    succeed("visualize_denoising.py", "own.pth", "--fill", "part.png", "--n", 2, *CPU)
+    part.putpixel((2, 1), (1, 2, 3, 255))
+    part.putpixel((2, 9), (1, 2, 3, 0))
+    part.save("foreign.png")
+    Image.new("LA", (8, 16), 0).save("padded.png")
+    for name, words in (
+        ("foreign", "the colour (1, 2, 3), which"),
+        ("padded", "8x16 pixels: give 6x10"),
+    ):
+        for script in ("sample.py", "visualize_denoising.py"):
+            line = fail(script, "own.pth", "--fill", f"{name}.png", *CPU)
+            assert f"{name}.png" in line and words in line
+
+
+def test_classes_by_name_and_number():
+    d = own_model(num_labels=2)
+    for flags, y in (
+        ("--class lake --n 2", [1, 1]),
+        ("--class 0 --n 2", [0, 0]),
+        ("--digit 1 --n 2", [1, 1]),
+        ("--class all --n 2", [0, 0, 1, 1]),
+        ("--n 3", [0, 1, 0]),
+    ):
+        images = mode(d, len(y), y=torch.tensor(y))
+        assert torch.equal(draw("own.pth", flags), images[:, :, 3:13, 1:7]), flags
+    assert torch.equal(draw("own.pth", "--class none --n 2"), mode(d, 2)[:, :, 3:13, 1:7])
+    assert len(draw("own.pth", "--class all")) == 20
+    for wrong in ("sea", "2", "-1", ""):
+        line = fail("sample.py", "own.pth", f"--class={wrong}", *CPU)
+        assert line.endswith(f"class {wrong!r}: choose from hill, lake; 0 to 1; all; none")
+    assert "not allowed with" in fail("sample.py", "own.pth", "--class", "sea", "--digit", 1, *CPU)
+
+
+def test_names_of_classes_before_numbers_and_abbreviated(conditional):
+    """Named "29", "28", ..., "0"."""
+    state = torch.load(conditional[0], weights_only=True)
+    state["network"]["num_labels"] = 30
+    weight = state["averaged_weights"]["embed_y.weight"]
+    state["averaged_weights"]["embed_y.weight"] = torch.randn(31, weight.shape[1])
+    known = {"source": "mnist", "size": [28, 28], "palette": None}
+    state["dataset"] = known | {"classes": [str(29 - i) for i in range(30)]}
+    torch.save(state, "many.pth")
+    d = respaced(load_checkpoint("many.pth"), 30)
+    assert torch.equal(draw("many.pth", "--class 1 --n 1"), mode(d, 1, y=torch.tensor([28])))
+    line = fail("sample.py", "many.pth", "--class", "x", *CPU)
+    assert line.endswith(
+        "28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, "
+        "10, ...; 0 to 29; all; none"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
