@@ -285,9 +285,6 @@ def real_digits(args: argparse.Namespace, trained_on: str) -> dict:
 
 def other_images(args: argparse.Namespace, trained_on: dict, labelled: bool) -> dict:
     """The same of images of another kind, which must be like those that the model knows."""
-    if args.num_samples:
-        refuse(args, ["num_samples"], NOT_JUDGED)
-        args.num_samples = 8  # beside their nearest neighbours
     data, options = args.data or trained_on["source"], {}
     if data not in NAMES:
         if not args.data and not Path(data).is_dir():
@@ -298,6 +295,9 @@ def other_images(args: argparse.Namespace, trained_on: dict, labelled: bool) -> 
     for key in ("size", "palette", "classes") if labelled else ("size", "palette"):
         if test.description[key] != trained_on[key]:
             raise UserError(f"{data} differs in {key} from the images {args.checkpoint} knows")
+    if args.num_samples:
+        refuse(args, ["num_samples"], NOT_JUDGED)
+        args.num_samples = 8  # beside their nearest neighbours
     return {"test": test, "other": None, "train": train, "name": f"{data}, {args.split} split"}
 
 

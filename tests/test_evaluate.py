@@ -502,8 +502,9 @@ def test_every_figure_of_own_pictures(split, folders):
     assert np.array_equal(Image.open("nearest.png"), grid)
 
 
-def test_own_pictures_elsewhere(folders):
+def test_own_pictures_elsewhere(folders, monkeypatch):
     """--data names another folder of pictures alike; a folder that is gone is an error."""
+    monkeypatch.setattr("metrics.CLASSIFIER", Path("nowhere"))
     own_model(num_labels=2)
     Path("own").rename("moved")
     assert "own, with the images of training, is gone" in fail("evaluate.py", "own.pth", *CPU)
@@ -513,7 +514,10 @@ def test_own_pictures_elsewhere(folders):
     Path("moved/lake").rename("moved/sea")
     flags = "own.pth", "--data", "moved", "--overwrite", *CPU
     assert "moved differs in classes from the images own.pth" in fail("evaluate.py", *flags)
-    line = fail("evaluate.py", *flags, "--num-samples", 20)
+    own_model("free.pth")
+    shutil.rmtree("own")
+    evaluated("--data moved", "free.pth", small="")  # it does not know of classes
+    line = fail("evaluate.py", "free.pth", *flags[1:], "--num-samples", 20)
     assert "--num-samples does nothing here: the classifier that judges" in line
 
 
@@ -524,22 +528,25 @@ def test_fashion_is_not_judged(trained_on, data, monkeypatch):
     clothes = dataclasses.replace(digits, source="fashion", classes=CLASSES["fashion"])
     monkeypatch.setattr(evaluate, "load_dataset", lambda *how: calls.append(how) or clothes)
     known = clothes if trained_on == "fashion" else digits
+    drawn, sample = [], DiscreteDiffusion.sample
+    spy = lambda self, n, *how, **more: drawn.append(n) or sample(self, n, *how, **more)  # noqa: E731
+    monkeypatch.setattr(DiscreteDiffusion, "sample", spy)
     d = untrained("x.pth", timesteps=3, dataset=known.description)
     report, _ = evaluated(f"--images 12 --repeats 2 {data}", small="")
     assert calls == [(split, "fashion", Path("data")) for split in ("test", "train")]
     assert close(report["bound"], expected_bound(d, clothes, 12, 2))
-    assert report["digits"] == "fashion, test split" and "not_judged" in report
+    assert drawn == [8] and report["digits"] == "fashion, test split" and "not_judged" in report
     assert Image.open("nearest.png").size == (2 * (2 + 8 * 34),) * 2
 
 
 def test_one_picture_in_a_split(folders):
-    """Then errors are unknown."""
-    own_model()
+    """Then errors are unknown. The pictures become grey, and of the model's size."""
+    own_model(size=(8, 12), palette=False)
     shutil.rmtree("own")
     own_folder(4)
     report, _ = evaluated("--trajectories 1", "own.pth", small="")
     assert report["bound"]["images"] == 1 and report["bound"]["standard_error"] == "nan"
-    assert Image.open("nearest.png").width == 2 * (2 + 3 * 8)
+    assert Image.open("nearest.png").width == 2 * (2 + 3 * 14)
 
 
 # --------------------------------------------------------------------------------------------------
