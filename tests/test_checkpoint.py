@@ -430,6 +430,19 @@ def test_own_transition_matrices_and_a_shorter_chain_come_back():
         assert torch.equal(again.sample(2), chain.sample(2))
 
 
+DIGITS = {"source": "mnist", "classes": [*"0123456789"], "size": [28, 28], "palette": None}
+
+
+@pytest.mark.parametrize("data", ["mnist", "offline"])
+def test_what_old_checkpoints_were_trained_on(data):
+    """They say only "data". New ones keep what they say."""
+    save_checkpoint("x.pth", fake_checkpoint(1) | {"data": data})
+    assert read_checkpoint("x.pth")["dataset"] == DIGITS | {"source": data}
+    own = {"source": "/x", "classes": ["a"], "size": [40, 24], "palette": [[0, 0, 0], [9, 9, 9]]}
+    save_checkpoint("x.pth", fake_checkpoint(1) | {"dataset": own})
+    assert read_checkpoint("x.pth")["dataset"] == own
+
+
 @pytest.mark.parametrize(
     "name, T, protocol, labels",
     [("d3pm_mnist", 1000, "threshold", 10), ("d3pm_mnist_dynamic", 1000, "dynamic", 0)],
@@ -439,6 +452,7 @@ def test_released_models_load(name, T, protocol, labels):
     d, state = load_checkpoint(path), read_checkpoint(path)
     assert (d.timesteps, d.num_levels, d.num_labels) == (T, 2, labels)
     assert (state["data"], state["binarize"]) == ("mnist", protocol)
+    assert state["dataset"] == DIGITS
     assert d.config["schedule"] == "cosine"
 
 
