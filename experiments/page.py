@@ -15,31 +15,24 @@ from pathlib import Path
 from cli import UserError, parser, path, run
 
 from checkpoint import RELEASED
-from experiments import benchmark, common, fill, tables, time_to_quality
+from experiments import benchmark, common, figures, tables
 
-SOURCE = {"command": "`{}`", "machine": "{}", "torch": "torch {}", "commit": "commit {}"}
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 MAKERS = {name: show for name, (_, _, show) in tables.TABLES.items()}
-MAKERS |= {"benchmark": benchmark.table, "fill": fill.table}
-MAKERS |= {"time_to_quality": time_to_quality.table}
+MAKERS |= {"benchmark": benchmark.table, "fill": figures.filling_table}
+MAKERS["time_to_quality"] = common.table
 
 
 def source(result: dict) -> str:
-    """Where the numbers come from; of the rows measured elsewhere only what differs."""
-    first: dict = {}
-    rows: dict[str, set[str]] = {}
-    for key, one in result.get("rows", {"": result}).items():
-        source = one.get("provenance") or result["provenance"]
-        text = [form.format(source[k]) for k, form in SOURCE.items() if source[k] != first.get(k)]
-        first = first or source
-        rows.setdefault(", ".join(text), set()).add(key.partition(", seed ")[0])
-    line, *others = rows
-    if "sha256" in result:
-        line += f", checkpoint {result['sha256'][:12]}"
-    for text in filter(None, others):
-        names = sorted(rows[text]) if len(rows[text]) < 4 else [f"{len(rows[text])} other rows"]
-        line += f"; {' and '.join(names)}: {text}"
-    return line
+    """Where the numbers were measured; with names, where rows were measured elsewhere."""
+    labels: dict[str, list[str]] = {}
+    for one in result.get("rows", {"": {"row": ""}}).values():
+        origin = one.get("provenance") or result["provenance"]
+        text = f"{origin['machine']}, torch {origin['torch']}, commit {origin['commit']}"
+        labels.setdefault(text, []).append(one["row"])
+    first, *others = labels
+    named = [f"; {', '.join(dict.fromkeys(labels[text]))}: {text}" for text in others]
+    return first + "".join(named)
 
 
 def filled(name: str, folder: Path) -> str:
@@ -54,11 +47,8 @@ def filled(name: str, folder: Path) -> str:
 
 
 def main() -> None:
-    p = parser(__doc__)
-    page = RELEASED.with_name("README.md")
-    p.add_argument(
-        "page", nargs="?", type=path(".md"), default=page, help="(default: results page)"
-    )
+    p, results = parser(__doc__), RELEASED.with_name("README.md")
+    p.add_argument("page", nargs="?", type=path(".md"), default=results, help="(default: results)")
     p.add_argument("--check", action="store_true", help="compare only")
     args = p.parse_args()
     text = args.page.read_text()
