@@ -4,8 +4,8 @@
     python -m experiments.page --check              # an error if a table differs from its JSON file
     python -m experiments.page README.md --check    # the same for the front page
 
-A table stands between <!-- table: NAME --> and <!-- end -->. It is made from NAME.json by the
-experiment NAME. NAME may start with a folder.
+A table stands between <!-- table: NAME --> and <!-- end -->. It is made from NAME.json, and NAME
+may start with a folder. Below it stands its command, and where the numbers were measured.
 """
 
 import re
@@ -18,9 +18,10 @@ from checkpoint import RELEASED
 from experiments import benchmark, common, figures, tables
 
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
-MAKERS = {name: show for name, (_, _, show) in tables.TABLES.items()}
-MAKERS |= {"benchmark": benchmark.table, "fill": figures.filling_table}
-MAKERS["time_to_quality"] = common.table
+MAKERS = {name: (f"tables {name}", show) for name, (_, _, show) in tables.TABLES.items()}
+MAKERS["benchmark"] = "benchmark", benchmark.table
+MAKERS["fill"] = "figures fill", figures.filling_table
+MAKERS["time_to_quality"] = "figures time_to_quality", common.table
 
 
 def source(result: dict) -> str:
@@ -40,10 +41,11 @@ def filled(name: str, folder: Path) -> str:
     file = folder / f"{name}.json"
     if file.stem not in MAKERS:
         raise UserError(f"there is no experiment {file.stem!r} with a table")
-    make = MAKERS[file.stem]
-    if file.stem == "headline" and "/" in name:  # of the front page
-        make = partial(make, small=True)
-    return f"{common.render(make, file)}\n\n{common.render(source, file)}\n"
+    command, make = MAKERS[file.stem]
+    if "/" in name:  # of the front page, which shows less
+        return common.render(partial(make, small=True), file) + "\n"
+    below = f"`python -m experiments.{command}`: {common.render(source, file)}"
+    return f"{common.render(make, file)}\n\n{below}\n"
 
 
 def main() -> None:

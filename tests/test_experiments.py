@@ -362,7 +362,8 @@ def filled_page(fresh_directory, tmp_path):
 
 def test_page(filled_page, tmp_path):
     p = json.loads((tmp_path / "choices.json").read_text())["provenance"]
-    source = f"\n{p['machine']}, torch {torch.__version__}, commit {p['commit']}\n"
+    source = f"{p['machine']}, torch {torch.__version__}, commit {p['commit']}"
+    source = f"\n`python -m experiments.tables choices`: {source}\n"
     assert "| a | 70.00 ± 0.25 |" in filled_page and source in filled_page
     assert filled_page.startswith("# Results\n") and filled_page.endswith("<!-- end -->\nmore\n")
     assert succeed("experiments.page", "page.md") == filled_page  # filled again, it stays
