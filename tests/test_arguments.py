@@ -37,7 +37,7 @@ NO_CHAIN = torch.eye(2).expand(5, 2, 2)
         ({"transition": "nonsense"}, "unknown transition"),
         ({"schedule": "nonsense"}, "not nonsense"),
         ({"loss_type": "nonsense"}, "unknown loss 'nonsense': choose from .*hybrid"),
-        ({"reverse": "nonsense"}, "unknown loss 'nonsense': choose from .*joint"),
+        ({"reverse": "nonsense"}, "unknown reverse step 'nonsense': choose from .*joint"),
         ({"image_shape": (3, 32, 32)}, "one channel"),
         ({"image_shape": (32, 32)}, "image_shape"),
         ({"image_shape": (1, 0, 8)}, "image_shape"),
