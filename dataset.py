@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from folder import find_pictures, read_pictures
+from transitions import check_choice
 
 DIGITS = ("mnist", "offline")
 NAMES = ("auto", *DIGITS, "fashion", "kmnist")
@@ -224,8 +225,7 @@ def load_dataset(
 
     Raises UserError if the images can't be had or used, ValueError for an unknown split.
     """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"unknown split {split!r}: choose from train, validation, test")
+    check_choice("split", split, ("train", "validation", "test"))
     if data not in NAMES:
         folder = Path(data).expanduser().resolve()
         if not folder.is_dir():
@@ -278,10 +278,10 @@ def to_levels(
     each pixel from Bernoulli(grey / 255) with `generator`, on the device of `grey`: the protocol of
     published likelihoods. "palette" is for images that hold levels already.
 
-    Raises UserError for an unknown protocol, levels outside 2..256, or "dynamic" with other than 2.
+    Raises ValueError for an unknown protocol, UserError for levels outside 2..256 or, if "dynamic",
+    other than 2.
     """
-    if binarize not in ("threshold", "dynamic", "palette"):
-        raise UserError(f"unknown binarization {binarize!r}: choose from threshold, dynamic")
+    check_choice("binarization", binarize, ("threshold", "dynamic", "palette"))
     if not 2 <= num_levels <= 256:
         raise UserError(f"the number of grey levels must be between 2 and 256, got {num_levels}")
     if binarize == "palette":
