@@ -4,7 +4,7 @@
     python -m experiments.letters letters
 
 Made the way notMNIST was: each letter is scaled to fit, white on black, 28x28, in a sub-folder of
-its name. Fonts without these letters are left out, and those of symbols, where few letters look like
+its name. Fonts that lack a letter are left out, and those of symbols, where few letters look like
 those of other fonts. Each picture is written once.
 """
 
