@@ -87,7 +87,7 @@ def random_digits(n=8):
 
 def test_choices(commands, only, cheap, out):
     label, other = "absorbing, mutual_info, variational", "uniform, cosine, cross-entropy"
-    keys = [f"{other}, seed 0", f"{label}, seed 0", f"{label}, seed 1"]
+    keys = [f"{other}, seed 0", f"{label}, seed 1"]
     rows = {key: tables.choices()[key] for key in keys}
     few = [row.train.replace("--steps 650", "--steps 2") for row in rows.values()]
     only(
