@@ -109,9 +109,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict, dict]:
     schedules = "; ".join(f"{name}: {', '.join(f.schedules)}" for name, f in FAMILIES.items())
     add("--schedule", choices=SCHEDULES, help=f"of the noise (default: the first of {schedules})")
     add("--loss", choices=LOSSES, default="cross_entropy", help="objective")
-    add(
-        "--hybrid-weight", type=number, default=0.001, metavar="W", help="lambda of the hybrid loss"
-    )
+    add("--hybrid-weight", type=number, default=0.001, metavar="W", help="the hybrid loss's lambda")
     words = "p(x_(t-1) | x_t) as the mixture of posteriors, or in the paper's joint form"
     add("--reverse", choices=REVERSES, default="mixture", help=words)
     add("--levels", type=cli.integer(2, 256), default=2, metavar="K", help="grey levels")
@@ -396,11 +394,11 @@ class Run:
 
     def say_if_overfit(self) -> None:
         """Where an earlier validation bound was better: when, by how much, what was kept."""
-        best = min(self.history, key=lambda row: row["validation_bound"], default=None)
+        best = min(self.history[::-1], key=lambda row: row["validation_bound"], default=None)
         if best and best is not self.history[-1]:
             worse = self.history[-1]["validation_bound"] - best["validation_bound"]
             kept = self.folder.checkpoints.glob("model_epoch_*.pth")
-            nearest = min(kept, key=lambda path: abs(int(path.stem[12:]) - best["epoch"]))
+            nearest = min(sorted(kept), key=lambda path: abs(int(path.stem[12:]) - best["epoch"]))
             print(
                 f"It overfits: the validation bound was best after epoch {best['epoch']} and is "
                 f"now {worse:.2f} nats worse; the nearest checkpoint is {nearest}"
