@@ -80,9 +80,9 @@ def resumed(flags="", out="out") -> str:
     return succeed("train.py", "--resume", *flags.split(), "--out-dir", out)
 
 
-def start(script, *arguments, cwd, **options) -> subprocess.Popen:
+def start(script, *arguments, cwd, launcher=(), **options) -> subprocess.Popen:
     """A real process."""
-    command = [sys.executable, *map(str, [REPOSITORY / script, *arguments])]
+    command = [sys.executable, *launcher, *map(str, [REPOSITORY / script, *arguments])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, **{"env": ENVIRONMENT} | pipes | options)
 
