@@ -466,9 +466,10 @@ def make_run(
         run = Run(trainer, digits.to(trainer.source), validation, settings)
         if checkpoint:
             run.load_state_dict(checkpoint)
-            lengths = checkpoint.get("total_steps", total), total
-            planned, new = (learning_rate(trainer.lr, step, n, trainer.decay) for n in lengths)
-            if new > planned:
+            planned = checkpoint.get("total_steps", total)
+            points = (step - 1, planned), (step, planned), (step, total)
+            *old, new = (learning_rate(trainer.lr, *point, trainer.decay) for point in points)
+            if new > max(old):
                 print(f"The learning rate rises again, to {new:.3g}")
     return run
 

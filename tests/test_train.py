@@ -772,9 +772,9 @@ def test_all_processes_stop_if_one_is_told_to(monkeypatch, cheap):
 
 
 def test_losses_are_means_over_processes(monkeypatch, cheap):
-    trained("--epochs 1", "alone")
+    trained("--epochs 1 --decay constant", "alone")
     like_processes(monkeypatch, lambda *vs: [v + 1 if type(v) is float else v for v in vs])
-    trained("--epochs 1")
+    trained("--epochs 1 --decay constant")
     mine, all_of_us = (checkpoint_of(name)["history"][0]["train_loss"] for name in ("alone", "out"))
     assert all_of_us == pytest.approx(mine + 1 / 4)  # of the sum of four steps
 
