@@ -7,8 +7,8 @@ Conventions
     y     labels, integers [B] in 0..num_labels-1, or -1 for none; for networks that take labels
 
 Distributions over x_0 are float [B, K, H, W], over x_t [B, S, H, W]. Every pixel follows the same
-Markov chain; only the network sees the whole image. Logarithms of probabilities do not underflow,
-however sure the network is. Wrong shapes, dtypes and (on the CPU) values raise a ValueError.
+Markov chain; only the network sees the whole image. Logarithms of probabilities do not underflow.
+Wrong shapes, dtypes and (on the CPU) values raise a ValueError.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from transitions import RandomStreams, as_float, check_integers, draw, kl, log_matmul, markov_chain
+from transitions import Streams, as_float, check_choice, check_integers, draw, kl, markov_chain
 
 LOSSES = ("cross_entropy", "variational", "hybrid")
 REVERSES = ("mixture", "joint")
@@ -74,16 +74,14 @@ class DiscreteDiffusion(nn.Module):
     ):
         super().__init__()
         K, T = operator.index(num_levels), operator.index(timesteps)
-        for value, choices in ((loss_type, LOSSES), (reverse, REVERSES)):
-            if value not in choices:
-                raise ValueError(f"unknown choice {value!r}: choose from {', '.join(choices)}")
+        check_choice("loss", loss_type, LOSSES)
+        check_choice("reverse step", reverse, REVERSES)
         shape = tuple(map(operator.index, image_shape))
         if len(shape) != 3 or shape[0] != 1 or min(shape) < 1:
             raise ValueError(f"image_shape must be (1, H, W), one channel; got {shape}")
-        self.chain, chain_config = markov_chain(K, T, transition, schedule, Q)
-        self.config = {"num_levels": K, "timesteps": T, "image_shape": shape, "reverse": reverse}
+        self.chain, self.config = markov_chain(K, T, transition, schedule, Q)
+        self.config |= {"num_levels": K, "timesteps": T, "image_shape": shape, "reverse": reverse}
         self.config |= {"loss_type": loss_type, "hybrid_weight": float(hybrid_weight)}
-        self.config |= chain_config
         self.config |= {} if network_t is None else {"network_t": network_t}
         self.network_t = torch.arange(T + 1) if network_t is None else network_t
         self.Q, self.bar_Q, self.prior = self.chain.Q, self.chain.bar_Q, self.chain.prior
@@ -107,8 +105,7 @@ class DiscreteDiffusion(nn.Module):
     def q_x_t(self, x_0: Tensor, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """q(x_t | x_0) (equation 3), [B, S, H, W]: row x_0 of bar_Q_t; t may be 0."""
         x_0 = self._images("x_0", x_0, self.num_levels)
-        t = self._check_t(t, x_0, low=0)
-        return self.chain.rows("bar_Q", t, x_0, dtype)
+        return self.chain.rows("bar_Q", self._check_t(t, x_0, low=0), x_0, dtype)
 
     def q_sample(self, x_0: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
         """Draw x_t ~ q(x_t | x_0), int64 [B, 1, H, W], with uniforms u [B, 1, H, W] if given."""
@@ -138,8 +135,7 @@ class DiscreteDiffusion(nn.Module):
         possible = likelihood > -torch.inf
         log_p = torch.where(possible, x_0, -torch.inf).log_softmax(1)
         ratio = torch.where(possible, log_p - likelihood, -torch.inf)
-        before = self.chain.at("log_bar_Q", t - 1, x_t.device, dtype)[:, : self.num_levels]
-        return log_Q_t + log_matmul(ratio, before)
+        return log_Q_t + self.chain.log_jump(ratio, t - 1)
 
     def _log_likelihood(self, x_t: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
         """log q(x_t | x_0) for every x_0, [B, K, H, W]."""
@@ -180,15 +176,14 @@ class DiscreteDiffusion(nn.Module):
         if self.reverse == "mixture":
             return self.log_q_posterior(x_t, logits, t)
         # Weights p~ q(x_t | x_0) turn the mixture into equation 4.
-        log_p_tilde = logits.log_softmax(1)
+        log_p_tilde, masks = logits.log_softmax(1), self.num_states - self.num_levels
         weights = log_p_tilde + self._log_likelihood(x_t, t, logits.dtype)
-        beyond = (0, 0, 0, 0, 0, self.num_states - self.num_levels)
-        log_p_tilde = F.pad(log_p_tilde, beyond, value=-torch.inf)
+        log_p_tilde = F.pad(log_p_tilde, (0, 0, 0, 0, 0, masks), value=-torch.inf)
         last = (self._network_t(t, x_t) == 1).view(-1, 1, 1, 1)
         return torch.where(last, log_p_tilde, self.log_q_posterior(x_t, weights, t))
 
     def p_theta(self, x_t: Tensor, t: Tensor, logits=None) -> Tensor:
-        """The probabilities [B, S, H, W] of `log_p_theta`."""
+        """Probabilities, as `log_p_theta`."""
         return self.log_p_theta(x_t, t, logits).exp()
 
     # -- section 3.4: the bound (equation 1) and the loss (equation 5) -----------------------------
@@ -243,7 +238,7 @@ class DiscreteDiffusion(nn.Module):
     def bound_terms(
         self, x_0: Tensor, num_t=None, generator=None, y=None, batch_size=250, progress=False
     ) -> BoundTerms:
-        """Equation 1 for images [N, 1, H, W] and labels y [N], each term at one x_t: unbiased.
+        """Equation 1 for images [N, 1, H, W] and labels y [N]: an unbiased estimate on the CPU.
         Of t = 2..T, num_t are drawn for each image, or all are taken. The generator is a CPU's."""
         x_0 = self.check_x_0(x_0).cpu()
         N, T = len(x_0), self.timesteps
@@ -274,8 +269,7 @@ class DiscreteDiffusion(nn.Module):
         return BoundTerms(self.L_T(x_0), weight * terms[:, 1:].sum(1), terms[:, 0], t, terms)
 
     def variational_bound(self, x_0: Tensor, num_t=None, generator=None, y=None) -> Tensor:
-        """L_T + sum of L_{t-1} + L_0 >= -log p_theta(x_0) (equation 1): an unbiased estimate,
-        float64 [N] on the CPU, in nats per image. Arguments as in `bound_terms`."""
+        """The sum of `bound_terms`, >= -log p_theta(x_0), in nats per image: float64 [N]."""
         return self.bound_terms(x_0, num_t, generator, y).total
 
     # -- sampling ---------------------------------------------------------------------------------
@@ -296,9 +290,8 @@ class DiscreteDiffusion(nn.Module):
         it is the same in every batch. last_step: "draw" x_0 ~ p_theta(x_0 | x_1), or take its
         "mode" as the authors' code does, which is no sample from the model of the bound.
         """
-        if last_step not in LAST_STEPS:
-            raise ValueError(f"unknown choice {last_step!r}: choose from {', '.join(LAST_STEPS)}")
-        streams, device = RandomStreams(n, seed, first), self.device
+        check_choice("last step", last_step, LAST_STEPS)
+        streams, device = Streams(n, seed, first), self.device
         prior = self.prior.float().to(device)[None, :, None, None].expand(n, -1, 1, 1)
         x_t = draw(prior, streams.uniforms(self.image_shape, device))
         yield x_t
@@ -316,8 +309,8 @@ class DiscreteDiffusion(nn.Module):
             raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
         y = None if y is None else self.check_labels(y, n)
         images = torch.empty(n, *self.image_shape, dtype=torch.uint8)
-        steps = n * (self.timesteps + 1)
-        with tqdm(total=steps, desc="sampling", unit_scale=True, disable=not progress) as bar:
+        total = n * (self.timesteps + 1)
+        with tqdm(total=total, desc="sampling", unit_scale=True, disable=not progress) as bar:
             for rows in torch.arange(n).split(batch_size):
                 start, labels = first + int(rows[0]), None if y is None else y[rows]
                 for x_t in self.reverse_process(len(rows), seed, start, labels, **how):
@@ -336,9 +329,8 @@ class DiscreteDiffusion(nn.Module):
 
     def suitable_batch(self) -> int:
         """How many images fit a CPU's caches, or keep a GPU busy within its memory."""
-        if self.device.type != "cuda":
-            return 64
-        return max(1, min(512, 2**24 // (self.num_states * math.prod(self.image_shape))))
+        affordable = max(1, 2**24 // (self.num_states * math.prod(self.image_shape)))
+        return min(512, affordable) if self.device.type == "cuda" else 64
 
     def _network_t(self, t: Tensor, x: Tensor) -> Tensor:
         return self.network_t.to(x.device)[t.long().to(x.device)]

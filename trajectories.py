@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import LAST_STEPS, DiscreteDiffusion
-from transitions import RandomStreams, check_integers, draw
+from transitions import Streams, check_choice, check_integers, draw
 
 # -------------------------------------------------------------------------------------------------
 # Fewer timesteps
@@ -188,32 +188,10 @@ def importance_weighted(log_w: Tensor) -> Tensor:
 
 
 def fill_in(
-    diffusion: DiscreteDiffusion,
-    known: Tensor,
-    n: int,
-    seed: int = 0,
-    first: int = 0,
-    y: Tensor | None = None,
-    guidance: float = 0.0,
-    particles: int = 16,
-    last_step: str = "draw",
-    batch_size: int | None = None,
-    progress: bool = False,
+    diffusion: DiscreteDiffusion, known: Tensor, n: int, batch_size=None, first=0, y=None, **how
 ) -> Tensor:
-    """Draw the unknown pixels of n images: uint8 [n, 1, H, W] on the CPU.
-
-    For each image N = `particles` trajectories are drawn in which given pixels follow the forward
-    process and the others p_theta. One of them is chosen with a probability proportional to its
-    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is the usual
-    replacement: it is biased, since early steps see no more of the given pixels than their noise.
-
-    Args:
-        known: integers [n or 1, 1, H, W], levels where they are given and -1 elsewhere.
-        seed, first, y, guidance, last_step, batch_size: as in `DiscreteDiffusion.sample`.
-
-    Raises:
-        ValueError: for arguments out of range.
-    """
+    """Draw the unknown pixels of n images: uint8 [n, 1, H, W] on the CPU. Arguments and errors as
+    in `filling_process`; batch_size is the number of images at a time."""
     batch_size = diffusion.suitable_batch() if batch_size is None else batch_size
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
@@ -221,9 +199,8 @@ def fill_in(
     y = None if y is None else diffusion.check_labels(y, n)
     x_0 = []
     for rows in torch.arange(n).split(batch_size):
-        labels = None if y is None else y[rows]
-        request = len(rows), seed, first + int(rows[0]), labels, guidance, particles, last_step
-        x_0.append(filling_process(diffusion, known[rows], *request, progress)[-1].byte())
+        how |= {"first": first + int(rows[0]), "y": None if y is None else y[rows]}
+        x_0.append(filling_process(diffusion, known[rows], len(rows), **how)[-1].byte())
     return torch.cat(x_0)
 
 
@@ -239,14 +216,22 @@ def filling_process(
     last_step: str = "draw",
     progress: bool = False,
 ) -> Tensor:
-    """x_T, ..., x_0 of the trajectories that `fill_in` chooses: [T + 1, n, 1, H, W] on the CPU.
+    """x_T, ..., x_0 of n images whose unknown pixels are drawn: [T + 1, n, 1, H, W] on the CPU.
 
-    Trajectory 0 of image i uses the random stream (seed, i), the ordinary sampler's, trajectory j
-    uses (seed, i, j). Adding a Gumbel variable to each log-weight and taking the largest sum is a
-    draw in proportion to the weights.
+    For each image N = `particles` trajectories are drawn in which given pixels follow the forward
+    process and the others p_theta. One of them is chosen with a probability proportional to its
+    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is the usual
+    replacement: it is biased, since early steps see no more of the given pixels than their noise.
+
+    Args:
+        known: integers [n or 1, 1, H, W], levels where they are given and -1 elsewhere.
+        seed, first, y, guidance, last_step: as in `DiscreteDiffusion.reverse_process`. Trajectory 0
+            of image i uses its random stream (seed, i), trajectory j uses (seed, i, j).
+
+    Raises:
+        ValueError: for arguments out of range.
     """
-    if last_step not in LAST_STEPS:
-        raise ValueError(f"unknown choice {last_step!r}: choose from {', '.join(LAST_STEPS)}")
+    check_choice("last step", last_step, LAST_STEPS)
     if particles < 1:
         raise ValueError(f"particles must be at least 1, got {particles}")
     known = check_known(diffusion, known, n)
@@ -257,12 +242,13 @@ def filling_process(
     total = n * particles * len(chain)
     with tqdm(total=total, desc="filling in", unit_scale=True, disable=not progress) as bar:
         for j in range(particles):
-            streams = RandomStreams(n, seed, first, *([j] if j else []))
+            streams = Streams(n, seed, first, *([j] if j else []))
             next_uniforms = partial(streams.uniforms, diffusion.image_shape, diffusion.device)
             trajectory = walk(diffusion, known, next_uniforms, y, guidance, last_step)
             for k, (x_t, log_w) in enumerate(trajectory):
                 chain[k], score = x_t, log_w
                 bar.update(n)
+            # The largest log-weight plus Gumbel noise is a draw in proportion to the weights.
             score = score.cpu().double() + streams.gumbel()
             if j == 0:  # where nothing is given, all weights are 1: keep the ordinary sample
                 score[(known < 0).flatten(1).all(1)] = math.inf

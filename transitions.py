@@ -9,9 +9,9 @@ Q_1 .. Q_T, and one entry in `FAMILIES`.
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial, reduce
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,20 +38,14 @@ def cosine_betas(T: int, K: int) -> Tensor:
 
 
 def linear_betas(T: int, K: int) -> Tensor:
-    """1e-4 .. 0.02, evenly spaced: the widely copied schedule of DDPM, kept for comparison.
-
-    With T = 200 and two levels it stops at bar_Q_T = [[0.57, 0.43], [0.43, 0.57]]. Sampling starts
-    from noise that the network never saw, and L_T alone costs 9.0 nats per 32x32 image.
-    """
+    """1e-4 .. 0.02, evenly spaced: the schedule of DDPM, for comparison. With T = 200 it stops
+    short of noise, at bar_Q_T = [[0.57, 0.43], [0.43, 0.57]]: L_T is 9.0 nats per 32x32 image."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 
 def mutual_info_betas(T: int, K: int) -> Tensor:
-    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T.
-
-    For absorbing transitions the mutual information of x_t and x_0 then falls linearly (appendix
-    A.7). For others it does not.
-    """
+    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T. With absorbing transitions the mutual
+    information of x_t and x_0 then falls linearly (appendix A.7)."""
     return 1 / (T - torch.arange(T, dtype=torch.float64))
 
 
@@ -59,11 +53,8 @@ def fitted_betas(T: int, K: int) -> Tensor:
     """Evenly spaced squared widths for Gaussian transitions, with end points that fit K and T.
 
     beta_1 moves a middle level in the first step with probability 0.001. beta_T brings every row
-    of bar_Q_T within 1e-4 (total variation) of uniform. The paper's 1e-4 .. 0.02 suit K = 256 and
-    T = 1000; with few levels the kernel would be so narrow that hardly any pixel moves.
-
-    Raises:
-        ValueError: if no width reaches uniform in T steps.
+    of bar_Q_T within 1e-4 (total variation) of uniform; a ValueError if none does in T steps. The
+    paper's 1e-4 .. 0.02 suit K = 256 and T = 1000: with few levels hardly any pixel would move.
     """
     beta_1 = 4 / ((K - 1) ** 2 * math.log(2 / 0.001))
 
@@ -86,10 +77,8 @@ def information_betas(T: int, K: int) -> Tensor:
 
     The mutual information of x_t and x_0, for K equally likely levels and divided by log K, is
     cos^2(pi/2 t/T), approximately. Evenly spaced widths lose half of it in a tenth of the steps
-    for K = 8, in a fiftieth for K = 256. The last 12 steps are as wide as possible.
-
-    Raises:
-        ValueError: if T is too small for that.
+    for K = 8, in a fiftieth for K = 256. The last 12 steps are as wide as possible; a ValueError
+    if T is too small for that.
     """
     if T <= 12:
         raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
@@ -134,11 +123,8 @@ def uniform_transitions(K: int, betas: Tensor) -> Tensor:
 def absorbing_transitions(K: int, betas: Tensor) -> Tensor:
     """Q_t = (1 - beta_t) I + beta_t 1 e_m^T: become the mask m (appendix A.2.2). S = K + 1.
 
-    The mask is a state of its own, the last one. The authors' image code absorbs into the middle
-    grey level instead.
-
-    Raises:
-        ValueError: if a pixel can survive to T: L_T would be infinite.
+    The mask is a state of its own, the last one; in the authors' image code it is the middle grey
+    level. Raises ValueError if a pixel can survive to T, since L_T would be infinite.
     """
     if betas.max() < 1:
         raise ValueError("absorbing transitions need some beta_t = 1, so that all ends masked")
@@ -185,8 +171,7 @@ def blurred(rows: np.ndarray, spectrum: np.ndarray, stays: np.ndarray) -> np.nda
 # The table of legal combinations
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """Makes Q_1 .. Q_T; its schedules, the default first; its states beyond the levels."""
 
     matrices: Callable[[int, Tensor], Tensor]
@@ -214,9 +199,7 @@ SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in
 
 def family_and_schedule(transition: str, schedule: str | None) -> tuple[Family, str]:
     """The family and its schedule's name, by default the first. Raises ValueError."""
-    if transition not in FAMILIES:
-        raise ValueError(f"unknown transition {transition!r}: choose from {', '.join(FAMILIES)}")
-    family = FAMILIES[transition]
+    family = FAMILIES[check_choice("transition", transition, FAMILIES)]
     schedule = schedule or next(iter(family.schedules))
     if schedule not in family.schedules:
         choices = " or ".join(family.schedules)
@@ -235,10 +218,7 @@ def transition_matrices(transition: str, schedule: str | None, K: int, T: int) -
 
 def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
     """Q as float64 on the CPU; a ValueError unless it holds T transition matrices after Q[0]."""
-    try:
-        Q = torch.as_tensor(Q, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, RuntimeError):
-        raise ValueError("Q must be a tensor") from None
+    Q = torch.as_tensor(Q, dtype=torch.float64, device="cpu").detach()
     if Q.ndim != 3 or Q.shape[0] != T + 1 or Q.shape[1] != Q.shape[2] or Q.shape[1] < K:
         wanted = f"[timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}"
         raise ValueError(f"Q must be {wanted}, got {list(Q.shape)}")
@@ -268,6 +248,7 @@ class MarkovChain:
         self.bar_Q /= self.bar_Q.sum(-1, keepdim=True)  # or rounding would grow over T products
         self.prior = self.bar_Q[-1, :K].mean(0)
         self.log_Q, self.log_bar_Q = Q.log(), self.bar_Q.log()
+        self.bar_Q_transposed, self.log_bar_Q_transposed = self.bar_Q.mT, self.log_bar_Q.mT
         self.tables: dict[tuple, Tensor] = {}  # not buffers: float64 is exact, and MPS has none
         self.distance = 0.5 * (self.bar_Q[-1, :K] - self.prior).abs().sum(-1).max().item()
 
@@ -278,13 +259,20 @@ class MarkovChain:
             self.tables[key] = getattr(self, name).to(dtype).to(device)
         return self.tables[key][t.long().to(device)]
 
-    def rows(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Row x [B, 1, H, W] of the matrix at t, pixel by pixel: [B, S, H, W]."""
-        return take_columns(self.at(name, t, x.device, dtype).mT, x)
-
     def columns(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Column x [B, 1, H, W] of the matrix at t, pixel by pixel: [B, S, H, W]."""
-        return take_columns(self.at(name, t, x.device, dtype), x)
+        matrices = self.at(name, t, x.device, dtype)
+        index = x.long().flatten(2).expand(-1, matrices.shape[1], -1)
+        return matrices.gather(2, index).reshape(len(x), matrices.shape[1], *x.shape[2:])
+
+    def rows(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Row x of the matrix at t, pixel by pixel: [B, S, H, W]."""
+        return self.columns(f"{name}_transposed", t, x, dtype)
+
+    def log_jump(self, log_p: Tensor, t: Tensor) -> Tensor:
+        """log of the sum over x_0 of p(x_0) bar_Q_t[x_0, j]: [B, K, H, W] -> [B, S, H, W]."""
+        log_bar_Q = self.at("log_bar_Q", t, log_p.device, log_p.dtype)
+        return log_matmul(log_p, log_bar_Q[:, : log_p.shape[1]])
 
 
 def markov_chain(
@@ -314,12 +302,6 @@ def markov_chain(
 def named_chain(transition: str, schedule: str, K: int, T: int) -> MarkovChain:
     """One object for one chain: DiscreteDiffusions around other networks share the tables."""
     return MarkovChain(transition_matrices(transition, schedule, K, T), K)
-
-
-def take_columns(matrices: Tensor, x: Tensor) -> Tensor:
-    """Column x [B, 1, H, W] of matrices [B, S, S], pixel by pixel: [B, S, H, W]."""
-    index = x.long().flatten(2).expand(-1, matrices.shape[1], -1)
-    return matrices.gather(2, index).reshape(len(x), matrices.shape[1], *x.shape[2:])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -375,6 +357,13 @@ def as_float(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def check_choice(kind: str, value: str, choices: Iterable[str]) -> str:
+    """value, or a ValueError if it is not one of the choices."""
+    if value not in choices:
+        raise ValueError(f"unknown {kind} {value!r}: choose from {', '.join(choices)}")
+    return value
+
+
 def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> Tensor:
     """x as a tensor; a ValueError unless it holds integers low..high. None is any length.
 
@@ -390,7 +379,7 @@ def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> T
     return x
 
 
-class RandomStreams:
+class Streams:
     """A random stream for each image i of first .. first + n - 1, made from (seed, i, *more)."""
 
     def __init__(self, n: int, seed: int, first: int, *more: int):

@@ -430,6 +430,19 @@ def test_own_transition_matrices_and_a_shorter_chain_come_back():
         assert torch.equal(again.sample(2), chain.sample(2))
 
 
+DIGITS = {"source": "mnist", "classes": [*"0123456789"], "size": [28, 28], "palette": None}
+
+
+@pytest.mark.parametrize("data", ["mnist", "offline"])
+def test_what_old_checkpoints_were_trained_on(data):
+    """They say only "data". New ones keep what they say."""
+    save_checkpoint("x.pth", fake_checkpoint(1) | {"data": data})
+    assert read_checkpoint("x.pth")["dataset"] == DIGITS | {"source": data}
+    own = {"source": "/x", "classes": ["a"], "size": [40, 24], "palette": [[0, 0, 0], [9, 9, 9]]}
+    save_checkpoint("x.pth", fake_checkpoint(1) | {"dataset": own})
+    assert read_checkpoint("x.pth")["dataset"] == own
+
+
 @pytest.mark.parametrize(
     "name, T, protocol, labels",
     [("d3pm_mnist", 1000, "threshold", 10), ("d3pm_mnist_dynamic", 1000, "dynamic", 0)],
@@ -439,6 +452,7 @@ def test_released_models_load(name, T, protocol, labels):
     d, state = load_checkpoint(path), read_checkpoint(path)
     assert (d.timesteps, d.num_levels, d.num_labels) == (T, 2, labels)
     assert (state["data"], state["binarize"]) == ("mnist", protocol)
+    assert state["dataset"] == DIGITS
     assert d.config["schedule"] == "cosine"
 
 
@@ -600,33 +614,15 @@ def assert_owned():
 
 def test_a_folder_is_owned_by_one():
     """Its lock is released and stays, so that all who try lock the same file."""
-    with RunFolder("a/run").owned():
+    with pytest.raises(UserError, match="bad flag"), RunFolder("a/run").owned():
         assert_owned()
-        make("a/run/metrics.csv")
+        raise UserError("bad flag")
     number = Path("a/run/.lock").stat().st_ino
     with RunFolder("a/run").owned():
         assert_owned()
+        make("a/run/metrics.csv")
     assert files_below("a/run") == {"a/run/metrics.csv", "a/run/.lock"}
     assert Path("a/run/.lock").stat().st_ino == number
-
-
-def test_a_folder_without_a_run_is_left_as_it_was(monkeypatch):
-    with pytest.raises(UserError, match="bad flag"), RunFolder("new").owned():
-        raise UserError("bad flag")
-    Path("old").mkdir()
-    with RunFolder("old").owned():
-        pass
-    assert snapshot(Path()) == {Path("old"): None}
-    # The lock is deleted before it is released, and a deleted one does not count.
-    flock = fcntl.flock
-
-    def deleted_first(*args):
-        Path("old/.lock").unlink()
-        flock(*args)
-
-    monkeypatch.setattr(fcntl, "flock", deleted_first)
-    with pytest.raises(UserError, match="another run is alive in old"), RunFolder("old").owned():
-        pytest.fail("owns a lock that nobody else can see")
 
 
 @pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "ENOTSUP", "EIO"])
@@ -693,7 +689,7 @@ def test_clearing_and_tidying():
     leftovers = ["run/checkpoints/.last.pth.0123abcd"]
     leftovers += ["run/checkpoints/.model_epoch_5.pth.0123abcd"]
     theirs = ["run/notes.txt", "run/last.pth", "run/checkpoints/notes.txt"]
-    theirs += ["run/checkpoints/.notes.pth.0123abcd", "run/samples/.last.pth.0123abcd"]
+    theirs += ["run/checkpoints/.notes", "run/samples/.last.pth.0123abcd"]
     theirs += ["run/samples/x.png", "run/samples/deep/sample_epoch_5.png"]
     theirs += ["run/checkpoints/model_epoch_5.pth.bak"]
     make(*ours, *theirs, *leftovers)
