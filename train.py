@@ -366,7 +366,7 @@ class Run:
             options = {"y": model.labels(64), "last_step": default_last_step(model)}
             images = model.sample(64, self.settings["seed"], **options)
             options = {"num_levels": self.settings["levels"], "columns": 8}
-            path = self.folder.samples / f"sample_epoch_{row['epoch']}.png"
+            path = self.folder.path / "samples" / f"sample_epoch_{row['epoch']}.png"
             write_picture(path, lambda file: image_grid(images, **options).save(file, format="png"))
             path = self.folder.path / "loss_curve.png"
             write_picture(path, lambda file: save_figure(plot_history(self.history), file))
