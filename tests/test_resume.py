@@ -270,7 +270,7 @@ def test_constant_of_another_run_is_not_used(my_run, cheap):
     other = read_checkpoint(constant)
     other["history"][0]["seconds"] += 1
     save_checkpoint(constant, other)
-    out = resumed("--steps 17", my_run)
+    out = resumed("--steps 18", my_run)
     assert "last.pth at step 16" in out and "rises again" in out
 
 

@@ -95,7 +95,7 @@ def test_train_writes_what_it_promises(run):
 
 def test_what_a_checkpoint_holds(run):
     last, constant, weights = (checkpoint_of(run, name) for name in ("last", "constant", "weights"))
-    shared = {"network", "diffusion", "averaged_weights", "data", "binarize", "step"}
+    shared = {"network", "diffusion", "averaged_weights", "data", "dataset", "binarize", "step"}
     whole = shared | {"weights", "optimizer", "settings", "epoch", "steps_per_epoch"}
     whole |= {"total_steps", "loss_sum", "history", "seconds"}
     assert last.keys() == constant.keys() == whole
@@ -387,9 +387,12 @@ def test_of_32_levels_all_validation_digits_are_used(made):
         ("--loss variational --binarize dynamic --blocks 2", 2, 2),
     ],
 )
-def test_design_choices_end_to_end(flags, states, levels):
+def test_design_choices_end_to_end(flags, states, levels, monkeypatch):
     """One short epoch and its sheet, then digits and an animation from nothing but the
     checkpoint."""
+    validate = Trainer.validate
+    monkeypatch.setattr(Trainer, "validate", lambda self, x_0: validate(self, x_0[:32]))
+    monkeypatch.setattr(train, "save_figure", lambda figure, file: file.write(b"a figure"))
     trained(f"{flags} --epochs 1 --limit 16")
     d = load_checkpoint("out/checkpoints/weights.pth")
     assert (d.num_states, d.num_levels) == (states, levels)
