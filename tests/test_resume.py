@@ -264,6 +264,15 @@ def test_a_rate_that_rises_again_is_said(decay, cheap):
     assert any("rises" in line for line in out) == (decay != "constant")
 
 
+def test_a_rate_that_warms_up_does_not_rise_again(monkeypatch, cheap):
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, 0, signal.SIGTERM)
+        call("train.py", *TRAIN, "--epochs", 100, "--out-dir", "out")
+    monkeypatch.setattr(train.Run, "train", lambda self, stop: False)
+    out = resumed()
+    assert "at step 1" in out and "rises" not in out
+
+
 def test_constant_of_another_run_is_not_used(my_run, cheap):
     """It is the named checkpoint's only if its history is the beginning of the checkpoint's."""
     constant = my_run / "checkpoints" / "constant.pth"
