@@ -56,8 +56,8 @@ def find_pictures(folder: Path) -> list[Path]:
         raise UserError(f"there are no pictures that Pillow can read in {folder}")
     outside = [file.name for file in sorted(files) if file.parent == folder]
     if 0 < len(outside) < len(files):
-        message = f"some pictures in {folder} are in sub-folders, which are the classes, others not"
-        raise UserError(f"{message} ({outside[0]})")
+        message = "has pictures both in sub-folders, which are the classes, and outside of them"
+        raise UserError(f"{folder} {message} ({outside[0]})")
     return sorted(files)
 
 
@@ -180,12 +180,12 @@ def read_pictures(
 
 def announce(n: int, h: int, w: int) -> None:
     """Say what the pictures will cost, before they are read."""
-    memory = 2 * n * h * w / 1e6  # once more while they are divided into splits
-    lines = f"Reading {n:,} pictures, {h}x{w}, which takes {memory:,.0f} MB of memory"
+    memory = max(1, 2 * n * h * w / 1e6)  # twice, while they are divided into splits
+    text = f"Reading {n:,} pictures, {h}x{w}, which takes {memory:,.0f} MB of memory"
     if h * w > USUAL_SIDE**2:
-        times = h * w / 32**2
-        lines += f"\nTraining takes {times:.0f} times the time and memory of 32x32: perhaps --size"
-    tqdm.write(lines, file=sys.stderr)
+        text += f"\nTraining takes at least {h * w / 32**2:.0f} times the time and memory of 32x32"
+        text += " pictures: --size makes them smaller"
+    tqdm.write(text, file=sys.stderr)
 
 
 def split_rows(shares: np.ndarray, folder: Path) -> dict[str, np.ndarray]:

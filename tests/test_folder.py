@@ -170,11 +170,11 @@ def test_cost_is_announced(capsys):
     """Memory first, and what large pictures mean."""
     make_pictures()
     load()
-    line = "Reading 30 pictures, 6x10, which takes 0 MB of memory\n"
+    line = "Reading 30 pictures, 6x10, which takes 1 MB of memory\n"
     assert capsys.readouterr().err == line  # read once for all splits
     load(size=(256, 128))
     err = capsys.readouterr().err
-    assert "256x128, which takes 2 MB" in err and "32 times the time and memory" in err
+    assert "256x128, which takes 2 MB" in err and "at least 32 times the time and memory" in err
 
 
 @pytest.mark.parametrize("h, w", [(28, 28), (32, 32), (1, 9), (7, 130), (25, 31)])
@@ -343,7 +343,7 @@ def test_no_pictures():
 def test_pictures_outside_of_the_classes():
     make_pictures(3, "class/{}.png")
     save("x.png", random_grey(0))
-    assert refusal().endswith("which are the classes, others not (x.png)")
+    assert refusal().endswith("which are the classes, and outside of them (x.png)")
 
 
 def test_two_sizes():
