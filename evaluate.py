@@ -1,5 +1,5 @@
-"""Measure a model: its bound on test digits, the quality of its samples, and whether it memorized
-the training set.
+"""Measure a model: its bound on test images, the quality of its samples if they are digits, and
+whether it memorized the training set.
 
     python evaluate.py                                   # the released model
     python evaluate.py results_d3pm/checkpoints/last.pth
@@ -7,10 +7,9 @@ the training set.
     python evaluate.py CHECKPOINT --trajectories 64      # also the importance-weighted bound
     python evaluate.py --train-classifier                # how the classifier was trained
 
-Writes evaluation.json, bound_terms.png, nearest.png and, with --trajectories, gain.png. They go
-into the folder of the checkpoint's run. Files of an earlier evaluation are kept: choose another
---out-dir, or delete them with --overwrite. Samples are drawn with the defaults of sample.py. The
-bound uses all timesteps, unless --timesteps is given.
+Writes evaluation.json, bound_terms.png, nearest.png and, with --trajectories, gain.png into the
+folder of the run, where files of an earlier evaluation are kept unless --overwrite is given.
+Samples are drawn with the defaults of sample.py. The bound uses all timesteps.
 """
 
 import argparse
@@ -29,51 +28,48 @@ from torch import Tensor
 import checkpoint as files
 import metrics
 from checkpoint import RELEASED, TIMESTEPS
-from dataset import Dataset, load_dataset, sha256, stream_seed, to_levels
-from diffusion import LAST_STEPS, BoundTerms, DiscreteDiffusion
+from dataset import DIGITS, NAMES, Dataset, load_dataset, sha256, stream_seed, to_levels
+from diffusion import LAST_STEPS, DiscreteDiffusion
 from metrics import load_classifier, spread, summarize_bound, summarize_gain
 from model import accelerated
-from pictures import image_grid, plot_gains, plot_terms, save_figure, write_picture
+from pictures import image_grid, plot_gains, plot_terms, save_figure, style_of, write_picture
 from trajectories import log_weights, respaced
 
 OUTPUTS = ("evaluation.json", "bound_terms.png", "gain.png", "nearest.png")
 OF_THE_BOUND = ("images", "repeats", "exact", "binarizations", "trajectories", "weighted_images")
 OF_THE_SAMPLES = ("guidance", "last_step", "no_labels", "seed")
 MIN_SAMPLES = 20
+NOT_JUDGED = "the classifier that judges samples knows only MNIST's digits"
 NO_BOUND = "the offline digits are in MNIST's training split, which this model was trained on"
 
 
 def parse_arguments() -> argparse.Namespace:
     p = cli.parser(__doc__)
     add = p.add_argument
-    words = "a .pth file written by train.py (default: the released model)"
-    add("checkpoint", nargs="?", type=path(), help=words)
-    words = "the digits of MNIST to evaluate on (default test); choose settings on validation"
+    add("checkpoint", nargs="?", type=path(), help="a .pth file (default: the released model)")
+    words = "of the images (default test); choose settings on validation"
     add("--split", choices=["test", "validation"], default="test", help=words)
     words = "how many timesteps (default: for the bound all, for samples those of sample.py)"
     add("--timesteps", type=int, metavar="N", help=words)
-    add("--images", type=integer(2), metavar="N", help="digits for the bound (default all)")
-    words = "timesteps drawn for each digit of the bound (default 4)"
-    add("--repeats", type=integer(1), help=words)
-    words = "the bound from every timestep: T passes over the digits"
-    add("--exact", action="store_true", help=words)
-    words = """average the bound over N random binarizations of the digits (default 1), for
-        checkpoints of train.py --binarize dynamic"""
+    add("--images", type=integer(2), metavar="N", help="for the bound (default all)")
+    add("--repeats", type=integer(1), metavar="N", help="timesteps drawn for each (default 4)")
+    add("--exact", action="store_true", help="every timestep instead: T passes over the images")
+    words = "random binarizations to average (default 1), if trained with --binarize dynamic"
     add("--binarizations", type=integer(1), metavar="N", help=words)
-    words = """also the importance-weighted bound, with N weights inside the logarithm: N passes
-        over each digit in every timestep"""
+    words = "also the importance-weighted bound: N passes over each image in every timestep"
     add("--trajectories", type=integer(1), metavar="N", help=words)
-    words = "digits for the weights (default 100): the gain varies little between digits"
+    words = "images for that (default 100): the gain varies little between images"
     add("--weighted-images", type=integer(2), metavar="N", help=words)
     words = f"images to draw and judge (default 500, at least {MIN_SAMPLES}; 0: only the bound)"
-    add("--num-samples", type=integer(0), default=500, help=words)
+    add("--num-samples", type=integer(0), default=500, metavar="N", help=words)
     words = "strength of classifier-free guidance for the samples (default 0)"
     add("--guidance", type=number(0), metavar="W", help=words)
     cli.add_last_step(add, LAST_STEPS)
-    words = "draw samples without classes from a conditional checkpoint"
-    add("--no-labels", action="store_true", help=words)
+    add("--no-labels", action="store_true", help="draw samples without classes")
     add("--seed", type=cli.SEED, help="random seed of the samples (default 0)")
-    cli.add_data(add)
+    words = "a folder or a name, as for train.py (default: what the model was trained on)"
+    add("--data", metavar="NAME|FOLDER", help=words)
+    add("--data-root", type=path(), default=Path("data"), help="MNIST's folder (default data)")
     words = "default: the folder of the run; for the released models results_d3pm/evaluation"
     add("--out-dir", type=path(), help=words)
     add("--overwrite", action="store_true", help="replace an earlier evaluation in --out-dir")
@@ -83,35 +79,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--train-classifier", action="store_true", help=words)
     args = p.parse_args()
     args.given = {key for key in vars(args) if getattr(args, key) != p.get_default(key)}
-    try:
-        check_arguments(args)
-    except UserError as error:
-        p.error(str(error))
-    return args
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Fill in --out-dir. Raises UserError for flags that contradict each other or do nothing."""
-    if args.train_classifier:
-        useless = args.given - {"train_classifier", "data_root", "out_dir"}
-        refuse(args, useless, "--train-classifier")
-        args.out_dir = args.out_dir or Path("results_d3pm")
-        return
     if 0 < args.num_samples < MIN_SAMPLES:
-        raise UserError(f"--num-samples must be 0 or at least {MIN_SAMPLES}")
-    if args.num_samples == 0:
-        refuse(args, OF_THE_SAMPLES, "--num-samples 0")
-    if args.exact:
-        refuse(args, ["repeats"], "--exact")
-    if not args.trajectories:
-        refuse(args, ["weighted_images"], "no --trajectories")
-    if args.no_labels:
-        refuse(args, ["guidance"], "--no-labels")
-    if args.out_dir is None:
-        folder = (args.checkpoint or RELEASED).resolve().parent
-        args.out_dir = folder.parent if folder.name == "checkpoints" else folder
-        if folder == RELEASED.parent:  # part of the repository
-            args.out_dir = Path("results_d3pm") / "evaluation"
+        p.error(f"--num-samples must be 0 or at least {MIN_SAMPLES}")
+    return args
 
 
 def refuse(args: argparse.Namespace, names, reason: str) -> None:
@@ -121,35 +91,35 @@ def refuse(args: argparse.Namespace, names, reason: str) -> None:
         raise UserError(f"{flag} does nothing here: {reason}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The digits
+def check_flags(args: argparse.Namespace, num_labels: int, binarize: str) -> None:
+    """Raise UserError for a flag that does nothing."""
+    trained = f"{args.checkpoint} was trained"
+    for applies, names, reason in (
+        (args.num_samples == 0, OF_THE_SAMPLES, "--num-samples 0"),
+        (args.exact, ["repeats"], "--exact"),
+        (not args.trajectories, ["weighted_images"], "no --trajectories"),
+        (args.no_labels, ["guidance"], "--no-labels"),
+        (not num_labels, ["no_labels", "guidance"], f"{trained} without classes"),
+        (binarize != "dynamic", ["binarizations"], f"{trained} without random binarization"),
+    ):
+        if applies:
+            refuse(args, names, reason)
 
 
-@dataclass
-class RealDigits:
-    """`test`: for the bound, and the reference for samples. `other`: real digits that are judged
-    like samples, for comparison. `train`: where memorized digits would be found."""
-
-    test: Dataset
-    other: Dataset
-    train: Dataset
-    name: str  # of `test`
-    seen: bool  # whether the model was trained on `test`
-
-
-def real_digits(args: argparse.Namespace, trained_on: str) -> RealDigits:
-    """Splits of MNIST, or the offline digits where MNIST can't be had."""
-    train = load_dataset("train", args.data, args.data_root)
-    if train.source == "mnist":
-        other = "validation" if args.split == "test" else "test"  # new to the classifier, too
-        splits = (args.split, other)
-        test, other = (load_dataset(split, "mnist", args.data_root) for split in splits)
-        if trained_on == "offline":
-            train = load_dataset("train", "offline")
-        return RealDigits(test, other, train, f"MNIST {args.split} split", seen=False)
-    # The offline digits are part of MNIST's training split.
-    name, seen = "offline validation digits (not the MNIST test split)", trained_on == "mnist"
-    return RealDigits(load_dataset("validation", "offline"), train, train, name, seen)
+def prepare_outputs(args: argparse.Namespace) -> None:
+    """Fill in --out-dir. Raises UserError if the checkpoint or an earlier file would be lost."""
+    if args.out_dir is None:
+        folder = args.checkpoint.resolve().parent
+        args.out_dir = folder.parent if folder.name == "checkpoints" else folder
+        if folder == RELEASED.parent:  # part of the repository
+            args.out_dir = Path("results_d3pm") / "evaluation"
+    for file in filter(Path.exists, (args.out_dir / name for name in OUTPUTS)):
+        if file.samefile(args.checkpoint):
+            raise UserError(f"can't write {file}: the same file is read by this command")
+        if not file.is_file():
+            raise UserError(f"can't write {file}: it is not a regular file")
+        if not args.overwrite:
+            raise UserError(f"{file} exists: give --overwrite, or another --out-dir")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,233 +128,219 @@ def real_digits(args: argparse.Namespace, trained_on: str) -> RealDigits:
 
 @dataclass
 class Evaluation:
-    """One model, the digits it is measured on, and the arguments."""
+    """One model, the images it is measured on, and the arguments."""
 
+    args: argparse.Namespace
     diffusion: DiscreteDiffusion
     binarize: str
-    digits: RealDigits
-    args: argparse.Namespace
+    style: dict  # of pictures, from `style_of`
+    test: Dataset  # for the bound, and the reference for samples
+    other: Dataset | None  # real digits that are judged like samples; None for other images
+    train: Dataset  # where memorized images would be found
+    name: str  # of `test`
+    seen: bool = False  # whether the model was trained on `test`
 
     def levels(self, grey: Tensor, seed: int) -> Tensor:
         # The bound draws its noise from `seed` itself. Binarizing needs a stream of its own.
         generator = torch.Generator().manual_seed(stream_seed(seed))
         return to_levels(grey, self.diffusion.num_levels, self.binarize, generator)
 
-    def test_digits(self, rows: Tensor, seed: int, labelled: bool) -> tuple[Tensor, Tensor | None]:
-        """x_0 and the labels of these rows, for a random binarization."""
-        test = self.digits.test
-        return self.levels(test.images, seed)[rows], test.labels[rows] if labelled else None
-
-    def bound_terms(self, rows: Tensor, seed: int, labelled: bool) -> BoundTerms:
-        x_0, y = self.test_digits(rows, seed, labelled)
-        num_t = None if self.args.exact else self.args.repeats or 4
-        generator = torch.Generator().manual_seed(seed)
-        return self.diffusion.bound_terms(x_0, num_t, generator, y, progress=True)
-
-    def log_weights(self, rows: Tensor, labelled: bool) -> Tensor:
-        """[rows, --trajectories]. The rows are divided among the binarizations of the bound."""
-        parts, n = [], self.args.binarizations or 1
-        for seed in range(min(n, len(rows))):
-            x_0, y = self.test_digits(rows[seed::n], seed, labelled)
-            request = self.args.trajectories, torch.Generator().manual_seed(seed), y
-            parts.append(log_weights(self.diffusion, x_0, *request, progress=True))
-        return torch.cat(parts)
+    def inputs(self, rows: Tensor, seed: int, labelled: bool) -> tuple:
+        """x_0 of these rows for one random binarization, a generator of noise, labels or None."""
+        x_0 = self.levels(self.test.images, seed)[rows]
+        y = self.test.labels[rows] if labelled else None
+        return x_0, torch.Generator().manual_seed(seed), y
 
     def announce(self) -> None:
-        """Print the expected minutes of whatever takes more than one, from short trials."""
-        args, T, n = self.args, self.diffusion.timesteps, self.diffusion.suitable_batch()
-        x_0 = self.levels(self.digits.test.images[:1], 0).repeat(n, 1, 1, 1)
-        images = min(args.images or math.inf, len(self.digits.test.images))
-        variants = 0 if self.digits.seen else 2 if self.diffusion.num_labels else 1
-        bound = images * (T if args.exact else 1 + (args.repeats or 4)) * (args.binarizations or 1)
-        weights = min(args.weighted_images or 100, images) * (args.trajectories or 0) * T
+        """Print the expected minutes, if more than one, from a short trial of the bound."""
+        args, T = self.args, self.diffusion.timesteps
+        images = min(args.images or math.inf, len(self.test.images))
+        passes = images * (T if args.exact else 1 + (args.repeats or 4)) * (args.binarizations or 1)
+        passes += min(args.weighted_images or 100, images) * (args.trajectories or 0) * T
+        passes *= 0 if self.seen else 2 if self.diffusion.num_labels else 1
         steps = T if args.timesteps else min(TIMESTEPS, T)
-        samples = args.num_samples * steps * (2 if args.guidance else 1)
-        short = respaced(self.diffusion, min(2, T))
-        for name, passes, trial in (
-            ("bound", bound * variants, partial(short.bound_terms, x_0)),
-            ("weights", weights * variants, partial(log_weights, short, x_0[:1], n)),
-            ("samples", samples, partial(short.sample, n)),
-        ):
-            trial_passes = n * short.timesteps
-            if passes > 4 * trial_passes:
-                trial()  # the first call includes the warm-up
-                start = time.perf_counter()
-                trial()
-                minutes = (time.perf_counter() - start) * passes / trial_passes / 60
-                if minutes > 1:
-                    print(f"The {name}: {passes:,} network passes, about {minutes:.3g} minutes")
+        passes += args.num_samples * steps * (2 if args.guidance else 1)
+        x_0 = self.levels(self.test.images[: self.diffusion.suitable_batch()], 0)
+        for _ in range(2):  # the first includes the warm-up
+            start = time.perf_counter()
+            tried = self.diffusion.bound_terms(x_0, 1).t.numel()
+            seconds = time.perf_counter() - start
+        minutes = seconds * passes / tried / 60
+        if minutes > 1:
+            print(f"{passes:,} network passes: about {minutes:.3g} minutes")
 
-    def likelihood(self, title: str) -> tuple[dict, dict]:
-        """The bounds for the report, without labels and with them; figures by name."""
-        report, gains, figures, args, diffusion = {}, {}, {}, self.args, self.diffusion
-        rows = spread(torch.arange(len(self.digits.test.labels)), args.images)
+    def likelihood(self) -> tuple[dict, dict]:
+        """The bounds for the report, without labels and with them; functions that plot."""
+        report, gains, plots, args, diffusion = {}, {}, {}, self.args, self.diffusion
+        rows = spread(torch.arange(len(self.test.labels)), args.images)
         weighted_rows = spread(rows, args.weighted_images or 100)
+        n, num_t = args.binarizations or 1, None if args.exact else args.repeats or 4
         for labelled in [False, True] if diffusion.num_labels else [False]:
             name = "with the label" if labelled else "no labels"
-            seeds = range(args.binarizations or 1)
-            draws = [self.bound_terms(rows, seed, labelled) for seed in seeds]
+            draws, log_w = [], []
+            for seed in range(n):
+                x_0, generator, y = self.inputs(rows, seed, labelled)
+                draws.append(diffusion.bound_terms(x_0, num_t, generator, y, progress=True))
             label_cost = math.log(diffusion.num_labels) if labelled else 0.0
-            bound = summarize_bound(*draws, label_cost=label_cost)
-            show_bound(bound, f"{title}, {name}")
+            pixels = math.prod(self.test.size)
+            bound = summarize_bound(*draws, label_cost=label_cost, pixels=pixels)
+            show(f"bound, {name}", {"nats": bound})
             if not labelled:
                 t = torch.cat([draw.t.flatten() for draw in draws])
                 terms = torch.cat([draw.terms.flatten() for draw in draws])
-                figures["bound_terms.png"] = partial(plot_terms, diffusion.network_t, t, terms)
+                plots["bound_terms.png"] = partial(plot_terms, diffusion.network_t, t, terms)
             if args.trajectories:
-                weighted = summarize_gain(self.log_weights(weighted_rows, labelled), bound)
-                show_gain(weighted)
-                bound["importance_weighted"] = weighted
+                for seed in range(min(n, len(weighted_rows))):
+                    x_0, generator, y = self.inputs(weighted_rows[seed::n], seed, labelled)
+                    request = args.trajectories, generator, y
+                    log_w.append(log_weights(diffusion, x_0, *request, progress=True))
+                weighted = summarize_gain(torch.cat(log_w), bound)
                 gains[name] = bound["nats_per_image"], weighted["by_trajectories"]
-                figures["gain.png"] = partial(plot_gains, gains)
+                title = f"importance-weighted bound, {name}"
+                show(title, {str(row["trajectories"]): row for row in weighted["by_trajectories"]})
+                bound["importance_weighted"] = weighted
+                plots["gain.png"] = partial(plot_gains, gains)
             report["bound_with_labels" if labelled else "bound"] = bound
-        return report, figures
+        return report, plots
 
     def samples(self, classifier) -> tuple[dict, Tensor]:
         """The quality of samples and of as many real digits, for the report; and the samples."""
-        args, n, diffusion, digits = self.args, self.args.num_samples, self.diffusion, self.digits
+        args, n, diffusion = self.args, self.args.num_samples, self.diffusion
         if args.timesteps is None:
             diffusion = respaced(diffusion, min(TIMESTEPS, diffusion.timesteps))
         asked = None if args.no_labels else diffusion.labels(n)
         last_step = args.last_step or files.default_last_step(diffusion)
         how = {"guidance": args.guidance or 0.0, "last_step": last_step}
         x = diffusion.sample(n, args.seed or 0, progress=True, y=asked, **how)
-        K, other = diffusion.num_levels, self.levels(digits.other.images, 1)
-        reference, _ = metrics.judge(classifier, self.levels(digits.test.images, 0), K)
+        if self.other is None:
+            print(f"Samples are not judged: {NOT_JUDGED}")
+            return {"not_judged": NOT_JUDGED}, x
         how |= {"timesteps": diffusion.timesteps, "labels": asked is not None}
-        report = {"samples": how | metrics.quality(x, reference, classifier, K, asked)}
-        report["real_digits"] = metrics.quality(spread(other, n), reference, classifier, K)
+        K, other = diffusion.num_levels, self.levels(self.other.images, 1)
+        reference, _ = metrics.judge(classifier, self.levels(self.test.images, 0), K)
+        judged = partial(metrics.quality, reference=reference, classifier=classifier, num_levels=K)
+        report = {"samples": how | judged(x, asked=asked), "real_digits": judged(spread(other, n))}
         if asked is not None:  # the classes of MNIST are not equally frequent
-            rows = metrics.rows_of_classes(digits.other.labels, asked.bincount(minlength=10))
-            same_classes = metrics.quality(other[rows], reference, classifier, K)
-            report["real_digits_of_these_classes"] = same_classes
+            rows = metrics.rows_of_classes(self.other.labels, asked.bincount(minlength=10))
+            report["real_digits_of_these_classes"] = judged(other[rows])
+        show("quality", report)
         return report, x
 
+    def report(self, classifier) -> tuple[dict, dict]:
+        """Everything for evaluation.json; functions that write pictures into a file, by name."""
+        report = {"checkpoint": str(self.args.checkpoint), "sha256": sha256(self.args.checkpoint)}
+        report |= {"digits": self.name, "digits_were_in_training": self.seen}
+        report |= {"levels": self.diffusion.num_levels, "binarization": self.binarize}
+        report["timesteps"], trained = self.diffusion.timesteps, int(self.diffusion.network_t[-1])
+        kind = f"{self.diffusion.num_levels} levels, {self.binarize}"
+        print(f"{self.name}, {kind}, {self.diffusion.timesteps} of {trained} timesteps")
+        self.announce()
+        if self.seen:
+            print(f"No bound: {NO_BOUND}")
+        bounds, plots = ({}, {}) if self.seen else self.likelihood()
+        report |= bounds
+        pictures = {
+            name: lambda file, plot=plot: save_figure(plot(), file) for name, plot in plots.items()
+        }
+        if self.args.num_samples:
+            quality, x = self.samples(classifier)
+            train = self.levels(self.train.images, 1)
+            p = 1 if self.style["palette"] is None else 0  # colours differ or not
+            rows, distances = metrics.nearest_digits(x[:8], train, p=p)
+            report |= quality | {"nearest_training_digit": {"least_distances": distances.tolist()}}
+            grid = image_grid(rows, columns=len(rows) // 8, **self.style)
+            pictures["nearest.png"] = partial(grid.save, format="png")
+        return report, pictures
 
-# --------------------------------------------------------------------------------------------------
-# The printout
 
-
-def show_bound(bound: dict, title: str) -> None:
-    nats = f"{bound['nats_per_image']:.2f} +- {bound['standard_error']:.2f} nats per image"
-    print(f"Bound, {title}: {nats} = {bound['bits_per_dimension']:.4f} bits per dimension")
-    label = f", the label {bound['label_cost']:.3f}" if "label_cost" in bound else ""
-    middle = f"sum of L_(t-1) {bound['sum_L_t_minus_1']:.2f}"
-    print(f"  L_T {bound['L_T']:.3f}, {middle}, L_0 {bound['L_0']:.3f}{label}")
-    if "binarizations" in bound:
-        error = bound["standard_error_over_binarizations"]
-        print(f"  mean of {bound['binarizations']} binarizations, standard error {error:.3f}")
-
-
-def show_gain(weighted: dict) -> None:
-    print(f"  importance-weighted, gain from {weighted['images']} digits:")
-    for row in weighted["by_trajectories"]:
-        gain = f"gain {row['gain']:5.2f} +- {row['gain_standard_error']:.2f}"
-        bound = f"bound {row['nats_per_image']:.2f} +- {row['standard_error']:.2f}"
-        print(f"  {row['trajectories']:5} trajectories  {gain}   {bound}")
-
-
-def show_samples(report: dict) -> None:
-    names = ("samples", "real_digits", "real_digits_of_these_classes")
-    headings = ("samples", "real digits", "of these classes")
-    columns = [report[name] for name in names if name in report]
-    print(" " * 18 + "".join(f"{heading:>17}" for heading in headings[: len(columns)]))
-    keys = ["frechet_distance", "precision", "recall", "mean_confidence", "isolated_white"]
-    for key in [*keys, "isolated_black", "ink_in_border", "ink", "label_accuracy"]:
-        cells = [f"{column[key]:.3f}" for column in columns if key in column]
-        if key == "isolated_white":
-            errors = [f" +- {column[f'{key}_standard_error']:.3f}" for column in columns]
-            cells = [cell + error for cell, error in zip(cells, errors, strict=True)]
-        if cells:
-            print(f"{key.replace('_', ' '):18}" + "".join(f"{cell:>17}" for cell in cells))
-    for heading, column in zip(headings[:2], columns, strict=False):
-        shares = " ".join(f"{share:.2f}" for share in column["class_histogram"])
-        print(f"classes 0-9, {heading}: {shares}")
+def show(title: str, columns: dict[str, dict]) -> None:
+    """Print a table: a column for each dict, a row for each key."""
+    width = max(13, *(len(name) + 2 for name in columns))
+    print(f"{title:35}" + "".join(f"{name:>{width}}" for name in columns))
+    for key in dict.fromkeys(key for column in columns.values() for key in column):
+        cells = [column.get(key, "") for column in columns.values()]
+        text = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+        if not isinstance(cells[0], list):
+            print(f"  {key:33}" + "".join(f"{cell:>{width}}" for cell in text))
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raise UserError if files of an earlier evaluation, or the checkpoint, would be lost."""
-    for file in (args.out_dir / name for name in OUTPUTS):
-        if file.exists() and args.checkpoint.exists() and file.samefile(args.checkpoint):
-            raise UserError(f"can't write {file}: the same file is read by this command")
-        if file.exists() and not file.is_file():
-            raise UserError(f"can't write {file}: it is not a regular file")
-        if file.exists() and not args.overwrite:
-            raise UserError(f"{file} exists: give --overwrite, or another --out-dir")
+def real_digits(args: argparse.Namespace, trained_on: str) -> dict:
+    """The fields of `Evaluation` about digits: splits of MNIST, or the offline digits."""
+    train = load_dataset("train", args.data or "auto", args.data_root)
+    if train.source == "mnist":
+        other = "validation" if args.split == "test" else "test"  # new to the classifier, too
+        splits = (args.split, other)
+        test, other = (load_dataset(split, "mnist", args.data_root) for split in splits)
+        if trained_on == "offline":
+            train = load_dataset("train", "offline")
+        name, seen = f"MNIST {args.split} split", False
+    else:  # part of MNIST's training split
+        test, other = load_dataset("validation", "offline"), train
+        name, seen = "offline validation digits (not the MNIST test split)", trained_on == "mnist"
+    return {"test": test, "other": other, "train": train, "name": name, "seen": seen}
+
+
+def other_images(args: argparse.Namespace, trained_on: dict, labelled: bool) -> dict:
+    """The same of images of another kind, which must be like those that the model knows."""
+    data, options = args.data or trained_on["source"], {}
+    if data not in NAMES:
+        if not args.data and not Path(data).is_dir():
+            raise UserError(f"{data}, with the images of training, is gone: say where with --data")
+        options = {"size": tuple(trained_on["size"]), "palette": bool(trained_on["palette"])}
+    splits = (args.split, "train")
+    test, train = (load_dataset(split, data, args.data_root, **options) for split in splits)
+    for key in ("size", "palette", "classes") if labelled else ("size", "palette"):
+        if test.description[key] != trained_on[key]:
+            raise UserError(f"{data} differs in {key} from the images {args.checkpoint} knows")
+    if args.num_samples:
+        refuse(args, ["num_samples"], NOT_JUDGED)
+        args.num_samples = 8  # beside their nearest neighbours
+    return {"test": test, "other": None, "train": train, "name": f"{data}, {args.split} split"}
 
 
 def load_evaluation(checkpoint: dict, args: argparse.Namespace, device) -> Evaluation:
     """Raises UserError for an unusable checkpoint, or flags that do nothing for it."""
     diffusion = files.build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
     diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
-    trained_on, binarize = checkpoint.get("data"), checkpoint.get("binarize", "threshold")
-    if trained_on not in ("mnist", "offline"):
-        raise UserError(f"{args.checkpoint} does not say which digits it was trained on")
-    if not diffusion.num_labels:
-        refuse(args, ["no_labels", "guidance"], f"{args.checkpoint} was trained without classes")
-    if binarize != "dynamic":
-        reason = f"{args.checkpoint} was trained on digits that are not drawn at random"
-        refuse(args, ["binarizations"], reason)
-    digits = real_digits(args, trained_on)
-    if digits.seen:
+    trained_on, binarize = checkpoint["dataset"], checkpoint.get("binarize", "threshold")
+    if not isinstance(trained_on["source"], str):
+        raise UserError(f"{args.checkpoint} does not say which images it was trained on")
+    check_flags(args, diffusion.num_labels, binarize)
+    if trained_on["source"] in DIGITS and args.data in (None, "auto", *DIGITS):
+        data = real_digits(args, trained_on["source"])
+    else:
+        data = other_images(args, trained_on, diffusion.num_labels > 0)
+    evaluation = Evaluation(args, diffusion, binarize, style_of(checkpoint), **data)
+    if evaluation.seen:
         refuse(args, OF_THE_BOUND, NO_BOUND)
         if not args.num_samples:
             raise UserError(f"there is nothing to measure: {NO_BOUND}")
-    return Evaluation(diffusion, binarize, digits, args)
-
-
-def evaluate(evaluation: Evaluation, classifier, title: str) -> tuple[dict, dict]:
-    """The results for the report; functions that write the pictures into a file, by name."""
-    report, pictures = {}, {}
-    evaluation.announce()
-    if evaluation.digits.seen:
-        print(f"No bound: {NO_BOUND}")
-    else:
-        report, figures = evaluation.likelihood(title)
-        for name, plot in figures.items():
-            pictures[name] = lambda file, plot=plot: save_figure(plot(), file)
-    if evaluation.args.num_samples:
-        of_samples, x = evaluation.samples(classifier)
-        show_samples(of_samples)
-        train = evaluation.levels(evaluation.digits.train.images, 1)
-        rows, distances = metrics.nearest_digits(x[:8], train)
-        report |= of_samples
-        report["nearest_training_digit"] = {"least_distances": distances.tolist()}
-        grid = image_grid(rows, evaluation.diffusion.num_levels, columns=8)
-        pictures["nearest.png"] = partial(grid.save, format="png")
-    return report, pictures
+    return evaluation
 
 
 def main() -> None:
     args = parse_arguments()
     if args.train_classifier:
-        out = args.out_dir / "classifier.pth"
+        useless = args.given - {"train_classifier", "data_root", "out_dir"}
+        refuse(args, useless, "--train-classifier")
+        out = (args.out_dir or Path("results_d3pm")) / "classifier.pth"
         metrics.train_classifier(args.data_root, out)
         print(f"Wrote {out} ({out.stat().st_size / 1000:.0f} kB)")
         return
     if args.checkpoint is None:
         args.checkpoint = RELEASED
         print(f"Using the released model, {RELEASED}")
-    check_outputs(args)
-    device = cli.pick_device(args.device)
-    classifier = load_classifier(device)
     checkpoint = files.read_checkpoint(args.checkpoint)
+    prepare_outputs(args)
+    device = cli.pick_device(args.device)
     evaluation = load_evaluation(checkpoint, args, device)
-    with files.atomic_write(args.out_dir / OUTPUTS[0]) as json_file:  # errors come before the work
-        K, T = evaluation.diffusion.num_levels, evaluation.diffusion.timesteps
-        trained_T = checkpoint["diffusion"]["timesteps"]
-        report = {"checkpoint": str(args.checkpoint), "sha256": sha256(args.checkpoint)}
-        report |= {"digits": evaluation.digits.name, "levels": K, "timesteps": T}
-        report["binarization"] = evaluation.binarize
-        report["digits_were_in_training"] = evaluation.digits.seen
-        kind = f"{K} levels" if K > 2 else f"{evaluation.binarize} binarization"
-        steps = f"{T}" if trained_T == T else f"{T} of {trained_T}"
-        title = f"{evaluation.digits.name}, {kind}, {steps} timesteps"
-        results, pictures = evaluate(evaluation, classifier, title)
-        json_file.write(files.json_bytes(report | results))
+    classifier = load_classifier(device) if evaluation.other and args.num_samples else None
+    with files.atomic_write(args.out_dir / OUTPUTS[0]) as file:  # errors come before the work
+        report, pictures = evaluation.report(classifier)
+        file.write(files.json_bytes(report))
     written = [OUTPUTS[0]]
     for name in OUTPUTS[1:]:
         (args.out_dir / name).unlink(missing_ok=True)  # of an earlier evaluation

@@ -16,45 +16,43 @@ from diffusion import BoundTerms
 from trajectories import importance_weighted
 
 CLASSIFIER = RELEASED.with_name("classifier.pth")
-REAL_PIXELS = 28 * 28  # for bits per dimension; the padding counts in the bound, but not here
 BATCH = 250
 
 
 def standard_error(x: Tensor) -> float:
-    return x.std().item() / len(x) ** 0.5
+    return x.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
-def summarize_bound(*draws: BoundTerms, label_cost: float = 0.0) -> dict:
+def summarize_bound(*draws: BoundTerms, label_cost: float = 0.0, pixels: int = 28 * 28) -> dict:
     """Means in nats per image, their standard error over images, and bits per dimension.
 
     Args:
-        draws: the terms of the same images, for one or several random binarizations. The standard
-            error over images is that of each image's mean over binarizations.
-        label_cost: -log p(label) in nats, added to terms that are given the label. The sum then
+        draws: the terms of the same images, for one or several random binarizations.
+        label_cost: -log p(label) in nats, for terms that are given the label. With it the sum
             bounds p(image), too.
+        pixels: for bits per dimension, without the padding, which counts in the bound.
     """
-    L_T, L_t_minus_1, L_0 = (
-        torch.stack([getattr(draw, name) for draw in draws]).mean(0)
-        for name in ("L_T", "L_t_minus_1", "L_0")
-    )
-    total = L_T + L_t_minus_1 + L_0
-    nats = total.mean().item() + label_cost
+
+    def mean(part: str) -> float:
+        return torch.stack([getattr(draw, part) for draw in draws]).mean().item()
+
+    totals = torch.stack([draw.total for draw in draws])  # [binarizations, images]
+    nats = mean("total") + label_cost
     summary = {
         "nats_per_image": nats,
-        "standard_error": standard_error(total),
-        "bits_per_dimension": nats / REAL_PIXELS / math.log(2),
-        "L_T": L_T.mean().item(),
-        "sum_L_t_minus_1": L_t_minus_1.mean().item(),
-        "L_0": L_0.mean().item(),
-        "images": len(total),
+        "standard_error": standard_error(totals.mean(0)),
+        "bits_per_dimension": nats / pixels / math.log(2),
+        "L_T": mean("L_T"),
+        "sum_L_t_minus_1": mean("L_t_minus_1"),
+        "L_0": mean("L_0"),
+        "images": totals.shape[1],
         "timesteps_per_image": draws[0].t.shape[1],
     }
     if label_cost:
         summary["label_cost"] = label_cost
     if len(draws) > 1:
-        means = torch.stack([draw.total.mean() for draw in draws])
         summary["binarizations"] = len(draws)
-        summary["standard_error_over_binarizations"] = standard_error(means)
+        summary["standard_error_over_binarizations"] = standard_error(totals.mean(1))
     return summary
 
 
@@ -62,10 +60,9 @@ def summarize_gain(log_w: Tensor, bound: dict) -> dict:
     """How far the bound falls with k weights inside the logarithm, for k = 1, 2, 4, ..., N.
 
     Args:
-        log_w: log-weights, float64 [B, N], possibly of fewer images than `bound`: the gain varies
-            little between images. It is the mean over groups of k of the N trajectories.
-        bound: the plain bound as `summarize_bound` returns it. The importance-weighted bound is the
-            plain one minus the gain; its standard error includes both.
+        log_w: log-weights, float64 [B, N]; the gain is a mean over groups of k of N trajectories.
+        bound: the plain one of `summarize_bound`, possibly of more images. The importance-weighted
+            bound is the plain one minus the gain; its standard error includes both.
     """
     N, rows = log_w.shape[1], []
     for k in [*(2**i for i in range(N.bit_length()) if 2**i < N), N]:
@@ -76,12 +73,8 @@ def summarize_gain(log_w: Tensor, bound: dict) -> dict:
         row["nats_per_image"] = bound["nats_per_image"] - gain
         row["standard_error"] = math.hypot(bound["standard_error"], error)
         rows.append(row)
-    deviation = log_w.std(1, correction=int(N > 1)).mean().item()
-    return {
-        "images": len(log_w),
-        "deviation_within_an_image": deviation,
-        "by_trajectories": rows,
-    }
+    within = log_w.std(1, correction=int(N > 1)).mean().item()
+    return {"images": len(log_w), "deviation_within_an_image": within, "by_trajectories": rows}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,22 +103,18 @@ class Classifier(nn.Module):
 
 def load_classifier(device: torch.device | str = "cpu") -> Classifier:
     """The released classifier in eval mode. Raises UserError if it is missing or damaged."""
-    if not CLASSIFIER.exists():
-        message = "restore it, or train it with evaluate.py --train-classifier"
-        raise UserError(f"{CLASSIFIER} is missing: {message}")
     classifier = Classifier()
     try:
         classifier.load_state_dict(torch.load(CLASSIFIER, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises half a dozen types
-        raise UserError(f"{CLASSIFIER} is damaged ({type(error).__name__})") from None
+        reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        remedy = "restore it, or train it with evaluate.py --train-classifier"
+        raise UserError(f"{CLASSIFIER} is {reason}: {remedy}") from None
     return classifier.eval().to(device)
 
 
 def train_classifier(data_root, out, epochs: int = 12, batch_size: int = 128) -> None:
-    """Train the classifier on the training split and print its accuracy on the test split.
-
-    Digits are shifted by up to 2 pixels. Half are thresholded, half binarized at random.
-    """
+    """Train on digits that are shifted, half of them binarized at random; print the accuracy."""
     torch.manual_seed(0)
     digits, test = (load_dataset(split, "mnist", data_root) for split in ("train", "test"))
     classifier = Classifier().to(memory_format=torch.channels_last)
@@ -177,10 +166,7 @@ def rows_of_classes(labels: Tensor, counts: Tensor) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The distance of two sets of features [N, D] as Gaussians (Heusel et al. 2017).
-
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
-    """
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features [N, D] (Heusel 2017)."""
     C_a, C_b = a.T.cov(), b.T.cov()
     # The trace of a square root sums the roots of the eigenvalues, here real and not negative.
     root = torch.linalg.eigvals(C_a @ C_b).real.clamp(min=0).sqrt().sum()
@@ -190,8 +176,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def share_within(points: Tensor, reference: Tensor, k: int = 3) -> float:
     """Share of `points` [N, D] within the k-th neighbour distance of a point of `reference` [M, D].
 
-    Precision for samples among test digits, recall for test digits among samples (Kynkaanniemi et
-    al. 2019, k = 3). In blocks: all distances of 50,000 points would take 20 GB.
+    Precision for samples among test digits, recall for test digits among samples (Kynkaanniemi
+    2019). In blocks: all distances of 50,000 points would take 20 GB.
     """
     # k + 1, since each point is its own nearest neighbour
     distances = (torch.cdist(block, reference) for block in reference.split(1000))
@@ -208,21 +194,16 @@ def isolated(x: Tensor) -> Tensor:
 
 
 def quality(
-    x: Tensor,
-    reference: Tensor,
-    classifier: Classifier,
-    num_levels: int,
-    asked: Tensor | None = None,
+    x: Tensor, reference: Tensor, classifier: Classifier, num_levels: int, asked=None
 ) -> dict:
     """How similar the images x [N, 1, 32, 32] are to real digits with the features `reference`.
 
     `asked` are the labels that the images were drawn for, int64 [N]. Isolated pixels, and ink in
-    the border of 2 pixels that is empty in every digit, are shares of images. A pixel is white in
-    the upper half of the levels.
+    the border of 2 pixels that is empty in every digit, are shares of images.
     """
     features, logits = judge(classifier, x, num_levels)
     predicted, same_size = logits.argmax(1), spread(reference, len(x))
-    white, border = (x >= num_levels / 2).byte(), torch.ones_like(x[:1], dtype=torch.bool)
+    white, border = (x >= num_levels / 2).byte(), x > 0
     border[:, :, 2:-2, 2:-2] = False
     isolated_white = isolated(white).double().mean().item()
     result = {
@@ -234,7 +215,7 @@ def quality(
         "isolated_white": isolated_white,
         "isolated_white_standard_error": (isolated_white * (1 - isolated_white) / len(x)) ** 0.5,
         "isolated_black": isolated(1 - white).double().mean().item(),
-        "ink_in_border": ((x > 0) & border).flatten(1).any(1).double().mean().item(),
+        "ink_in_border": border.flatten(1).any(1).double().mean().item(),
         "class_histogram": (torch.bincount(predicted, minlength=10) / len(x)).tolist(),
         "ink": x.double().mean().item() / (num_levels - 1),
     }
@@ -243,12 +224,10 @@ def quality(
     return result
 
 
-def nearest_digits(samples: Tensor, train: Tensor, k: int = 7) -> tuple[Tensor, Tensor]:
-    """Each sample and its k nearest training digits, [n (k + 1), 1, H, W]; smallest distances [n].
-
-    The distance sums absolute differences of levels: for two levels, the pixels that differ.
-    """
-    distance = torch.cdist(samples.flatten(1).float(), train.flatten(1).float(), p=1)
-    nearest = distance.topk(k, largest=False)
+def nearest_digits(samples: Tensor, train: Tensor, k: int = 7, p: int = 1) -> tuple[Tensor, Tensor]:
+    """Each sample and its k nearest training images, [n (k + 1), 1, H, W]; smallest distances [n].
+    They are sums of absolute differences of levels, or for p = 0 numbers of pixels that differ."""
+    distance = torch.cdist(samples.flatten(1).float(), train.flatten(1).float(), p=p)
+    nearest = distance.topk(min(k, len(train)), largest=False)
     rows = torch.cat([samples[:, None], train[nearest.indices]], dim=1)
     return rows.flatten(0, 1), nearest.values[:, 0]

@@ -1,4 +1,4 @@
-"""Pictures of digits and of numbers."""
+"""Pictures of images and of numbers."""
 
 from __future__ import annotations
 
@@ -14,81 +14,106 @@ from cli import UserError
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from checkpoint import atomic_write
-from dataset import to_levels
+from dataset import NAMES, padded, to_levels, unpadded
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BACKGROUND = 96  # the grey between images, also for masks and for unknown pixels
 
 
-def image_grid(x: Tensor, num_levels: int = 2, columns: int | None = None) -> Image.Image:
+def style_of(checkpoint: dict) -> dict:
+    """How the images of a checkpoint are shown: keyword arguments of the functions here."""
+    dataset, num_levels = checkpoint["dataset"], checkpoint["diffusion"]["num_levels"]
+    size = None if dataset["source"] in NAMES else tuple(dataset["size"])
+    return {"num_levels": num_levels, "palette": dataset["palette"], "size": size}
+
+
+def without_padding(x: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """[n, 1, H, W] -> a copy [n, 1, h, w], or x itself where the padding is shown, too."""
+    return x if size is None else unpadded(x, size).contiguous()
+
+
+def image_grid(
+    x: Tensor, num_levels: int = 2, columns: int | None = None, palette=None, size=None
+) -> Image.Image:
     """One picture of the images [n, 1, H, W], integers, row by row; level 0 is black.
 
-    States that are not levels (-1, or a mask) get the colour of the background.
+    States that are not levels (-1, or a mask) get the colour of the background. `palette` has the
+    (r, g, b) of each level, `size` is (h, w) without the padding, which is then left out.
     """
+    x = without_padding(x, size)
     n, _, H, W = x.shape
     columns = columns or math.isqrt(n - 1) + 1
     rows, gap = math.ceil(n / columns), 2
-    grey = np.append(np.linspace(0, 255, num_levels).round(), BACKGROUND).astype(np.uint8)
+    colours = np.array(palette or np.linspace(0, 255, num_levels).round()[:, None])
+    colours = np.append(colours, np.full_like(colours[:1], BACKGROUND), axis=0).astype(np.uint8)
     shape = rows * (H + gap) + gap, columns * (W + gap) + gap
-    sheet = np.full(shape, BACKGROUND, dtype=np.uint8)
+    sheet = np.full((*shape, colours.shape[1]), BACKGROUND, dtype=np.uint8)
     states = x[:, 0].cpu().long().clamp(max=num_levels).numpy()
     for i, image in enumerate(states):
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[top : top + H, left : left + W] = grey[image]  # grey[-1] is the background
+        sheet[top : top + H, left : left + W] = colours[image]  # colours[-1] is the background
     scale = 2 if n <= 1024 else 1
-    size = shape[1] * scale, shape[0] * scale
-    return Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST)
+    new_size = shape[1] * scale, shape[0] * scale
+    return Image.fromarray(sheet.squeeze()).resize(new_size, Image.Resampling.NEAREST)
 
 
-def read_partial_digit(path: str | Path, num_levels: int = 2) -> Tensor:
-    """The known pixels of a digit, int64 [1, 1, 32, 32]: levels, or -1 where they are unknown.
+def read_partial_digit(path: str | Path, num_levels: int = 2, palette=None, size=None) -> Tensor:
+    """The known pixels of an image, int64 [1, 1, H, W]: levels, or -1 where they are unknown.
 
-    The file is a PNG, 28x28 or 32x32, white on black. Pixels are unknown where it is at least half
-    transparent. Grey values become levels as in training. 28x28 is padded with known black pixels.
+    The file is a PNG of the size that the model's images have: `size`, or MNIST's, 28x28 or 32x32.
+    Pixels are unknown where it is at least half transparent. Colours become levels as in training,
+    and the padding is known.
 
     Raises:
         OSError: if the file can't be read.
-        UserError: if it is not such a PNG, or has no unknown pixel.
+        UserError: if it is not such a PNG, has no unknown pixel or a colour not in the palette.
     """
+    sizes = ((28, 28), (32, 32)) if size is None else (size,)
     with open(path, "rb") as file:
         try:
             picture = Image.open(file, formats=["PNG"])
-            fits = picture.size in ((28, 28), (32, 32))
-            pixels = np.array(picture.convert("RGBA").convert("LA")) if fits else None
+            width, height = picture.size
+            rgba = picture.convert("RGBA") if (height, width) in sizes else None
         except Exception as error:  # Pillow raises half a dozen types
             reason = type(error).__name__
             raise UserError(f"{path} is damaged or is not a PNG ({reason})") from None
-    if pixels is None:
-        raise UserError(f"{path} is {picture.width}x{picture.height} pixels: give 28x28 or 32x32")
-    grey, alpha = torch.from_numpy(pixels).unbind(2)
-    given = alpha >= 128
+    if rgba is None:
+        wanted = " or ".join(f"{w}x{h}" for h, w in sizes)
+        raise UserError(f"{path} is {width}x{height} pixels: give {wanted}")
+    given = torch.from_numpy(np.array(rgba.getchannel("A"))) >= 128
     if given.all():
         raise UserError(f"{path} has nothing to draw: make unknown pixels transparent")
-    known = torch.where(given, to_levels(grey, num_levels).long(), -1)
-    return F.pad(known, [(32 - len(known)) // 2] * 4)[None, None]
+    if palette is None:
+        levels = to_levels(torch.from_numpy(np.array(rgba.convert("L"))), num_levels).long()
+    else:
+        colours = torch.from_numpy(np.array(rgba))[..., None, :3]
+        same = (colours == torch.tensor(palette)).all(-1)  # [h, w, K]
+        levels = same.byte().argmax(-1)
+        foreign = given & ~same.any(-1)
+        if foreign.any():
+            colour = tuple(colours[foreign][0, 0].tolist())
+            raise UserError(f"{path} has the colour {colour}, which no picture in training had")
+    return padded(torch.where(given, levels, -1)[None])
 
 
-def titled_frame(x_t: Tensor, num_levels: int, title: str) -> Image.Image:
+def titled_frame(x_t: Tensor, title: str, **style) -> Image.Image:
     """The image grid under a line of text."""
-    grid = image_grid(x_t, num_levels)
-    frame = Image.new("L", (grid.width, grid.height + 24), 255)
-    frame.paste(grid, (0, 24))
-    ImageDraw.Draw(frame).text((6, 4), title, fill=0, font=ImageFont.load_default(size=15))
+    frame = ImageOps.expand(image_grid(x_t, **style), (0, 24, 0, 0), "white")
+    font = ImageFont.load_default(size=15)
+    ImageDraw.Draw(frame).text((6, 4), title, fill="black", font=font)
     return frame
 
 
 def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
-    """Write what `draw` draws into a file. Any failure is a warning and returns False.
-
-    A picture must not end a program that has trained or measured for hours.
-    """
+    """Write what `draw` writes into a buffer. False after a failure, which is only a warning:
+    a picture must not end a program that has trained or measured for hours."""
     try:
         with atomic_write(path) as file:
             draw(file)
@@ -106,8 +131,8 @@ def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
 @contextmanager
 def default_style() -> Iterator[None]:
     """Matplotlib's default settings, whatever a user's matplotlibrc says. Usable as a decorator."""
-    # A notebook's shells inherit MPLBACKEND. It may name a backend that is missing in this
-    # environment, with which matplotlib can't be imported. We need none: PNGs are always Agg's.
+    # A notebook's shells inherit MPLBACKEND. Where that backend is missing, matplotlib can't be
+    # imported. We need none: PNGs are always Agg's.
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     import matplotlib  # takes half a second, so only for figures
 
@@ -132,18 +157,22 @@ def save_figure(figure: Figure, file: BinaryIO) -> None:
     figure.savefig(file, format="png", dpi=120)
 
 
+def subplots(*ylabels: str, **settings) -> tuple[Figure, list[Axes]]:
+    figure = new_figure(3 + 4 * len(ylabels), 4)
+    axes = [figure.add_subplot(1, len(ylabels), 1 + i) for i in range(len(ylabels))]
+    for axis, ylabel in zip(axes, ylabels, strict=True):
+        axis.set(ylabel=ylabel, **settings)
+        axis.grid(alpha=0.3, which="both")
+    return figure, axes
+
+
 @default_style()
 def plot_history(history: list[dict]) -> Figure:
     """Training loss and validation bound of a run by epoch."""
-    epochs = [row["epoch"] for row in history]
-    figure = new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
-    left.plot(epochs, [row["train_loss"] for row in history], marker=".")
-    left.set(xlabel="epoch", ylabel="training loss, nats per pixel", yscale="log")
-    right.plot(epochs, [row["validation_bound"] for row in history], marker=".", color="tab:orange")
-    right.set(xlabel="epoch", ylabel="validation bound, nats per image", yscale="log")
-    for axis in (left, right):
-        axis.grid(alpha=0.3, which="both")
+    ylabels = "training loss, nats per pixel", "validation bound, nats per image"
+    figure, axes = subplots(*ylabels, xlabel="epoch", yscale="log")
+    for axis, key in zip(axes, ("train_loss", "validation_bound"), strict=True):
+        axis.plot([row["epoch"] for row in history], [row[key] for row in history], marker=".")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
     return figure
@@ -154,36 +183,23 @@ def plot_terms(network_t: Tensor, t: Tensor, terms: Tensor) -> Figure:
     """The mean of the bound's terms by t: flat `t` and `terms`, of a chain with `network_t`."""
     sums = terms.new_zeros(len(network_t)).index_add_(0, t, terms)
     counts = t.bincount(minlength=len(network_t))
-    seen = counts > 0
-    figure = new_figure(7, 4)
-    axis = figure.subplots()
+    seen, labels = counts > 0, {"title": "Where the bound comes from", "xlabel": "t"}
+    figure, (axis,) = subplots("mean term of the bound, nats per image", yscale="log", **labels)
     axis.plot(network_t[seen], (sums / counts)[seen], marker=".", linewidth=0.8)
-    axis.set(xlabel="t", ylabel="mean term of the bound, nats per image", yscale="log")
-    axis.set_title("Where the bound comes from")
-    axis.grid(alpha=0.3, which="both")
     return figure
 
 
 @default_style()
 def plot_gains(bounds: dict[str, tuple[float, list[dict]]]) -> Figure:
-    """Importance-weighted bounds by the number of trajectories.
-
-    `bounds` holds, by name, the plain bound and the rows of `metrics.summarize_gain`.
-    """
-    figure = new_figure(7, 4)
-    axis = figure.subplots()
+    """By name, the plain bound and the rows of `metrics.summarize_gain`."""
+    labels = {"title": "Averaging weights before the logarithm", "xlabel": "trajectories"}
+    figure, (axis,) = subplots("bound, nats per image", **labels)
     for i, (name, (plain, rows)) in enumerate(bounds.items()):
-        style = {"color": f"C{i}", "linestyle": "--", "linewidth": 0.8}
-        axis.axhline(plain, label=f"plain bound, {name}: {plain:.2f}", **style)
-        x = [row["trajectories"] for row in rows]
-        y = [plain - row["gain"] for row in rows]
-        errors = [row["gain_standard_error"] for row in rows]
-        label = f"importance-weighted, {name}: {y[-1]:.2f}"
-        axis.errorbar(x, y, errors, marker=".", color=f"C{i}", label=label)
+        axis.axhline(plain, label=f"plain bound, {name}: {plain:.2f}", color=f"C{i}", ls="--")
+        x, y = [row["trajectories"] for row in rows], [plain - row["gain"] for row in rows]
+        style = {"color": f"C{i}", "label": f"importance-weighted, {name}: {y[-1]:.2f}"}
+        axis.errorbar(x, y, [row["gain_standard_error"] for row in rows], marker=".", **style)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(xlabel="trajectories", ylabel="bound, nats per image")
-    axis.set_title("Averaging weights before the logarithm")
-    axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

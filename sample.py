@@ -1,11 +1,11 @@
-"""Draw digits from a trained checkpoint.
+"""Draw images from a trained checkpoint.
 
     python sample.py                                      # 16 digits from the released model
     python sample.py results_d3pm/checkpoints/last.pth --n 16
     python sample.py CHECKPOINT --n 64 --timesteps 200    # the default is 30
     python sample.py CHECKPOINT --n 10000 --save-tensor digits.pt
     python sample.py CHECKPOINT --n 5000 --first 5000     # images 5000 to 9999 of the same seed
-    python sample.py CHECKPOINT --digit 0123456789        # a row of each class
+    python sample.py CHECKPOINT --class all               # a row of each class
     python sample.py --fill part.png --n 15               # complete a partly transparent digit
 
 Image i of a seed is the same for any --n, --first and --batch-size.
@@ -21,11 +21,13 @@ from cli import UserError, integer, number, path
 import torch
 from torch import Tensor
 
-import checkpoint
-from checkpoint import PARTICLES, RELEASED, TIMESTEPS, atomic_writes
+import checkpoint as files
+from checkpoint import PARTICLES, RELEASED, TIMESTEPS
 from diffusion import LAST_STEPS, DiscreteDiffusion
-from pictures import image_grid, read_partial_digit
+from pictures import image_grid, read_partial_digit, style_of, without_padding
 from trajectories import fill_in, respaced
+
+DIGITS = "0123456789"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,25 +35,28 @@ def parse_arguments() -> argparse.Namespace:
     add = p.add_argument
     words = "a .pth file written by train.py (default: the released model)"
     add("checkpoint", nargs="?", type=path(), default=RELEASED, help=words)
-    words = "how many images (default 16; with --digit 0123456789: 10 of each class)"
-    add("--n", type=integer(1), help=words)
+    add("--n", type=integer(1), help="how many images (default 16; 10 for each of --class all)")
     words = f"how many steps, at most those of training (default {TIMESTEPS})"
     add("--timesteps", type=int, metavar="N", help=words)
     words = "the picture (default d3pm_generated_samples_CHECKPOINT.png, or d3pm_completions_...)"
     add("--out", type=path(".png"), help=words)
-    words = "also write the images as a uint8 tensor [n, 1, 32, 32]"
+    words = "also write the images as a uint8 tensor [n, 1, H, W]"
     add("--save-tensor", type=path(), metavar="FILE.pt", help=words)
     add("--seed", type=cli.SEED, default=0, help="random seed (default 0)")
     words = "number of the first image (default 0)"
     add("--first", type=integer(0, 2**62), default=0, metavar="I", help=words)
-    words = """draw --n images of class D; 0123456789: of each class; none: without a class. For
-        checkpoints of train.py --conditional, where image i has class i mod 10 by default"""
-    add("--digit", choices=[*"0123456789", "0123456789", "none"], metavar="D", help=words)
+    group = p.add_mutually_exclusive_group()
+    words = """draw --n images of this class, of each one (all) or without a class (none). For
+        checkpoints of train.py --conditional, where image i has class i mod their number by
+        default"""
+    group.add_argument("--class", dest="label", metavar="NAME|NUMBER", help=words)
+    words = f"the same for digits; {DIGITS} for all"
+    group.add_argument("--digit", choices=[*DIGITS, DIGITS, "none"], metavar="D", help=words)
     words = "strength of classifier-free guidance (default 0)"
     add("--guidance", type=number(0), metavar="W", help=words)
     cli.add_last_step(add, LAST_STEPS)
-    words = """draw the transparent pixels of this picture of a digit, white on black, 28x28 or
-        32x32; without a class unless --digit gives one"""
+    words = """draw the transparent pixels of this picture, which has the size of the model's images
+        (digits: 28x28 or 32x32, white on black); without a class unless --class gives one"""
     add("--fill", type=path(".png"), metavar="PART.png", help=words)
     words = f"""choose each --fill from N weighted trajectories (default {PARTICLES}): more take
         longer and are closer to the model's distribution; 1 is plain replacement"""
@@ -59,11 +64,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=integer(1), help="images at a time (default 64; on CUDA up to 512)")
     cli.add_device(add)
     args = p.parse_args()
-    args.n = args.n or (10 if args.digit == "0123456789" else 16)
+    args.label = "all" if args.digit == DIGITS else args.digit or args.label
+    args.n = args.n or (10 if args.label == "all" else 16)
     args.out = args.out or default_sheet(args)
-    unlabelled = args.digit == "none" or (args.fill and args.digit is None)
+    unlabelled = args.label == "none" or (args.fill and args.label is None)
     if args.guidance is not None and unlabelled:
-        p.error("--guidance needs a class: --digit none has none, and --fill only with --digit")
+        p.error("--guidance needs a class: with --fill, or instead of none, give --class")
     if args.particles and not args.fill:
         p.error("--particles needs --fill")
     return args
@@ -76,18 +82,24 @@ def default_sheet(args: argparse.Namespace) -> Path:
 
 
 def labels_to_draw(
-    diffusion: DiscreteDiffusion, args: argparse.Namespace
+    diffusion: DiscreteDiffusion, names: list[str], args: argparse.Namespace
 ) -> tuple[Tensor | None, int | None]:
     """The labels [n] or None, and the columns of the picture or None for a square."""
-    if not diffusion.num_labels and (args.digit or args.guidance is not None):
-        flag = "--digit" if args.digit else "--guidance"
+    last, label = diffusion.num_labels - 1, args.label
+    if last < 0 and (label is not None or args.guidance is not None):
+        flag = "--digit" if args.digit else "--guidance" if label is None else "--class"
         raise UserError(f"{flag}: {args.checkpoint} was trained without classes")
-    if args.digit == "none" or (args.fill and args.digit is None):
+    if label == "none" or (args.fill and label is None):
         return None, None
-    if args.digit is None:
+    if label is None:
         return diffusion.labels(args.n, args.first), None
-    y = torch.tensor([int(digit) for digit in args.digit]).repeat_interleave(args.n)
-    return y, args.n if len(args.digit) > 1 else None
+    known = {str(i): [i] for i in range(last + 1)} | {"all": [*range(last + 1)]}
+    known |= {name: [i] for i, name in enumerate(names)}
+    if label not in known:
+        some = ", ".join(names[:20]) + (", ..." if last >= 20 else "")
+        raise UserError(f"unknown class {label!r}: choose from {some}; 0 to {last}; all; none")
+    y = torch.tensor(known[label]).repeat_interleave(args.n)
+    return y, args.n if len(known[label]) > 1 else None
 
 
 def main() -> None:
@@ -95,18 +107,20 @@ def main() -> None:
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
     device = cli.pick_device(args.device)
-    diffusion = checkpoint.load_checkpoint(args.checkpoint, device, args.timesteps)
+    checkpoint = files.read_checkpoint(args.checkpoint)
+    style, classes = style_of(checkpoint), checkpoint["dataset"]["classes"]
+    diffusion = files.build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
     if args.timesteps is None:
         diffusion = respaced(diffusion, min(TIMESTEPS, diffusion.timesteps))
-    y, columns = labels_to_draw(diffusion, args)
-    known = read_partial_digit(args.fill, diffusion.num_levels) if args.fill else None
+    y, columns = labels_to_draw(diffusion, classes, args)
+    known = read_partial_digit(args.fill, **style) if args.fill else None
     n = args.n if y is None else len(y)
-    last_step = args.last_step or checkpoint.default_last_step(diffusion)
+    last_step = args.last_step or files.default_last_step(diffusion)
     request = {"y": y, "guidance": args.guidance or 0.0, "last_step": last_step, "progress": True}
     request |= {"seed": args.seed, "first": args.first, "batch_size": args.batch_size}
     inputs = [file for file in (args.checkpoint, args.fill) if file]
     outputs = [file for file in (args.out, args.save_tensor) if file]
-    with atomic_writes(*outputs, inputs=inputs) as files:  # errors come before the work
+    with files.atomic_writes(*outputs, inputs=inputs) as opened:  # errors come before the work
         if known is None:
             sheet = images = diffusion.sample(n, **request)
         else:  # the picture itself is in front of each row
@@ -115,9 +129,9 @@ def main() -> None:
             rows = images.long().unflatten(0, (-1, columns or n))
             sheet = torch.cat([known.expand(len(rows), 1, -1, -1, -1), rows], dim=1).flatten(0, 1)
             columns = columns and columns + 1
-        image_grid(sheet, diffusion.num_levels, columns).save(files[0], format="png")
+        image_grid(sheet, columns=columns, **style).save(opened[0], format="png")
         if args.save_tensor:
-            torch.save(images, files[1])
+            torch.save(without_padding(images, style["size"]), opened[1])
     for out in outputs:
         print(f"Wrote {out}")
 

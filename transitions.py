@@ -188,9 +188,7 @@ FAMILIES = {
         {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas},
     ),
     "absorbing": Family(
-        absorbing_transitions,
-        {"mutual_info": mutual_info_betas, "cosine": cosine_betas},
-        extra_states=1,
+        absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}, 1
     ),
     "gaussian": Family(
         gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}, min_levels=3
@@ -369,10 +367,8 @@ def check_choice(kind: str, value: str, choices: Iterable[str]) -> str:
 
 
 def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> Tensor:
-    """x as a tensor; a ValueError unless it holds integers low..high. None = any length.
-
-    Values are checked on the CPU only, to avoid waiting for a GPU.
-    """
+    """x as a tensor; a ValueError unless it holds integers low..high (checked on the CPU only, to
+    avoid waiting for a GPU). In `shape`, None = any length."""
     x = torch.as_tensor(x)
     fits = len(shape) == x.ndim and all(a in (None, b) for a, b in zip(shape, x.shape, strict=True))
     if not fits or x.is_floating_point() or x.is_complex():

@@ -1,10 +1,10 @@
-"""Write an animated GIF of the reverse process, from noise at t = T to digits at t = 0.
+"""Write an animated GIF of the reverse process, from noise at t = T to images at t = 0.
 
     python visualize_denoising.py                    # the released model
     python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 --out x.gif
     python visualize_denoising.py --fill part.png    # complete a partly transparent digit
 
-The digits are those of sample.py with the same seed and as many timesteps.
+The images are those of sample.py with the same seed and as many timesteps.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from cli import integer, number, path
 
 from tqdm import tqdm
 
-from checkpoint import PARTICLES, RELEASED, atomic_writes, default_last_step, load_checkpoint
-from pictures import read_partial_digit, titled_frame
+import checkpoint as files
+from checkpoint import PARTICLES, RELEASED
+from pictures import read_partial_digit, style_of, titled_frame
 from trajectories import filling_process
 
 HOLD_MS = 3000  # how long the last frame stays
@@ -30,8 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--timesteps", type=int, metavar="N", help="how many steps (default: those of training)")
     gif = Path("denoising_process.gif")
     add("--out", type=path(".gif"), default=gif, help=f"the GIF (default {gif})")
-    add("--n", type=integer(1, 256), default=16, help="how many digits, 1 to 256 (default 16)")
-    words = "draw the transparent pixels of this picture of a digit, as sample.py does"
+    add("--n", type=integer(1, 256), default=16, help="how many images, 1 to 256 (default 16)")
+    words = "draw the transparent pixels of this picture, as sample.py does"
     add("--fill", type=path(".png"), metavar="PART.png", help=words)
     words = f"for --fill: choose from N weighted trajectories (default {PARTICLES})"
     add("--particles", type=integer(1), metavar="N", help=words)
@@ -53,11 +54,13 @@ def main() -> None:
         print(f"{100 / centiseconds:.4g} frames per second: GIF counts hundredths of a second")
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
-    diffusion = load_checkpoint(args.checkpoint, cli.pick_device(args.device), args.timesteps)
-    known = read_partial_digit(args.fill, diffusion.num_levels) if args.fill else None
-    request = {"n": args.n, "seed": args.seed, "last_step": default_last_step(diffusion)}
+    device, checkpoint = cli.pick_device(args.device), files.read_checkpoint(args.checkpoint)
+    diffusion = files.build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
+    style = style_of(checkpoint)
+    known = read_partial_digit(args.fill, **style) if args.fill else None
+    request = {"n": args.n, "seed": args.seed, "last_step": files.default_last_step(diffusion)}
     inputs = [file for file in (args.checkpoint, args.fill) if file]
-    with atomic_writes(args.out, inputs=inputs) as (file,):  # errors come before the work
+    with files.atomic_writes(args.out, inputs=inputs) as (file,):  # errors come before the work
         if known is None:
             chain = diffusion.reverse_process(y=diffusion.labels(args.n), **request)
         else:
@@ -65,7 +68,7 @@ def main() -> None:
             chain = filling_process(diffusion, known, particles=particles, progress=True, **request)
         times = diffusion.network_t.flip(0).tolist()  # T, ..., 0
         frames = [
-            titled_frame(x_t, diffusion.num_levels, f"t = {t}")
+            titled_frame(x_t, f"t = {t}", **style)
             for t, x_t in zip(tqdm(times, desc="denoising", unit="step"), chain, strict=True)
         ]
         durations = [10 * centiseconds] * diffusion.timesteps + [HOLD_MS]

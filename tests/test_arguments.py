@@ -31,7 +31,7 @@ NO_CHAIN = torch.eye(2).expand(5, 2, 2)
 @pytest.mark.parametrize(
     "kwargs, words",
     [
-        ({"num_levels": 1}, "K must be at least 2"),
+        ({"num_levels": 1}, r"K must be in 2\.\.256"),
         ({"timesteps": 0}, "T at least 1"),
         ({"num_levels": 11_600, "timesteps": 1}, "fit into memory"),
         ({"transition": "nonsense"}, "unknown transition"),

@@ -30,19 +30,10 @@ def test_image_grid_two_levels():
     x = torch.tensor(
         [[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 1]]]
     ).unsqueeze(1)
-    g, w = 96, 255
-    sheet = np.array([
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, w, 0, 0, g, g, 0, 0, 0, g, g],
-        [g, g, 0, w, 0, g, g, w, w, w, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, w, w, w, g, g, g, g, g, g, g],
-        [g, g, w, 0, w, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-        [g, g, g, g, g, g, g, g, g, g, g, g],
-    ])  # fmt: skip
+    # g: grey, w: white, b: black; each row of text is a row of pixels
+    rows = "gggggggggggg gggggggggggg ggwbbggbbbgg ggbwbggwwwgg gggggggggggg gggggggggggg"
+    rows += " ggwwwggggggg ggwbwggggggg gggggggggggg gggggggggggg"
+    sheet = np.array([[{"g": 96, "w": 255, "b": 0}[c] for c in row] for row in rows.split()])
     for images in (x, x.to(torch.uint8)):
         picture = image_grid(images)
         assert picture.mode == "L"
@@ -89,10 +80,10 @@ def test_large_image_grid_is_not_doubled():
 def test_titled_frame():
     """The grid, and above it a white strip with the words in it."""
     x = torch.randint(0, 2, (4, 1, 32, 32), generator=torch.Generator().manual_seed(0))
-    frame, grid = np.array(titled_frame(x, 2, "t = 7")), np.array(image_grid(x))
+    frame, grid = np.array(titled_frame(x, "t = 7")), np.array(image_grid(x))
     assert np.array_equal(frame[24:], grid)
     assert (frame[:24] == 255).mean() > 0.8 and (frame[:24] < 64).any()
-    assert not np.array_equal(np.array(titled_frame(x, 2, "t = 8"))[:24], frame[:24])
+    assert not np.array_equal(np.array(titled_frame(x, "t = 8"))[:24], frame[:24])
 
 
 @pytest.mark.parametrize("alpha", [128, 200, 255])

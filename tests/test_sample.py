@@ -9,6 +9,7 @@ import cli
 import numpy as np
 import pytest
 import torch
+from own import COLOURS, SIZE, own_model, palette_image
 from PIL import Image
 from scripts import call, fail, files, start, succeed, untrained
 
@@ -36,7 +37,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory):
     path = tmp_path_factory.mktemp("conditional") / "c.pth"
-    return path, untrained(path, config={"num_labels": 10})
+    return path, untrained(path, timesteps=31, config={"num_labels": 10})
 
 
 def draw(path, flags="", device="cpu") -> torch.Tensor:
@@ -104,10 +105,6 @@ def test_long_name_of_a_checkpoint(stem, checkpoint):
     assert out == f"Wrote {name}\n" and name.startswith(f"d3pm_generated_samples_{stem[:100]}")
 
 
-def test_sixteen_by_default(checkpoint):
-    assert len(draw(checkpoint)) == 16
-
-
 def test_image_i_does_not_depend_on_the_call(checkpoint, monkeypatch):
     """--n, --first and --batch-size choose which images are drawn; --seed draws others."""
     sheet = draw(checkpoint, "--n 7")
@@ -132,16 +129,16 @@ def test_classes_guidance_and_timesteps(conditional):
     path, d = conditional
     assert TIMESTEPS == 30
     usual, few, y = respaced(d, 30), respaced(d, 5), torch.arange(4)
+    assert torch.equal(draw(path)[:4], mode(usual, 4, y=y)) and len(torch.load("x.pt")) == 16
     threes = torch.full((4,), 3)
     for flags, expected in (
-        ("", mode(usual, 4, y=y)),
         ("--first 3", mode(usual, 4, first=3, y=y + 3)),
         ("--digit 3", mode(usual, 4, y=threes)),
         ("--last-step draw", usual.sample(4, y=y)),
         ("--timesteps 5 --last-step draw --guidance 2", few.sample(4, y=y, guidance=2)),
         ("--timesteps 5 --last-step draw --digit 3 --guidance 0", few.sample(4, y=threes)),
         ("--timesteps 5 --last-step draw --digit none", few.sample(4)),
-        ("--timesteps 60", mode(d, 4, y=y)),
+        ("--timesteps 31", mode(d, 4, y=y)),
     ):
         assert torch.equal(draw(path, f"--n 4 {flags}"), expected), flags
     assert not torch.equal(few.sample(4), few.sample(4, y=threes))
@@ -158,20 +155,17 @@ def test_a_row_of_each_class(conditional):
     assert len(draw(path, flags)) == 100  # ten of each by default
 
 
-@BOTH
-def test_last_step_of_the_joint_form(script, checkpoint):
-    """It is drawn by default, as in the paper."""
+def test_last_step_of_the_joint_form(checkpoint):
+    """It is drawn by default, as in the paper, by both scripts."""
     state = torch.load(checkpoint, weights_only=True)
     state["diffusion"]["reverse"] = "joint"
     torch.save(state, "joint.pth")
     d = load_checkpoint("joint.pth")
-    assert not torch.equal(d.sample(4), mode(d, 4))
-    if script == "sample.py":
-        assert torch.equal(draw("joint.pth", "--n 4"), d.sample(4))
-        assert torch.equal(draw("joint.pth", "--n 4 --last-step mode"), mode(d, 4))
-    else:
-        succeed(script, "joint.pth", "--n", 4, *CPU)
-        assert np.array_equal(frames()[0][-1][24:], image_grid(d.sample(4)))
+    drawn = d.sample(4)
+    assert not torch.equal(drawn, mode(d, 4)) and torch.equal(draw("joint.pth", "--n 4"), drawn)
+    assert torch.equal(draw("joint.pth", "--n 4 --last-step mode"), mode(d, 4))
+    succeed("visualize_denoising.py", "joint.pth", "--n", 4, *CPU)
+    assert np.array_equal(frames()[0][-1][24:], image_grid(drawn))
 
 
 def test_levels_of_grey():
@@ -249,7 +243,7 @@ def test_gif_shows_the_whole_reverse_process(checkpoint):
     assert loops == 0 and durations == [50] * 10 + [3000]
     chain = list(load_checkpoint(checkpoint).reverse_process(4, seed=3, last_step="mode"))
     for i, (frame, x_t) in enumerate(zip(images, chain, strict=True)):
-        assert np.array_equal(frame, titled_frame(x_t, 2, f"t = {10 - i}"))
+        assert np.array_equal(frame, titled_frame(x_t, f"t = {10 - i}"))
     assert len({frame[:24].tobytes() for frame in images}) == 11  # the title can be read
 
 
@@ -263,8 +257,8 @@ def test_fewer_timesteps(checkpoint):
     assert len(shown) == 6 and np.array_equal(shown[-1][24:], image_grid(images))
     x_T, after_one, *_ = d.reverse_process(4)
     t = d.network_t[4]
-    assert np.array_equal(shown[0], titled_frame(x_T, 2, "t = 10"))
-    assert np.array_equal(shown[1], titled_frame(after_one, 2, f"t = {t}")) and t != 4
+    assert np.array_equal(shown[0], titled_frame(x_T, "t = 10"))
+    assert np.array_equal(shown[1], titled_frame(after_one, f"t = {t}")) and t != 4
 
 
 def test_sixteen_digits_of_classes_in_turn(conditional):
@@ -274,15 +268,15 @@ def test_sixteen_digits_of_classes_in_turn(conditional):
     assert np.array_equal(frames()[0][-1][24:], image_grid(draw(path, "--n 16 --timesteps 3")))
 
 
-@pytest.mark.parametrize("fps, duration, message", [
-    (10, 100, None),
-    (50, 20, None),
-    (33.333, 30, None),
-    (40, 20, "50 frames per second"),  # 2.5 hundredths: rounded to even
-    (30, 30, "33.33 frames per second"),
-    (15, 70, "14.29 frames per second"),  # 6.67 hundredths: rounded up
-    (1, 1000, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fps, duration, message",
+    [
+        (10, 100, None),
+        (33.333, 30, None),
+        (40, 20, "50 frames per second"),  # 2.5 hundredths: rounded to even
+        (15, 70, "14.29 frames per second"),  # 6.67 hundredths: rounded up
+    ],
+)
 def test_rate_of_frames(fps, duration, message, checkpoint):
     """Rounded to hundredths of a second. If that is another rate, the script says so first."""
     flags = "--n", 1, "--timesteps", 2, "--fps", fps
@@ -298,6 +292,96 @@ def test_gif_elsewhere(checkpoint):
     succeed("visualize_denoising.py", *flags, "--out", "new/y.gif")
     assert files(Path()) == {"x.gif", "new/y.gif"}
     assert "the same file is read" in fail("visualize_denoising.py", *flags, "--out", "x.gif")
+
+
+# --------------------------------------------------------------------------------------------------
+# Images of one's own
+
+
+def colours(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"))
+
+
+def test_own_pictures_without_padding_and_in_colour():
+    d = own_model()
+    images, x_0 = draw("own.pth", "--n 3"), mode(d, 3)
+    assert images.shape == (3, 1, *SIZE) and images.is_contiguous()
+    assert torch.equal(images, x_0[:, :, 3:13, 1:7])
+    sheet = colours(Image.open("x.png"))
+    assert sheet.shape == (2 * (2 + 2 * 12), 2 * (2 + 2 * 8), 3)
+    assert np.array_equal(sheet[4:24:2, 4:16:2], np.array(COLOURS)[images[0, 0]])
+    succeed("visualize_denoising.py", "own.pth", "--n", 3, *CPU)
+    with Image.open("denoising_process.gif") as gif:
+        assert gif.n_frames == 5
+        gif.seek(4)
+        assert np.array_equal(colours(gif)[24:], sheet)
+
+
+def test_filling_in_own_pictures():
+    d, states = own_model(), np.arange(60).reshape(SIZE) % 5
+    alpha = Image.fromarray(
+        np.where(np.arange(10) < 5, 255, 0)[:, None].astype(np.uint8).repeat(6, 1)
+    )
+    part = palette_image(states).convert("RGBA")
+    part.putalpha(alpha)
+    part.putpixel((2, 9), (1, 2, 3, 0))  # unknown pixels may have any colour
+    part.save("part.png")
+    known = torch.zeros(1, 1, 16, 8, dtype=torch.long)  # the padding is known
+    known[0, 0, 3:13, 1:7] = torch.tensor(np.where(np.arange(10)[:, None] < 5, states, -1))
+    images = draw("own.pth", "--fill part.png --n 2 --particles 2")
+    expected = fill_in(d, known, 2, particles=2, last_step="mode")
+    assert torch.equal(images, expected[:, :, 3:13, 1:7])
+    assert np.array_equal(images[0, 0, :5], states[:5])
+    sheet = torch.cat([known, expected.long()])
+    assert shows("x.png", image_grid(sheet, 5, palette=COLOURS, size=SIZE))
+    succeed("visualize_denoising.py", "own.pth", "--fill", "part.png", "--n", 2, *CPU)
+    part.putpixel((2, 1), (1, 2, 3, 255))
+    part.save("foreign.png")
+    Image.new("LA", (8, 16), 0).save("padded.png")
+    for name, words in (
+        ("foreign", "the colour (1, 2, 3), which"),
+        ("padded", "8x16 pixels: give 6x10"),
+    ):
+        for script in ("sample.py", "visualize_denoising.py"):
+            line = fail(script, "own.pth", "--fill", f"{name}.png", *CPU)
+            assert f"{name}.png" in line and words in line
+
+
+def test_classes_by_name_and_number():
+    d = own_model(num_labels=2)
+    for flags, y in (
+        ("--class lake --n 2", [1, 1]),
+        ("--class 0 --n 2", [0, 0]),
+        ("--digit 1 --n 2", [1, 1]),
+        ("--class all --n 2", [0, 0, 1, 1]),
+        ("--n 3", [0, 1, 0]),
+    ):
+        images = mode(d, len(y), y=torch.tensor(y))
+        assert torch.equal(draw("own.pth", flags), images[:, :, 3:13, 1:7]), flags
+    assert torch.equal(draw("own.pth", "--class none --n 2"), mode(d, 2)[:, :, 3:13, 1:7])
+    assert len(draw("own.pth", "--class all")) == 20
+    for wrong in ("sea", "2", "-1", ""):
+        line = fail("sample.py", "own.pth", f"--class={wrong}", *CPU)
+        assert line.endswith(f"class {wrong!r}: choose from hill, lake; 0 to 1; all; none")
+    assert "not allowed with" in fail("sample.py", "own.pth", "--class", "sea", "--digit", 1, *CPU)
+
+
+def test_names_of_classes_before_numbers_and_abbreviated(conditional):
+    """Named "29", "28", ..., "0"."""
+    state = torch.load(conditional[0], weights_only=True)
+    state["network"]["num_labels"] = 30
+    weight = state["averaged_weights"]["embed_y.weight"]
+    state["averaged_weights"]["embed_y.weight"] = torch.randn(31, weight.shape[1])
+    known = {"source": "mnist", "size": [28, 28], "palette": None}
+    state["dataset"] = known | {"classes": [str(29 - i) for i in range(30)]}
+    torch.save(state, "many.pth")
+    d = respaced(load_checkpoint("many.pth"), 30)
+    assert torch.equal(draw("many.pth", "--class 1 --n 1"), mode(d, 1, y=torch.tensor([28])))
+    line = fail("sample.py", "many.pth", "--class", "x", *CPU)
+    assert line.endswith(
+        "28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, "
+        "10, ...; 0 to 29; all; none"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,25 +408,28 @@ def test_device(script, checkpoint, monkeypatch):
     assert asked == ["auto", "tpu"]
 
 
-@BOTH
-def test_a_script_from_elsewhere(script, checkpoint, tmp_path):
+def test_a_script_from_elsewhere(checkpoint, tmp_path):
     """Through a symbolic link, as a real process in another directory: the same pictures."""
-    flags, suffix = (checkpoint, "--n", 2, *CPU, "--out"), SUFFIX[script]
-    succeed(script, *flags, f"here{suffix}")
-    Path("link.py").symlink_to(Path(sample.__file__).with_name(script))
-    process = start(tmp_path / "link.py", *flags, f"there{suffix}", cwd=tmp_path)
+    flags = checkpoint, "--n", 2, *CPU, "--out"
+    succeed("sample.py", *flags, "here.png")
+    Path("link.py").symlink_to(sample.__file__)
+    process = start(tmp_path / "link.py", *flags, "there.png", cwd=tmp_path)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert Path(f"here{suffix}").read_bytes() == Path(f"there{suffix}").read_bytes()
+    assert Path("here.png").read_bytes() == Path("there.png").read_bytes()
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["cut", "empty", "noise", "nowhere", "other", "tensor", "misfit"])
-def test_bad_checkpoint(script, name, bad_files):
+def test_bad_checkpoint(script, checkpoint):
     """The message names the file."""
-    line = fail(script, f"{name}.pth", *CPU)
-    assert f"{name}.pth" in line and ("does not fit" in line) == (name == "misfit")
-    assert "folder" in fail(script, "folder", *CPU)
+    state = torch.load(checkpoint, weights_only=True)
+    state["network"]["channels"] = [16, 8, 8]
+    torch.save(state, "misfit.pth")
+    Path("cut.pth").write_bytes(checkpoint.read_bytes()[:3000])
+    Path("folder").mkdir()
+    for name in ("cut.pth", "misfit.pth", "nowhere.pth", "folder"):
+        line = fail(script, name, *CPU)
+        assert name in line and ("does not fit" in line) == (name == "misfit.pth")
 
 
 @BOTH
@@ -352,33 +439,40 @@ def test_timesteps_that_training_did_not_have(script, timesteps, checkpoint):
     assert "1..10" in line and str(timesteps) in line
 
 
+BAD = """--n 0, --n many, --n 100000000000000000000, --seed -1, --seed 4294967296, --out=,
+    --timesteps many, --device nonsense, --out digits.jpg, --out digits, --out folder,
+    --out file/x.SUFFIX, --out file/deeper/x.SUFFIX, nonsense"""
+
+
 @BOTH
-@pytest.mark.parametrize("flags", [
-    "--n 0", "--n -1", "--n many", "--n 100000000000000000000", "--seed -1", "--seed 4294967296",
-    "--timesteps many", "--device nonsense", "--out digits.jpg", "--out digits", "--out folder",
-    "--out=", "--out cut.pth/x.SUFFIX", "--out cut.pth/deeper/x.SUFFIX", "nonsense",
-])  # fmt: skip
-def test_bad_input_to_both(script, flags, bad_files):
-    fail(script, "good.pth", *CPU, *flags.replace(".SUFFIX", SUFFIX[script]).split())
+@pytest.mark.parametrize("flags", BAD.split(","))
+def test_bad_input_to_both(script, flags, checkpoint):
+    Path("file").touch()
+    fail(script, checkpoint, *CPU, *flags.replace(".SUFFIX", SUFFIX[script]).split())
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--batch-size 0", "at least 1"),
-    ("--first -1", "at least 0"),
-    ("--first 100000000000000000000", "at most"),
-    ("--save-tensor folder", "not a regular file"),
-    ("--save-tensor=", "is empty"),
-    ("--digit 12", "invalid choice"),
-    ("--digit x", "invalid choice"),
-    ("--digit 3", "--digit: good.pth was trained without classes"),
-    ("--digit none", "--digit: good.pth was trained without classes"),
-    ("--guidance 1", "--guidance: good.pth was trained without classes"),
-    ("--guidance 0", "--guidance: good.pth was trained without classes"),
-    ("--digit 3 --guidance -1", "at least 0"),
-    ("--digit none --guidance 1", "needs a class"),
-])  # fmt: skip
-def test_bad_input_to_sample(flags, words, bad_files):
-    assert words in fail("sample.py", "good.pth", *CPU, *flags.split())
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--batch-size 0", "at least 1"),
+        ("--first -1", "at least 0"),
+        ("--first 100000000000000000000", "at most"),
+        ("--save-tensor folder", "not a regular file"),
+        ("--save-tensor=", "is empty"),
+        ("--digit 12", "invalid choice"),
+        ("--digit x", "invalid choice"),
+        ("--digit 3", "--digit: small.pth was trained without classes"),
+        ("--digit none", "--digit: small.pth was trained without classes"),
+        ("--guidance 1", "--guidance: small.pth was trained without classes"),
+        ("--guidance 0", "--guidance: small.pth was trained without classes"),
+        ("--digit 3 --guidance -1", "at least 0"),
+        ("--digit none --guidance 1", "needs a class"),
+    ],
+)
+def test_bad_input_to_sample(flags, words, checkpoint):
+    Path("folder").mkdir()
+    shutil.copy(checkpoint, "small.pth")
+    assert words in fail("sample.py", "small.pth", *CPU, *flags.split())
 
 
 @pytest.mark.parametrize("flags", ["--fps 0", "--fps nan", "--fps 51", "--n 257"])
