@@ -18,8 +18,6 @@ checkpoints/weights.pth at the end, all that sampling needs; metrics.csv and los
 
 import argparse
 import contextlib
-import csv
-import io
 import math
 import os
 import shlex
@@ -28,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import cli
 from cli import UserError, user_errors
@@ -38,7 +37,6 @@ from tqdm import tqdm
 from checkpoint import (
     TIMESTEPS,
     RunFolder,
-    atomic_write,
     build_diffusion,
     default_last_step,
     read_checkpoint,
@@ -47,7 +45,7 @@ from checkpoint import (
 from dataset import Dataset, batches, load_dataset, take, to_levels
 from diffusion import LOSSES, REVERSES, DiscreteDiffusion
 from model import NETWORKS, OUTPUTS, build_network
-from pictures import image_grid, plot_history, save_figure
+from pictures import image_grid, plot_history, save_figure, write_picture
 from trainer import DECAYS, OPTIMIZERS, Processes, Trainer, decay_start, learning_rate
 from trajectories import respaced
 from transitions import FAMILIES, SCHEDULES
@@ -57,7 +55,7 @@ RECIPES = {
     "paper": "--reverse joint --loss hybrid --hybrid-weight 0.001 --optimizer adam --lr 2e-4 "
     "--decay constant --timesteps 1000 --dropout 0.1 --batch-size 128",
 }
-OLD_RECIPES = {"released": "bound"}
+OLD_NAMES = {"released": "bound"}  # of recipes
 LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # few digits are few steps per epoch
 NETWORK_OPTIONS = ("channels", "blocks", "output", "dropout")  # default: the network's own
 EVERY = 5  # epochs between kept checkpoints and their samples
@@ -84,12 +82,12 @@ def add_group(p: argparse.ArgumentParser, title: str, defaults: dict) -> Callabl
 def make_parser() -> tuple[argparse.ArgumentParser, dict, dict]:
     """The parser, the defaults of what --resume may change, and of what it may not."""
     p, free, fixed = cli.parser(__doc__), {}, {}
-    P, N, count = cli.number(0, 1), cli.number(0), cli.integer(1)
+    share, number, count = cli.number(0, 1), cli.number(0), cli.integer(1)
     file = {"type": cli.path(), "metavar": "CHECKPOINT"}
     add = add_group(p, "where a run starts", {})
-    kind = {"type": lambda name: OLD_RECIPES.get(name, name), "choices": RECIPES}
     recipes = "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items())
-    add("--recipe", **kind, help=f"several flags in one, any of which may be given anew; {recipes}")
+    words = f"several flags in one; a flag of your own wins; {recipes}"
+    add("--recipe", type=lambda name: OLD_NAMES.get(name, name), choices=RECIPES, help=words)
     add("--init", **file, help="start from this model's averaged weights; it may lack classes")
     words = "go on from this checkpoint or the newest one; if for longer, from before the decay"
     add("--resume", **file, nargs="?", const=True, help=words)
@@ -101,41 +99,34 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict, dict]:
     cli.add_data(add)
     cli.add_device(add)
     cli.add_speed(add)
-    words = "epochs between validations, which make the rows of metrics.csv"
-    add("--validate-every", type=count, default=1, metavar="N", help=words)
+    add("--validate-every", type=count, default=1, metavar="N", help="epochs per validation")
     add("--out-dir", type=cli.path(), default=Path("results_d3pm"), help="for all that is written")
 
     add = add_group(p, "what is trained, which --resume does not change", fixed)
     add("--batch-size", type=count, default=128, help="images per step")
     add("--timesteps", type=count, default=200, help="T, the length of the chain")
-    words = "how noise acts; gaussian is for 3 or more levels"
-    add("--transition", choices=FAMILIES, default="uniform", help=words)
+    add("--transition", choices=FAMILIES, default="uniform", help="how noise acts")
     schedules = "; ".join(f"{name}: {', '.join(f.schedules)}" for name, f in FAMILIES.items())
     add("--schedule", choices=SCHEDULES, help=f"of the noise (default: the first of {schedules})")
     add("--loss", choices=LOSSES, default="cross_entropy", help="objective")
-    words = "lambda of the hybrid loss, the weight of the cross-entropy"
-    add("--hybrid-weight", type=N, default=0.001, metavar="W", help=words)
+    add("--hybrid-weight", type=number, default=0.001, metavar="W", help="the hybrid loss's lambda")
     words = "p(x_(t-1) | x_t) as the mixture of posteriors, or in the paper's joint form"
     add("--reverse", choices=REVERSES, default="mixture", help=words)
     add("--levels", type=cli.integer(2, 256), default=2, metavar="K", help="grey levels")
     words = "dynamic: every epoch draws each pixel anew from Bernoulli(grey level)"
     add("--binarize", choices=["threshold", "dynamic"], default="threshold", help=words)
-    words = "give the network the digit's class; it then samples with or without a class"
-    add("--conditional", action="store_true", default=False, help=words)
-    words = "share of images whose class --conditional hides"
-    add("--label-dropout", type=P, default=0.1, metavar="P", help=words)
-    words = "the others need about twice Muon's steps"
-    add("--optimizer", choices=OPTIMIZERS, default="muon", help=words)
+    add("--conditional", action="store_true", default=False, help="give the network the class")
+    words = "share of images whose class --conditional hides, to sample without one, too"
+    add("--label-dropout", type=share, default=0.1, metavar="P", help=words)
+    add("--optimizer", choices=OPTIMIZERS, default="muon", help="the others need twice the steps")
     words = f"peak learning rate, after a warm-up (default by digits: {LEARNING_RATE})"
     add("--lr", type=cli.number(0, above=True), help=words)
-    words = "of the rate; late: to 0 over the last 30 %% of the steps"
-    add("--decay", choices=DECAYS, default="late", help=words)
+    add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
     add("--network", choices=NETWORKS, default="unet", help="from model.py")
-    words = "softmax, or logistic: a mean and a scale, for many grey levels"
-    add("--output", choices=OUTPUTS, help=words)
+    add("--output", choices=OUTPUTS, help="logistic: a mean and a scale, for many grey levels")
     add("--channels", type=count, nargs=3, metavar="C", help="widths, multiples of 8")
     add("--blocks", type=cli.integer(1, 16), help="residual blocks per resolution")
-    add("--dropout", type=P, metavar="P", help="share of activations hidden, against overfitting")
+    add("--dropout", type=share, metavar="P", help="share of activations to drop")
     add("--limit", type=count, metavar="N", help="train on N digits only")
     add("--seed", type=cli.SEED, default=0, help="of weights, batches and noise (default 0)")
     return p, free, fixed
@@ -201,8 +192,7 @@ def find_checkpoint(args: argparse.Namespace, folder: RunFolder) -> dict | None:
     total = args.steps or (args.epochs or 0) * checkpoint.get("steps_per_epoch", 0)
     if total > planned and checkpoint["step"] > decay_start(planned) and constant.exists():
         earlier, rows = read_checkpoint(constant), checkpoint["history"]
-        same_run = earlier["history"] == rows[: len(earlier["history"])]
-        if same_run and earlier["step"] <= checkpoint["step"]:
+        if earlier["history"] == rows[: len(earlier["history"])]:  # it is of the same run
             source, checkpoint = constant, earlier
             checkpoint["history"] = [row for row in rows if row["step"] <= earlier["step"]]
     print(f"Resuming {source} at step {checkpoint['step']}")
@@ -278,8 +268,7 @@ class Run:
         self.losses: list[torch.Tensor] = []  # since the last check
         self.history: list[dict] = []  # the rows of metrics.csv
         self.loss_sum = 0.0  # of the epoch
-        self.seconds = 0.0  # of training since the last row, as saved in the checkpoint
-        self.started = time.perf_counter()
+        self.started = time.perf_counter()  # less the seconds that a resumed row has taken already
         self.saved = self.reported = time.monotonic()
 
     def load_state_dict(self, checkpoint: dict) -> None:
@@ -287,31 +276,23 @@ class Run:
         self.trainer.load_state_dict(checkpoint)
         self.loss_sum, self.history = checkpoint["loss_sum"], checkpoint["history"]
         if not self.history or self.history[-1]["step"] < self.trainer.steps:
-            self.seconds = checkpoint.get("seconds", 0.0)
+            self.started -= checkpoint.get("seconds", 0.0)
 
     def train(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the last step, or until `stop_requested()`. Returns whether steps are left."""
         trainer, s, size, stop = self.trainer, self.settings, self.settings["batch_size"], False
-        decay_step = decay_start(trainer.total_steps) if trainer.decay == "late" else None
-        self.started = time.perf_counter()
         while trainer.steps < trainer.total_steps and not stop:
             epoch, done = divmod(trainer.steps, self.steps_per_epoch)
             self.loss_sum = self.loss_sum if done else 0.0
-            counts = {"total": self.steps_per_epoch * size, "initial": done * size, "unit": "img"}
-            hidden = True if trainer.processes.rank else None  # None: only on a terminal
-            with tqdm(**counts, desc=f"epoch {epoch + 1}", leave=False, disable=hidden) as bar:
-                data = (self.digits, size, s["seed"], epoch, done, s["levels"], s["binarize"])
-                for x_0, y in batches(*data):
-                    self.losses.append(trainer.step(x_0, y))
-                    bar.update(size)
-                    stop = stop_requested()
-                    end = stop or trainer.steps == trainer.total_steps
-                    names = ["constant.pth"] * (trainer.steps == decay_step) + ["last.pth"] * stop
-                    if names or end or len(self.losses) == CHECK_STEPS:
-                        self.check(names)
-                    if end:
-                        break
-            self.check()
+            data = batches(self.digits, size, s["seed"], epoch, done, s["levels"], s["binarize"])
+            bar = {"total": self.steps_per_epoch, "initial": done, "unit": "img", "leave": False}
+            bar["disable"] = True if trainer.processes.rank else None  # None: only on a terminal
+            for x_0, y in tqdm(data, desc=f"epoch {epoch + 1}", unit_scale=size, **bar):
+                self.losses.append(trainer.step(x_0, y))
+                stop = stop_requested()
+                self.check(stop)
+                if stop or trainer.steps == trainer.total_steps:
+                    break
             row_is_due = trainer.steps % (self.steps_per_epoch * s["validate_every"]) == 0
             if row_is_due or trainer.steps == trainer.total_steps:
                 self.end_epoch()
@@ -322,46 +303,53 @@ class Run:
         epoch = -(-self.trainer.steps // self.steps_per_epoch)
         return epoch, self.loss_sum / (self.trainer.steps - (epoch - 1) * self.steps_per_epoch)
 
-    def check(self, names: list[str] | None = None) -> None:
-        """Check the losses since the last check. Save under `names`. Save and report when due."""
-        trainer = self.trainer
-        losses = torch.stack(self.losses).tolist() if self.losses else []
-        losses = trainer.processes.mean(*losses) if losses else []
+    def check(self, stop: bool) -> None:
+        """Every CHECK_STEPS steps, or now if it matters: check the losses, save, show progress."""
+        trainer, total = self.trainer, self.trainer.total_steps
+        decays = trainer.decay == "late" and trainer.steps == decay_start(total)
+        ends = trainer.steps == total or trainer.steps % self.steps_per_epoch == 0
+        if not (stop or decays or ends or len(self.losses) == CHECK_STEPS):
+            return
+        (loss,) = trainer.processes.mean(sum(torch.stack(self.losses).tolist()))
         self.losses.clear()
-        if not all(map(math.isfinite, losses)):
+        if not math.isfinite(loss):
             advice = "try a smaller --lr (checkpoints are intact)"
             raise UserError(f"the loss is not finite before step {trainer.steps}: {advice}")
-        self.loss_sum += sum(losses)
+        self.loss_sum += loss
         now = time.monotonic()
-        for name in names or ["last.pth"] * (now - self.saved > SAVE_SECONDS):
-            self.save(name)
+        if decays:
+            self.save("constant.pth")
+        if stop or now - self.saved > SAVE_SECONDS:
+            self.save("last.pth")
         if now - self.reported > REPORT_SECONDS and not sys.stderr.isatty():
             self.reported = now
-            epoch, loss = self.epoch()
-            where = f"epoch {epoch}, step {trainer.steps} of {trainer.total_steps}"
-            print(f"{where}, train loss {loss:.4f} nats/pixel")
+            epoch, mean = self.epoch()
+            where = f"epoch {epoch}, step {trainer.steps} of {total}"
+            print(f"{where}, train loss {mean:.4f} nats/pixel")
 
     def end_epoch(self) -> None:
         """Validate, save, then report: numbers before pictures."""
-        trainer, settings, (epoch, loss) = self.trainer, self.settings, self.epoch()
-        rows = [row for row in self.history if row["epoch"] < epoch]
+        trainer, (epoch, loss) = self.trainer, self.epoch()
+        seconds = time.perf_counter() - self.started
         # A shorter run may have ended within this epoch. Its row is written anew.
-        seconds = self.elapsed() + sum(row["seconds"] for row in self.history[len(rows) :])
+        rows = [row for row in self.history if row["epoch"] < epoch]
+        seconds += sum(row["seconds"] for row in self.history[len(rows) :])
         before = rows[-1] if rows else {"epoch": 0, "step": 0}
-        images = (trainer.steps - before["step"]) * settings["batch_size"]
         if trainer.processes.rank == 0:
             row = {"epoch": epoch, "step": trainer.steps, "train_loss": loss}
             row["validation_bound"] = trainer.validate(self.validation)
             row["lr"] = float(trainer.optimizer.param_groups[0]["lr"])
+            images = (trainer.steps - before["step"]) * self.settings["batch_size"]
             row |= {"images_per_second": images / seconds, "seconds": seconds}
             self.history = [*rows, row]
             at_end = trainer.steps == trainer.total_steps
             keep = at_end or epoch // EVERY > before["epoch"] // EVERY
-            names = [f"model_epoch_{epoch}.pth"] * keep + ["last.pth"] + ["weights.pth"] * at_end
-            for name in names:
+            for name in [f"model_epoch_{epoch}.pth"] * keep + ["last.pth"]:
                 self.save(name)
+            if at_end:
+                self.save("weights.pth")
             self.report(row, keep)
-        self.seconds, self.started = 0.0, time.perf_counter()
+        self.started = time.perf_counter()
 
     def report(self, row: dict, with_pictures: bool) -> None:
         """Print the row and write metrics.csv, the loss curve and samples."""
@@ -371,59 +359,55 @@ class Run:
             f"validation bound {row['validation_bound']:7.2f} nats/image  "
             f"{row['images_per_second']:.0f} img/s"
         )
-        self.write("metrics.csv", lambda file: write_csv(self.history, file))
+        write_picture(self.folder.path / "metrics.csv", lambda file: write_csv(self.history, file))
         if with_pictures:
-            name, averaged = f"samples/sample_epoch_{row['epoch']}.png", self.trainer.averaged
+            averaged = self.trainer.averaged
             model = respaced(averaged, min(TIMESTEPS, averaged.timesteps))
             options = {"y": model.labels(64), "last_step": default_last_step(model)}
             images = model.sample(64, self.settings["seed"], **options)
-            sheet = {"num_levels": self.settings["levels"], "columns": 8}
-            self.write(name, lambda file: image_grid(images, **sheet).save(file, format="png"))
-            self.write("loss_curve.png", lambda file: save_figure(plot_history(self.history), file))
-
-    def write(self, name: str, write: Callable) -> None:
-        """Write a report. Training does not need it, so whatever goes wrong is a warning."""
-        try:
-            with atomic_write(self.folder.path / name) as file:
-                write(file)
-        except Exception as error:  # drawing fails in many ways, by the user's own settings
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            print(f"warning: {name} could not be written: {reason}", file=sys.stderr)
-
-    def elapsed(self) -> float:
-        """Seconds of training since the last row."""
-        return self.seconds + time.perf_counter() - self.started
+            options = {"num_levels": self.settings["levels"], "columns": 8}
+            path = self.folder.path / "samples" / f"sample_epoch_{row['epoch']}.png"
+            write_picture(path, lambda file: image_grid(images, **options).save(file, format="png"))
+            path = self.folder.path / "loss_curve.png"
+            write_picture(path, lambda file: save_figure(plot_history(self.history), file))
 
     def save(self, name: str) -> None:
         """Write a checkpoint; weights.pth holds what sampling needs, in half precision."""
-        trainer = self.trainer
+        trainer, settings = self.trainer, self.settings
         if trainer.processes.rank:
             return
         state = {"network": trainer.network.config, "diffusion": trainer.averaged.config}
-        state |= {"data": self.digits.source, "binarize": self.settings["binarize"]}
+        state |= {"data": self.digits.source, "binarize": settings["binarize"]}
         state |= trainer.state_dict()
         if name == "weights.pth":
             del state["weights"], state["optimizer"]
             weights = state["averaged_weights"].items()
             state["averaged_weights"] = {key: w.half().cpu() for key, w in weights}
         else:
-            settings = self.settings.items()
-            plain = {key: str(v) if isinstance(v, Path) else v for key, v in settings}
+            plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
             state |= {"settings": plain, "epoch": trainer.steps // self.steps_per_epoch}
             state |= {"steps_per_epoch": self.steps_per_epoch, "total_steps": trainer.total_steps}
             state |= {"loss_sum": self.loss_sum, "history": self.history}
-            state["seconds"] = self.elapsed()
+            state["seconds"] = time.perf_counter() - self.started
         save_checkpoint(self.folder.checkpoints / name, state)
         self.saved = time.monotonic()
 
+    def say_if_overfit(self) -> None:
+        """Where an earlier validation bound was better: when, by how much, what was kept."""
+        best = min(self.history[::-1], key=lambda row: row["validation_bound"], default=None)
+        if best and best is not self.history[-1]:
+            worse = self.history[-1]["validation_bound"] - best["validation_bound"]
+            kept = self.folder.checkpoints.glob("model_epoch_*.pth")
+            nearest = min(sorted(kept), key=lambda path: abs(int(path.stem[12:]) - best["epoch"]))
+            print(
+                f"It overfits: the validation bound was best after epoch {best['epoch']} and is "
+                f"now {worse:.2f} nats worse; the nearest checkpoint is {nearest}"
+            )
 
-def write_csv(history: list[dict], file) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    for row in history:
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    file.write(text.getvalue().encode())
+
+def write_csv(history: list[dict], file: BinaryIO) -> None:
+    rows = [[f"{v:.6g}" if isinstance(v, float) else str(v) for v in r.values()] for r in history]
+    file.write("".join(",".join(row) + "\n" for row in [history[0], *rows]).encode())
 
 
 def catch_signals() -> list[int]:
@@ -452,16 +436,16 @@ def main() -> int:
     with folder.owned() if first else contextlib.redirect_stdout(None):
         checkpoint = find_checkpoint(args, folder)
         settings = merge_settings(args, free, fixed, checkpoint)
-        run, device = make_run(settings, args.init, checkpoint, processes)
+        run = make_run(settings, args.init, checkpoint, processes)
         processes.mean(0)  # all have read the folder
         if first:
             folder.clear() if args.overwrite else folder.tidy()
-        return train(run, device)
+        return train(run)
 
 
 def make_run(
     settings: dict, init: Path | None, checkpoint: dict | None, processes: Processes
-) -> tuple["Run", torch.device]:
+) -> Run:
     """Build everything, and go on from the checkpoint if there is one. Raises UserError."""
     with user_errors():
         processes.share(settings["batch_size"])  # fails before a download
@@ -483,16 +467,14 @@ def make_run(
         if checkpoint:
             run.load_state_dict(checkpoint)
             planned = checkpoint.get("total_steps", total)
-            points = ((step - 1, planned), (step, planned), (step, total))
-            last, next_planned, new = (
-                learning_rate(trainer.lr, *point, trainer.decay) for point in points
-            )
-            if new > max(last, next_planned):
-                print(f"The learning rate rises again, from {last:.3g} to {new:.3g}")
-    return run, device
+            points = (step - 1, planned), (step, planned), (step, total)
+            *old, new = (learning_rate(trainer.lr, *point, trainer.decay) for point in points)
+            if new > max(old):
+                print(f"The learning rate rises again, to {new:.3g}")
+    return run
 
 
-def train(run: Run, device: torch.device) -> int:
+def train(run: Run) -> int:
     """Train, and print what and where. Returns the exit code."""
     trainer, s = run.trainer, run.settings
     processes, total = trainer.processes, trainer.total_steps
@@ -501,7 +483,7 @@ def train(run: Run, device: torch.device) -> int:
     images, held_out = len(run.digits.images), len(run.validation)
     print(
         f"{images:,} {run.digits.source} digits for training, {held_out:,} for validation\n"
-        f"{weights:,} weights on {device}{shared}; T = {s['timesteps']}\n"
+        f"{weights:,} weights on {trainer.device}{shared}; T = {s['timesteps']}\n"
         f"{total} steps of {s['batch_size']}, {total / run.steps_per_epoch:.3g} epochs; "
         f"{s['optimizer']} with peak learning rate {s['lr']:g}"
     )
@@ -514,14 +496,14 @@ def train(run: Run, device: torch.device) -> int:
         raise
     if stopped:
         number = received[0] if received else signal.SIGTERM  # perhaps of another process
-        where = f"after step {trainer.steps} of {total}, saved in {run.folder.checkpoints}"
         if processes.rank == 0:
-            name = signal.Signals(number).name
-            line = f"Stopped by {name} {where}{os.sep}last.pth; go on with --resume"
-            print(line, file=sys.stderr)
+            where = f"after step {trainer.steps} of {total}, saved in {run.folder.checkpoints}"
+            line = f"Stopped by {signal.Signals(number).name} {where}{os.sep}last.pth"
+            print(f"{line}; go on with --resume", file=sys.stderr)
         return 128 + number
     command = shlex.join(["python", "sample.py", str(run.folder.checkpoints / "weights.pth")])
     print(f"Done. Draw digits: {command}")
+    run.say_if_overfit()
     return 0
 
 

@@ -1,7 +1,8 @@
-"""One thread in each of pytest's two processes (pyproject.toml): the tensors are small, and runs in
-here agree bit for
-bit with those of the subprocesses that tests/scripts.py starts."""
+"""Fixtures. One thread in each of pytest's processes (pyproject.toml): the tensors are small, and
+runs in here agree bit for bit with those of the subprocesses that tests/scripts.py starts, on one
+machine: with one thread, torch adds in one order."""
 
+import functools
 import shutil
 import signal
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 from scripts import SIGNALS, TRAIN, succeed
 
-from checkpoint import read_checkpoint
+import dataset
+from checkpoint import atomic_write, read_checkpoint
 
 torch.set_num_threads(1)
+read_offline = functools.cache(dataset.load_offline)  # a quarter of a second each time
 # nohup and background jobs ignore signals, and so would the programs that are tested here.
 for number in SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
@@ -43,9 +46,21 @@ def my_run(run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def cheap(monkeypatch):
-    """Training in this process without what takes most of its time here: validation, samples, plot.
-    Same weights."""
+def offline_once(monkeypatch):
+    """The offline digits are read once for all tests."""
+    monkeypatch.setattr("dataset.load_offline", lambda: tuple(v.clone() for v in read_offline()))
+
+
+@pytest.fixture
+def cheap(monkeypatch, offline_once):
+    """Training in this process without what takes most of its time here: validation, samples, plot,
+    and reading each checkpoint back. Same weights."""
+
+    def save(path, checkpoint):
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+
+    monkeypatch.setattr("train.save_checkpoint", save)
     monkeypatch.setattr("trainer.Trainer.validate", lambda self, x_0: 1.0)
     monkeypatch.setattr(
         "diffusion.DiscreteDiffusion.sample",

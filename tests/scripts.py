@@ -1,6 +1,6 @@
-"""Running the scripts: inside this process, where a second is all that a run takes, or as real
-processes."""
+"""Running the scripts, inside this process or as real ones; looking at what they write."""
 
+import csv
 import importlib
 import io
 import os
@@ -74,16 +74,20 @@ def fail(script, *arguments) -> str:
     return line
 
 
-def start(script, *arguments, cwd, **options) -> subprocess.Popen:
+def trained(flags="", out="out") -> str:
+    """stdout of a small run of train.py that has to succeed."""
+    return succeed("train.py", *TRAIN, *flags.split(), "--out-dir", out)
+
+
+def resumed(flags="", out="out") -> str:
+    return succeed("train.py", "--resume", *flags.split(), "--out-dir", out)
+
+
+def start(script, *arguments, cwd, launcher=(), **options) -> subprocess.Popen:
     """A real process."""
-    command = [sys.executable, REPOSITORY / script, *map(str, arguments)]
-    options = {
-        "env": ENVIRONMENT,
-        "text": True,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-    } | options
-    return subprocess.Popen(command, cwd=cwd, **options)
+    command = [sys.executable, *launcher, *map(str, [REPOSITORY / script, *arguments])]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, **{"env": ENVIRONMENT} | pipes | options)
 
 
 def snapshot(folder: Path) -> dict:
@@ -96,18 +100,60 @@ def files(folder: Path) -> set[str]:
     return names - {".lock"}
 
 
+def read_metrics(folder) -> list[dict]:
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint_of(folder, name="last") -> dict:
+    return read_checkpoint(Path(folder) / "checkpoints" / f"{name}.pth")
+
+
 def same_weights(a: Path | str, b: Path | str) -> bool:
     """Whether two checkpoints are of the same step and agree bit for bit, the optimizer's state
-    included."""
+    included. Only for runs of one machine with as many threads: others add in another order."""
+
+    def tensors(c: dict) -> list[torch.Tensor]:
+        states = [v for state in c["optimizer"]["state"].values() for v in state.values()]
+        return [*c["weights"].values(), *c["averaged_weights"].values(), *states]
+
     a, b = read_checkpoint(a), read_checkpoint(b)
-    a_tensors, b_tensors = (
-        [*c["weights"].values(), *c["averaged_weights"].values()] for c in (a, b)
-    )
-    for tensors, c in ((a_tensors, a), (b_tensors, b)):
-        tensors += [
-            tensor for state in c["optimizer"]["state"].values() for tensor in state.values()
-        ]
-    return a["step"] == b["step"] and all(map(torch.equal, a_tensors, b_tensors))
+    return a["step"] == b["step"] and all(map(torch.equal, tensors(a), tensors(b)))
+
+
+def same_run(a, b, name="last", but_for=()) -> bool:
+    """Whether two runs have the same weights and tell the same of every epoch, less the seconds."""
+    but_for = dict.fromkeys(("images_per_second", "seconds", *but_for))
+    rows = ([row | but_for for row in checkpoint_of(x, name)["history"]] for x in (a, b))
+    path = f"checkpoints/{name}.pth"
+    return next(rows) == next(rows) and same_weights(Path(a) / path, Path(b) / path)
+
+
+def signal_at_step(monkeypatch, at, *signals):
+    """Send these signals to this process while step `at` (from 0) computes its loss."""
+    loss, calls = DiscreteDiffusion.loss, []
+
+    def loss_with_signal(self, *arguments):
+        if len(calls) == at:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        calls.append(at)
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(DiscreteDiffusion, "loss", loss_with_signal)
+
+
+def spy(monkeypatch, owner, name) -> list[tuple]:
+    """The calls of owner.name from now on, as (arguments, keyword arguments); a method's start with
+    its object."""
+    original, calls = getattr(owner, name), []
+
+    def called(*args, **kwargs):
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, called)
+    return calls
 
 
 def untrained(
