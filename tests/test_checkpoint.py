@@ -142,7 +142,7 @@ def test_outputs_that_cannot_be_written_are_known_before_the_block():
     irregular = "it is not a regular file"
     for name, words in (
         ("file/x", "Not a directory|File exists"),
-        *((name, irregular) for name in ("folder", "/dev/null", "pipe")),
+        *((name, irregular) for name in ("folder", "/", "/dev/null", "pipe")),
     ):
         words = f"^can't write .*{Path(name).name}: ({words})$"
         with pytest.raises(OSError, match=words), atomic_writes("first", name):
