@@ -65,7 +65,7 @@ def atomic_writes(*paths: str | Path, inputs: Iterable = ()) -> Iterator[list[io
         taken.append((target, "written"))
     # Cut, because the target's name may have all the 255 bytes that file systems allow.
     names = [f".{target.name[:32]}.{secrets.token_hex(4)}" for target in targets]
-    files = [(t, t.with_name(name), io.BytesIO()) for t, name in zip(targets, names, strict=True)]
+    files = [(t, t.parent / name, io.BytesIO()) for t, name in zip(targets, names, strict=True)]
     try:
         for target, temporary, _ in files:
             with naming(target):

@@ -233,12 +233,12 @@ def test_dynamic_binarization():
 
 
 def test_levels_are_checked():
+    states = torch.arange(5, dtype=torch.uint8)
     for K, protocol in ((1, "threshold"), (257, "threshold"), (4, "dynamic")):
         with pytest.raises(UserError):
-            to_levels(torch.zeros(1, dtype=torch.uint8), K, protocol)
+            to_levels(states, K, protocol)
     with pytest.raises(ValueError, match="unknown binarization 'nonsense'"):
-        to_levels(torch.zeros(1, dtype=torch.uint8), 2, "nonsense")
-    states = torch.arange(5, dtype=torch.uint8)
+        to_levels(states, 2, "nonsense")
     assert torch.equal(to_levels(states, 5, "palette"), states)  # levels already
 
 
@@ -307,11 +307,10 @@ def test_the_silence_that_a_download_may_keep(monkeypatch, tmp_path):
 
 def test_processed_files_of_old_torchvisions_are_not_trusted(fake, tmp_path):
     """torchvision itself would load MNIST/processed, whose content nobody has checked."""
-    write_raw(tmp_path, fake[0])
-    processed = tmp_path / "MNIST" / "processed"
+    processed = write_raw(tmp_path, fake[0]).parent / "processed"
     processed.mkdir()
+    digits = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     for name in ("training.pt", "test.pt"):
-        digits = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
         torch.save(digits, processed / name)
     assert load_dataset("test", "mnist", tmp_path).images.max() > 0
 
@@ -330,16 +329,13 @@ def test_fresh_download(data, fake, serve, tmp_path):
     assert torch.equal(load_dataset("train", data, tmp_path / "data").images, digits.images)
 
 
-def damaged(content, how):
-    return {
-        "truncated": content[:-100],
-        "wrong": content[:-1] + b"!",
-        "header": b"!" + content[1:],
-        "missing": None,
-        "short": content[:7],
-    }[how]
-
-
+DAMAGE = {
+    "truncated": lambda content: content[:-100],
+    "wrong": lambda content: content[:-1] + b"!",
+    "header": lambda content: b"!" + content[1:],
+    "missing": lambda content: None,
+    "short": lambda content: content[:7],
+}
 DAMAGES = [(data, how) for data in ("auto", "mnist") for how in ("truncated", "wrong", "missing")]
 DAMAGES += [("fashion", "truncated"), ("fashion", "header"), ("kmnist", "short")]
 
@@ -351,7 +347,7 @@ def test_damaged_files(data, how, repaired, fake, serve, tmp_path):
     raw, packed = fake
     folder = write_raw(tmp_path, raw, data)
     (folder / IMAGES).unlink()
-    if bad := damaged(raw[IMAGES], how):
+    if bad := DAMAGE[how](raw[IMAGES]):
         (folder / IMAGES).write_bytes(bad)
     if repaired:
         serve(packed)
