@@ -14,13 +14,18 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# OpenMP reads this when torch loads: idle threads sleep instead of spinning, which is 3 times as
-# fast beside another busy program. Only for our own scripts; a program that imports us decides.
+# OpenMP reads these when torch loads. Idle threads spin for some milliseconds, then sleep: sleeping
+# at once costs up to a third of the speed, spinning for longer slows down other programs, and us
+# beside them. Only for our own scripts; a program that imports us decides.
+WAITING = {"GOMP_SPINCOUNT": "100000"}  # libgomp: Linux
+WAITING |= {"KMP_BLOCKTIME": "1"}  # libomp and libiomp: macOS, Windows (in ms; untried)
 script = getattr(sys.modules["__main__"], "__file__", None) or ""
 if Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")  # by the user
+    if not any(name.startswith(chosen) for name in os.environ):
+        os.environ.update(WAITING)
 
-import torch  # noqa: E402 (the policy comes first)
+import torch  # noqa: E402 (the variables come first)
 
 
 class UserError(ValueError):

@@ -104,10 +104,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, C, H, W)
-        return x + self.out(h)
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # channels last, as in memory
+        qkv = qkv.reshape(B, H * W, 3, self.heads, C // self.heads).transpose(1, 3)
+        q, k, v = qkv.unbind(2)  # each [B, heads, H*W, C/heads]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        return x + self.out(h.permute(0, 3, 1, 2))
 
 
 class Stage(nn.Module):

@@ -134,11 +134,11 @@ class Trainer:
             torch.cuda.set_device(self.device)
         # A recorded step reads the rate from the place in memory where it was during the recording.
         self.rate = torch.tensor(lr, device=self.device) if self.records else lr
-        options = {"lr": self.rate, "capturable": self.records}
+        options = {"lr": self.rate, "capturable": self.records, "foreach": True}
         parameters = self.network.parameters()
         self.optimizer: torch.optim.Optimizer
         if optimizer == "muon":
-            self.optimizer = Muon(self.network, torch.bfloat16 if amp else torch.float32, **options)
+            self.optimizer = Muon(self.network, **options)
         elif optimizer == "adamw":
             options |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
             self.optimizer = torch.optim.AdamW(parameters, **options)
@@ -301,8 +301,7 @@ class Muon(torch.optim.AdamW):
     """AdamW, but hidden matrices step along their orthogonalized momentum (Jordan et al. 2024).
 
     The update is scaled to AdamW's typical size, so that one learning rate serves both (Liu et al.
-    2025, arXiv:2502.16982). torch.optim.Muon takes no convolutions, and computes in bfloat16, which
-    most CPUs only emulate.
+    2025, arXiv:2502.16982). torch.optim.Muon takes no convolutions.
 
     Raises:
         ValueError: if the network has no `hidden_matrices()`.
@@ -310,20 +309,19 @@ class Muon(torch.optim.AdamW):
 
     MOMENTUM = 0.95
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, **options):
+    def __init__(self, network: nn.Module, **options):
         if not hasattr(network, "hidden_matrices"):
             name = type(network).__name__
             raise ValueError(f"muon needs a network with hidden_matrices(), which {name} has not")
         super().__init__(network.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, **options)
-        self.dtype = dtype
-        self.by_shape: dict[tuple, list[nn.Parameter]] = defaultdict(list)  # one batch each
+        self.by_side: dict[int, list[nn.Parameter]] = defaultdict(list)  # one batch each
         for p in network.hidden_matrices():
-            self.by_shape[p.flatten(1).shape].append(p)
+            self.by_side[min(p.flatten(1).shape)].append(p)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for shape, matrices in self.by_shape.items():
+        for matrices in self.by_side.values():
             for p in matrices:
                 if p not in self.state:  # AdamW wants "step" in each state that it loads
                     self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
@@ -331,9 +329,12 @@ class Muon(torch.optim.AdamW):
             momenta = [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
             nesterov = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
-            updates = orthogonalized(torch.stack([v.flatten(1) for v in nesterov]), self.dtype)
-            updates = updates * (group["lr"] * 0.2 * math.sqrt(max(shape)))
-            updates = [v.view_as(p) for p, v in zip(matrices, updates, strict=True)]
+            # Channels last, as in memory
+            updates = orthogonalized([v.movedim(1, -1).flatten(1) for v in nesterov])
+            sizes = [0.2 * math.sqrt(max(v.shape)) for v in updates]
+            updates = torch._foreach_mul(torch._foreach_mul(updates, sizes), group["lr"])
+            shapes = [p.movedim(1, -1).shape for p in matrices]
+            updates = [v.reshape(s).movedim(-1, 1) for v, s in zip(updates, shapes, strict=True)]
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(matrices, updates)
             for p in matrices:
@@ -341,14 +342,26 @@ class Muon(torch.optim.AdamW):
         super().step()
 
 
-def orthogonalized(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Approximate U V^T of each matrix U S V^T, [..., R, C], by five steps of Newton-Schulz.
+def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """Approximate U V^T of each matrix U S V^T by five steps of Newton-Schulz.
 
-    The singular values of the result are between 0.7 and 1.2.
+    The singular values of the results are between 0.7 and 1.2. The shorter sides must be equal.
+    Each step is X <- p(X X^T) X, with a polynomial p. So the steps act on the small X X^T alone,
+    and only the product of their polynomials is multiplied with X.
     """
-    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    x = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x if wide is matrices else x.mT).to(matrices.dtype)
+
+    def polynomial(square: Tensor) -> Tensor:
+        result = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        result.diagonal(dim1=1, dim2=2).add_(3.4445)
+        return result
+
+    wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
+    wide = [x / (x.norm() + 1e-7) for x in wide]
+    square = torch.stack([x @ x.mT for x in wide])
+    p = product = polynomial(square)
+    for _ in range(4):
+        square = p @ square @ p
+        p = polynomial(square)
+        product = p @ product
+    results = [p @ x for p, x in zip(product, wide, strict=True)]
+    return [v if v.shape == x.shape else v.mT for v, x in zip(results, matrices, strict=True)]
