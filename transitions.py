@@ -9,9 +9,9 @@ Q_1 .. Q_T, and one entry in `FAMILIES`.
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial, reduce
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG_ZERO = -1e30  # log 0 inside sums, where -inf would turn gradients into NaN
-WIDEST = math.log(1e4)  # log of a squared width at which a Gaussian kernel is flat
+LOG_WIDEST = math.log(1e4)  # log of a beta at which a Gaussian kernel is flat
 
 # -------------------------------------------------------------------------------------------------
 # Noise schedules: (T, K) -> beta_1 .. beta_T, float64 [T]
@@ -38,20 +38,14 @@ def cosine_betas(T: int, K: int) -> Tensor:
 
 
 def linear_betas(T: int, K: int) -> Tensor:
-    """1e-4 .. 0.02, evenly spaced: the widely copied schedule of DDPM, kept for comparison.
-
-    With T = 200 and two levels it stops at bar_Q_T = [[0.57, 0.43], [0.43, 0.57]]. Sampling starts
-    from noise that the network never saw, and L_T alone costs 9.0 nats per 32x32 image.
-    """
+    """1e-4 .. 0.02, evenly spaced: the schedule of DDPM, for comparison. With T = 200 it stops
+    short of noise, at bar_Q_T = [[0.57, 0.43], [0.43, 0.57]]: L_T is 9.0 nats per 32x32 image."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 
 def mutual_info_betas(T: int, K: int) -> Tensor:
-    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T.
-
-    For absorbing transitions the mutual information of x_t and x_0 then falls linearly (appendix
-    A.7). For others it does not.
-    """
+    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t/T. With absorbing transitions the mutual
+    information of x_t and x_0 then falls linearly (appendix A.7)."""
     return 1 / (T - torch.arange(T, dtype=torch.float64))
 
 
@@ -59,11 +53,8 @@ def fitted_betas(T: int, K: int) -> Tensor:
     """Evenly spaced squared widths for Gaussian transitions, with end points that fit K and T.
 
     beta_1 moves a middle level in the first step with probability 0.001. beta_T brings every row
-    of bar_Q_T within 1e-4 (total variation) of uniform. The paper's 1e-4 .. 0.02 suit K = 256 and
-    T = 1000; with few levels the kernel would be so narrow that hardly any pixel moves.
-
-    Raises:
-        ValueError: if no width reaches uniform in T steps.
+    of bar_Q_T within 1e-4 (total variation) of uniform; a ValueError if T is too small. The
+    paper's 1e-4 .. 0.02 suit K = 256 and T = 1000: with few levels hardly any pixel would move.
     """
     beta_1 = 4 / ((K - 1) ** 2 * math.log(2 / 0.001))
 
@@ -76,9 +67,9 @@ def fitted_betas(T: int, K: int) -> Tensor:
             row = blurred(row, spectrum, stays)
         return 0.5 * np.abs(row - 1 / K).sum()
 
-    if distance(WIDEST) > 1e-4:
+    if distance(LOG_WIDEST) > 1e-4:
         raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
-    return betas(bisect(distance, 1e-4, math.log(beta_1), WIDEST, 40))
+    return betas(bisect(distance, 1e-4, math.log(beta_1), LOG_WIDEST, 40))
 
 
 def information_betas(T: int, K: int) -> Tensor:
@@ -86,10 +77,8 @@ def information_betas(T: int, K: int) -> Tensor:
 
     The mutual information of x_t and x_0, for K equally likely levels and divided by log K, is
     cos^2(pi/2 t/T), approximately. Evenly spaced widths lose half of it in a tenth of the steps
-    for K = 8, in a fiftieth for K = 256. The last 12 steps are as wide as possible.
-
-    Raises:
-        ValueError: if T is too small for that.
+    for K = 8, in a fiftieth for K = 256. The last 12 steps are as wide as possible; a ValueError
+    if T is too small for that.
     """
     if T <= 12:
         raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
@@ -103,14 +92,16 @@ def information_betas(T: int, K: int) -> Tensor:
         return 1 + (q * np.log(q)).sum(1).mean() / math.log(K)
 
     few = min(K, 8)
-    rows = np.eye(K)[((np.arange(few) + 0.5) * K / few).astype(int)]  # x_0 that represent all
+    rows = np.eye(K)[((np.arange(few) + 0.5) * K / few).astype(int)]  # a few x_0 for all
     narrowest = math.log(4 / ((K - 1) ** 2 * math.log(2e9)))  # moves with probability 1e-9
     log_betas = []
     for t in range(1, T - 11):
         target = math.cos(math.pi / 2 * t / (T - 12)) ** 2
-        log_betas.append(bisect(partial(information_after, rows), target, narrowest, WIDEST, 24))
+        log_betas.append(
+            bisect(partial(information_after, rows), target, narrowest, LOG_WIDEST, 24)
+        )
         rows = step(rows, log_betas[-1])
-    return torch.tensor([*log_betas, *[WIDEST] * 12], dtype=torch.float64).exp()
+    return torch.tensor([*log_betas, *[LOG_WIDEST] * 12], dtype=torch.float64).exp()
 
 
 def bisect(f: Callable, target: float, low: float, high: float, steps: int) -> float:
@@ -126,7 +117,7 @@ def bisect(f: Callable, target: float, low: float, high: float, steps: int) -> f
 
 
 def uniform_transitions(K: int, betas: Tensor) -> Tensor:
-    """Q_t = (1 - beta_t) I + beta_t / K 11^T: draw the level anew (appendix A.2.1). S = K."""
+    """Q_t = (1 - beta_t) I + beta_t / K 11^T: redraw the level (appendix A.2.1). S = K."""
     beta = betas[:, None, None]
     return (1 - beta) * torch.eye(K, dtype=torch.float64) + beta / K
 
@@ -134,14 +125,11 @@ def uniform_transitions(K: int, betas: Tensor) -> Tensor:
 def absorbing_transitions(K: int, betas: Tensor) -> Tensor:
     """Q_t = (1 - beta_t) I + beta_t 1 e_m^T: become the mask m (appendix A.2.2). S = K + 1.
 
-    The mask is a state of its own, the last one. The authors' image code absorbs into the middle
-    grey level instead.
-
-    Raises:
-        ValueError: if a pixel can survive to T: L_T would be infinite.
+    The mask is a state of its own, the last one; in the authors' image code it is the middle grey
+    level. Raises ValueError if a pixel can survive to T, since L_T would be infinite.
     """
     if betas.max() < 1:
-        raise ValueError("absorbing transitions need some beta_t = 1, so that all ends masked")
+        raise ValueError("absorbing transitions need some beta_t = 1, for all to end masked")
     beta = betas[:, None, None]
     mask = F.one_hot(torch.tensor(K), K + 1).double()
     return (1 - beta) * torch.eye(K + 1, dtype=torch.float64) + beta * mask
@@ -168,7 +156,7 @@ def gaussian_kernel(K: int, betas: Tensor) -> Tensor:
 
 
 def gaussian_blurs(K: int, betas: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """For `blurred`: the spectra of the kernels [T, K+1], and the rest of the diagonals [T, K]."""
+    """For `blurred`: the spectra of the kernels [T, K+1], and what to add to the diagonals."""
     kernel = gaussian_kernel(K, betas).numpy()
     mirrored = np.concatenate([kernel, 0 * kernel[:, :1], kernel[:, :0:-1]], axis=1)
     cumulative = kernel.cumsum(1)
@@ -185,9 +173,8 @@ def blurred(rows: np.ndarray, spectrum: np.ndarray, stays: np.ndarray) -> np.nda
 # The table of legal combinations
 
 
-@dataclass(frozen=True)
-class Family:
-    """Makes Q_1 .. Q_T; its schedules, the default first; its states beyond the levels."""
+class Family(NamedTuple):
+    """A maker of Q_1 .. Q_T, its schedules (default first), its number of extra states."""
 
     matrices: Callable[[int, Tensor], Tensor]
     schedules: dict[str, Callable[[int, int], Tensor]]
@@ -201,9 +188,7 @@ FAMILIES = {
         {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas},
     ),
     "absorbing": Family(
-        absorbing_transitions,
-        {"mutual_info": mutual_info_betas, "cosine": cosine_betas},
-        extra_states=1,
+        absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}, 1
     ),
     "gaussian": Family(
         gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}, min_levels=3
@@ -214,9 +199,7 @@ SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in
 
 def family_and_schedule(transition: str, schedule: str | None) -> tuple[Family, str]:
     """The family and its schedule's name, by default the first. Raises ValueError."""
-    if transition not in FAMILIES:
-        raise ValueError(f"unknown transition {transition!r}: choose from {', '.join(FAMILIES)}")
-    family = FAMILIES[transition]
+    family = FAMILIES[check_choice("transition", transition, FAMILIES)]
     schedule = schedule or next(iter(family.schedules))
     if schedule not in family.schedules:
         choices = " or ".join(family.schedules)
@@ -235,10 +218,7 @@ def transition_matrices(transition: str, schedule: str | None, K: int, T: int) -
 
 def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
     """Q as float64 on the CPU; a ValueError unless it holds T transition matrices after Q[0]."""
-    try:
-        Q = torch.as_tensor(Q, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, RuntimeError):
-        raise ValueError("Q must be a tensor") from None
+    Q = torch.as_tensor(Q, dtype=torch.float64, device="cpu").detach()
     if Q.ndim != 3 or Q.shape[0] != T + 1 or Q.shape[1] != Q.shape[2] or Q.shape[1] < K:
         wanted = f"[timesteps + 1, S, S] = [{T + 1}, S, S] with S >= {K}"
         raise ValueError(f"Q must be {wanted}, got {list(Q.shape)}")
@@ -268,31 +248,39 @@ class MarkovChain:
         self.bar_Q /= self.bar_Q.sum(-1, keepdim=True)  # or rounding would grow over T products
         self.prior = self.bar_Q[-1, :K].mean(0)
         self.log_Q, self.log_bar_Q = Q.log(), self.bar_Q.log()
-        self.tables: dict[tuple, Tensor] = {}  # not buffers: float64 is exact, and MPS has none
-        self.distance = 0.5 * (self.bar_Q[-1, :K] - self.prior).abs().sum(-1).max().item()
+        self.bar_Q_transposed, self.log_bar_Q_transposed = self.bar_Q.mT, self.log_bar_Q.mT
+        self.tables: dict[tuple, Tensor] = {}  # not buffers, since MPS has no float64
+        self.tv_to_prior = 0.5 * (self.bar_Q[-1, :K] - self.prior).abs().sum(-1).max().item()
 
     def at(self, name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The attribute of that name at t [B]: [B, S, S] on the device."""
+        """The matrices called `name` at t [B]: [B, S, S] on the device."""
         key = (name, device, dtype)
         if key not in self.tables:
             self.tables[key] = getattr(self, name).to(dtype).to(device)
         return self.tables[key][t.long().to(device)]
 
-    def rows(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Row x [B, 1, H, W] of the matrix at t, pixel by pixel: [B, S, H, W]."""
-        return take_columns(self.at(name, t, x.device, dtype).mT, x)
-
     def columns(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Column x [B, 1, H, W] of the matrix at t, pixel by pixel: [B, S, H, W]."""
-        return take_columns(self.at(name, t, x.device, dtype), x)
+        matrices = self.at(name, t, x.device, dtype)
+        index = x.long().flatten(2).expand(-1, matrices.shape[1], -1)
+        return matrices.gather(2, index).reshape(len(x), matrices.shape[1], *x.shape[2:])
+
+    def rows(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Row x of the matrix at t, pixel by pixel: [B, S, H, W]."""
+        return self.columns(f"{name}_transposed", t, x, dtype)
+
+    def log_q_x_t(self, log_p: Tensor, t: Tensor) -> Tensor:
+        """log of the sum over x_0 of p(x_0) q(x_t = j | x_0): [B, K, H, W] -> [B, S, H, W]."""
+        log_bar_Q = self.at("log_bar_Q", t, log_p.device, log_p.dtype)
+        return log_matmul(log_p, log_bar_Q[:, : log_p.shape[1]])
 
 
 def markov_chain(
     K: int, T: int, transition: str | None, schedule: str | None, Q: Tensor | None
 ) -> tuple[MarkovChain, dict]:
     """The chain of these names, or of Q, and its config. Raises ValueError for wrong arguments."""
-    if K < 2 or T < 1 or (T + 1) * (K + 1) ** 2 > 2**28:
-        limits = "K must be at least 2, T at least 1, T K^2 at most 2^28 to fit into memory"
+    if not 2 <= K <= 256 or T < 1 or (T + 1) * (K + 1) ** 2 > 2**28:
+        limits = "K must be in 2..256, T at least 1, T K^2 at most 2^28 to fit into memory"
         raise ValueError(f"{limits}; got K = {K}, T = {T}")
     if Q is None:
         transition = transition or "uniform"
@@ -304,22 +292,18 @@ def markov_chain(
     else:
         chain = MarkovChain(check_transitions(Q, K, T), K)
         config = {"Q": chain.Q}
-    if chain.distance > 1e-3:
-        far = f"bar_Q[T] is far from stationary (total variation {chain.distance:.3f}), so L_T > 0"
+    if chain.tv_to_prior > 1e-3:
+        far = (
+            f"bar_Q[T] is far from stationary (total variation {chain.tv_to_prior:.3f}), so L_T > 0"
+        )
         warnings.warn(f"{far}. Use another schedule or a larger T.", stacklevel=1)
     return chain, config
 
 
 @lru_cache(maxsize=4)
 def named_chain(transition: str, schedule: str, K: int, T: int) -> MarkovChain:
-    """One object for one chain: DiscreteDiffusions around other networks share the tables."""
+    """Cached, so that DiscreteDiffusions with the same chain share its tables."""
     return MarkovChain(transition_matrices(transition, schedule, K, T), K)
-
-
-def take_columns(matrices: Tensor, x: Tensor) -> Tensor:
-    """Column x [B, 1, H, W] of matrices [B, S, S], pixel by pixel: [B, S, H, W]."""
-    index = x.long().flatten(2).expand(-1, matrices.shape[1], -1)
-    return matrices.gather(2, index).reshape(len(x), matrices.shape[1], *x.shape[2:])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -330,8 +314,8 @@ def draw(probs: Tensor, u: Tensor | None = None, mode: bool = False) -> Tensor:
     """Sample from probs [B, S, H, W] by inverting the cumulative distribution at u [B, 1, H, W],
     or take the most probable state: int64 [B, 1, H, W].
 
-    A state of probability 0 is never drawn. u = 0 counts as a small u, or a state of next to no
-    probability would come up once in 2^24 draws. Raises ValueError (on the CPU) for NaN.
+    A state of probability 0 is never drawn. u = 0 is raised a little: it would draw the first state
+    with any probability at all. Raises ValueError (on the CPU) for NaN.
     """
     if probs.device.type == "cpu" and probs.isnan().any():
         raise ValueError("the network's output is not finite")
@@ -350,10 +334,10 @@ def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def log_matmul(log_a: Tensor, log_M: Tensor) -> Tensor:
-    """log of a M: log_a [B, K, H, W], log_M [B, K, S] -> log sum over k of a_k M_kj, [B, S, H, W].
+    """log(a M): log_a [B, K, H, W], log_M [B, K, S] -> log sum over k of a_k M_kj, [B, S, H, W].
 
-    Up to 4 terms are added as logarithms, one by one. More would take too long: they become a
-    product of float64 matrices, and a sum that underflows there (e^-745) becomes its diagonal term.
+    Up to 4 terms are added as logarithms, one by one. For speed, more become a product of float64
+    matrices; where that is below 1e-307 (e^-707), the diagonal term replaces it.
     """
     (K, S), on_mps = log_M.shape[1:], log_a.device.type == "mps"  # MPS has no float64
     if K <= 4:
@@ -361,9 +345,9 @@ def log_matmul(log_a: Tensor, log_M: Tensor) -> Tensor:
         # -inf in every term would turn the gradient into NaN
         total = reduce(torch.logaddexp, terms.clamp(min=LOG_ZERO).unbind(1))
         return total.masked_fill(total < LOG_ZERO / 2, -torch.inf)
-    exact, (low, high) = (torch.float32, (1e-37, 80)) if on_mps else (torch.float64, (1e-307, 700))
-    a = log_a.flatten(2).to(exact).clamp(max=high).exp()  # [B, K, H W]
-    product = (log_M.to(exact).exp().mT @ a).view(len(a), S, *log_a.shape[2:])
+    wide, (low, high) = (torch.float32, (1e-37, 80)) if on_mps else (torch.float64, (1e-307, 700))
+    a = log_a.flatten(2).to(wide).clamp(max=high).exp()  # [B, K, H W]
+    product = (log_M.to(wide).exp().mT @ a).view(len(a), S, *log_a.shape[2:])
     log_product = product.clamp(min=low).log().to(log_a.dtype)
     diagonal = log_a + log_M.diagonal(dim1=1, dim2=2)[..., None, None]
     diagonal = F.pad(diagonal, (0, 0, 0, 0, 0, S - K), value=-torch.inf)
@@ -371,15 +355,20 @@ def log_matmul(log_a: Tensor, log_M: Tensor) -> Tensor:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """Half precision becomes float32; the rest stays."""
+    """Half precision to float32; others unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> Tensor:
-    """x as a tensor; a ValueError unless it holds integers low..high. None is any length.
+def check_choice(kind: str, value: str, choices: Iterable[str]) -> str:
+    """value, or a ValueError if it is not one of the choices."""
+    if value not in choices:
+        raise ValueError(f"unknown {kind} {value!r}: choose from {', '.join(choices)}")
+    return value
 
-    Values are checked on the CPU only, since a GPU would have to be waited for.
-    """
+
+def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> Tensor:
+    """x as a tensor; a ValueError unless it holds integers low..high (checked on the CPU only, to
+    avoid waiting for a GPU). In `shape`, None = any length."""
     x = torch.as_tensor(x)
     fits = len(shape) == x.ndim and all(a in (None, b) for a, b in zip(shape, x.shape, strict=True))
     if not fits or x.is_floating_point() or x.is_complex():
@@ -390,7 +379,7 @@ def check_integers(name: str, x: Tensor, shape: tuple, low: int, high: int) -> T
     return x
 
 
-class RandomStreams:
+class Streams:
     """A random stream for each image i of first .. first + n - 1, made from (seed, i, *more)."""
 
     def __init__(self, n: int, seed: int, first: int, *more: int):

@@ -14,19 +14,12 @@ class PlainUNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = {"name": "plain"}
         self.embed_t = nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 256))
         self.enc1, self.enc2 = double_conv(1, 64), double_conv(64, 128)
         self.mid = double_conv(128, 256)
         self.up2, self.dec2 = nn.ConvTranspose2d(256, 128, 2, stride=2), double_conv(256, 128)
         self.up1, self.dec1 = nn.ConvTranspose2d(128, 64, 2, stride=2), double_conv(128, 64)
         self.out = nn.Conv2d(64, 2, 1)
-
-    def hidden_matrices(self) -> list[nn.Parameter]:
-        """The weights between input, embedding and output, which Muon orthogonalizes."""
-        edges = ("enc1.0.", "embed_t.", "out.")
-        named = self.named_parameters()
-        return [p for name, p in named if p.ndim > 1 and not name.startswith(edges)]
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         h1 = self.enc1(x_t.float())  # [B, 64, H, W]

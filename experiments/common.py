@@ -1,28 +1,17 @@
-"""What the experiments share: flags, results that are kept row by row, tables.
-
-The result of an experiment is results_d3pm/experiments/NAME/NAME.json: a title and rows. A row is
-stored as soon as it is measured, with its flags and its provenance. An experiment that was stopped
-goes on with the missing rows.
-"""
+"""What the experiments share: flags, files, tables."""
 
 import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count
 from pathlib import Path
 from statistics import mean
-from threading import Lock
 from typing import Any
 
-from cli import REPOSITORY, UserError, parser, path, provenance
+from cli import REPOSITORY, UserError, parser, path
 
-from tqdm import tqdm
-
-from checkpoint import write_json
 from dataset import Dataset, batches
-from pictures import save_figure, write_picture
 
 OUT = REPOSITORY / "results_d3pm" / "experiments"
 # The columns that are measured on samples, and their digits after the point
@@ -57,55 +46,17 @@ def endless(digits: Dataset, batch_size: int) -> Iterator[tuple]:
     return chain.from_iterable(batches(digits, batch_size, epoch=epoch) for epoch in count())
 
 
-def collect(name: str, title: str, plan: dict, show: Callable[[dict], str], jobs: int = 1) -> Path:
-    """Measure the missing rows of a result, `jobs` at a time, and print its table; the file.
-
-    Args:
-        plan: {name of a row: (its flags, the function that measures it)}.
-        show: makes the table of a result.
-
-    Raises:
-        UserError: if the file is no such result, or holds one of these rows with other flags.
-    """
-    file, lock = output(name), Lock()
-    result = {"title": title, "rows": {}}
-    if file.exists():
-        render(show, file)
-        result = json.loads(file.read_text())
-    rows, order = result["rows"], list(plan)
-    for key, (flags, _) in plan.items():
-        if key in rows and rows[key].get("flags") != flags:
-            raise UserError(f"{file} holds {key!r} with other flags: move it away")
-
-    def measure(key: str) -> None:
-        flags, work = plan[key]
-        row, ours = work(), provenance()
-        # A script that measured the row names its own machine, with its own number of threads.
-        source = ours | row.get("provenance", {}) | {"command": ours["command"]}
-        with lock:
-            rows[key] = row | {"flags": flags, "provenance": source}
-            keys = sorted(rows, key=lambda key: order.index(key) if key in plan else -1)
-            write_json(file, result | {"rows": {key: rows[key] for key in keys}})
-
-    missing = [key for key in plan if key not in rows]
-    with ThreadPoolExecutor(jobs) as pool:
-        list(tqdm(pool.map(measure, missing), total=len(missing), desc=name, disable=None))
-    print(render(show, file))
-    return file
-
-
 def render(make: Callable[[dict], Any], file: Path) -> Any:
-    """What `make` makes of a JSON file. Raises UserError if the file holds something else."""
+    """What `make` makes of a result. Raises UserError if the file is damaged."""
     try:
-        return make(json.loads(file.read_text()))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{file} is no result of this experiment ({reason})") from None
+        result = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    return make(result)
 
 
-def draw(figure: Callable[[dict], Any], file: Path) -> None:
-    """Draw what `figure` makes of a JSON file beside it."""
-    write_picture(file.with_suffix(".png"), lambda png: save_figure(render(figure, file), png))
+# ------------------------------------------------------------------------------------------------
+# Tables
 
 
 def markdown(heading: list[str], rows: list[list[str]]) -> str:
@@ -116,47 +67,56 @@ def markdown(heading: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(values: list, digits: int) -> str:
-    """The mean; of several values also the range. (JSON holds infinite values as strings.)"""
+    """The mean; of several values also the range. JSON holds infinite values as strings."""
     if not values:
         return ""
     values = [float(value) for value in values]
     # + 0.0 turns -0.0 into 0.0
-    text = [
-        f"{round(v, digits) + 0.0:.{digits}f}" for v in (mean(values), min(values), max(values))
-    ]
+    text = [f"{round(f(values), digits) + 0.0:.{digits}f}" for f in (mean, min, max)]
     return f"{text[0]} ({text[1]} to {text[2]})" if len(values) > 1 else text[0]
 
 
-def share(samples: dict, key: str) -> str:
-    """A share of images with its standard error."""
-    error = math.sqrt(samples[key] * (1 - samples[key]) / samples["images"])
-    return f"{samples[key]:.3f} ± {error:.3f}"
-
-
-def nats(bound: dict, digits: int = 1) -> str:
-    """A bound with its standard error."""
-    value, error = float(bound["nats_per_image"]), float(bound["standard_error"])
+def nats(bounds: list[dict], digits: int = 2) -> str:
+    """A bound with its standard error; of several seeds the mean and the range."""
+    if len(bounds) != 1:
+        return cell([bound["nats_per_image"] for bound in bounds], 1)
+    value, error = (float(bounds[0][key]) for key in ("nats_per_image", "standard_error"))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def table(result: dict) -> str:
-    """What evaluate.py reports. Seeds share a row; real digits come last."""
+def weighted(bounds: list[dict]) -> list[dict]:
+    """The importance-weighted bounds beside plain ones, of the most trajectories."""
+    weights = [bound["importance_weighted"] for bound in bounds if "importance_weighted" in bound]
+    return [one["by_trajectories"][-1] for one in weights]
+
+
+def measured(samples: list[dict], key: str, digits: int = 3) -> str:
+    """A number of samples; a share of images with its standard error."""
+    values = [one[key] for one in samples if key in one]
+    error = ""
+    if key == "isolated_white" and len(values) == 1:
+        error = f" ± {math.sqrt(values[0] * (1 - values[0]) / samples[0]['images']):.3f}"
+    return cell(values, digits) + error
+
+
+def by_label(result: dict) -> dict[str, list[dict]]:
+    """The rows by label: runs with other seeds share it."""
     groups: dict[str, list[dict]] = {}
     for one in result["rows"].values():
         groups.setdefault(one["row"], []).append(one)
+    return groups
+
+
+def table(result: dict) -> str:
+    """What evaluate.py reports, a line for each label. Real digits come last."""
+    groups, lines = by_label(result), []
     for one in result["rows"].values():
         groups |= {name: [{"samples": one[key]}] for key, name in REAL.items() if key in one}
-    lines = []
-    for name, runs in groups.items():
+    for label, runs in groups.items():
         bounds = [one["bound"] for one in runs if "bound" in one]
         samples = [one["samples"] for one in runs if "samples" in one]
-        line = [name, f"{len(runs)}" if len(runs) > 1 else ""]
-        several = cell([bound["nats_per_image"] for bound in bounds], 1)
-        line.append(nats(bounds[0]) if len(bounds) == 1 else several)
-        for key, (_, digits) in QUALITY.items():
-            line.append(cell([one[key] for one in samples if key in one], digits))
-            if key == "isolated_white" and len(samples) == 1:
-                line[-1] = share(samples[0], key)
-        lines.append(line)
-    heading = [result["title"], "seeds", "bound", *(name for name, _ in QUALITY.values())]
-    return markdown(heading, lines)
+        seeds = f"{len(runs)}" if len(runs) > 1 else ""
+        quality = [measured(samples, key, digits) for key, (_, digits) in QUALITY.items()]
+        lines.append([label, seeds, nats(bounds), nats(weighted(bounds)), *quality])
+    heading = [result["title"], "seeds", "bound", "importance-weighted bound"]
+    return markdown([*heading, *(name for name, _ in QUALITY.values())], lines)

@@ -4,8 +4,8 @@
     python -m experiments.page --check              # an error if a table differs from its JSON file
     python -m experiments.page README.md --check    # the same for the front page
 
-A table stands between <!-- table: NAME --> and <!-- end -->. It is made from NAME.json by the
-experiment NAME. NAME may start with a folder.
+A table stands between <!-- table: NAME --> and <!-- end -->. It is made from NAME.json, and NAME
+may start with a folder. Below it stands its command, and where the numbers were measured.
 """
 
 import re
@@ -15,31 +15,25 @@ from pathlib import Path
 from cli import UserError, parser, path, run
 
 from checkpoint import RELEASED
-from experiments import benchmark, common, fill, tables, time_to_quality
+from experiments import benchmark, common, figures, tables
 
-SOURCE = {"command": "`{}`", "machine": "{}", "torch": "torch {}", "commit": "commit {}"}
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
-MAKERS = {name: show for name, (_, _, show) in tables.TABLES.items()}
-MAKERS |= {"benchmark": benchmark.table, "fill": fill.table}
-MAKERS |= {"time_to_quality": time_to_quality.table}
+MAKERS = {name: (f"tables {name}", show) for name, (_, _, show) in tables.TABLES.items()}
+MAKERS["benchmark"] = "benchmark", benchmark.table
+MAKERS["fill"] = "figures fill", figures.filling_table
+MAKERS["time_to_quality"] = "figures time_to_quality", common.table
 
 
 def source(result: dict) -> str:
-    """Where the numbers come from; of the rows measured elsewhere only what differs."""
-    first: dict = {}
-    rows: dict[str, set[str]] = {}
-    for key, one in result.get("rows", {"": result}).items():
-        source = one.get("provenance") or result["provenance"]
-        text = [form.format(source[k]) for k, form in SOURCE.items() if source[k] != first.get(k)]
-        first = first or source
-        rows.setdefault(", ".join(text), set()).add(key.partition(", seed ")[0])
-    line, *others = rows
-    if "sha256" in result:
-        line += f", checkpoint {result['sha256'][:12]}"
-    for text in filter(None, others):
-        names = sorted(rows[text]) if len(rows[text]) < 4 else [f"{len(rows[text])} other rows"]
-        line += f"; {' and '.join(names)}: {text}"
-    return line
+    """Where the numbers were measured; with names, where rows were measured elsewhere."""
+    labels: dict[str, list[str]] = {}
+    for one in result.get("rows", {"": {"row": ""}}).values():
+        origin = one.get("provenance") or result["provenance"]
+        text = f"{origin['machine']}, torch {origin['torch']}, commit {origin['commit']}"
+        labels.setdefault(text, []).append(one["row"])
+    first, *others = labels
+    named = [f"; {', '.join(dict.fromkeys(labels[text]))}: {text}" for text in others]
+    return first + "".join(named)
 
 
 def filled(name: str, folder: Path) -> str:
@@ -47,18 +41,16 @@ def filled(name: str, folder: Path) -> str:
     file = folder / f"{name}.json"
     if file.stem not in MAKERS:
         raise UserError(f"there is no experiment {file.stem!r} with a table")
-    make = MAKERS[file.stem]
-    if file.stem == "headline" and "/" in name:  # of the front page
-        make = partial(make, small=True)
-    return f"{common.render(make, file)}\n\n{common.render(source, file)}\n"
+    command, make = MAKERS[file.stem]
+    if "/" in name:  # of the front page, which shows less
+        return common.render(partial(make, small=True), file) + "\n"
+    below = f"`python -m experiments.{command}`: {common.render(source, file)}"
+    return f"{common.render(make, file)}\n\n{below}\n"
 
 
 def main() -> None:
-    p = parser(__doc__)
-    page = RELEASED.with_name("README.md")
-    p.add_argument(
-        "page", nargs="?", type=path(".md"), default=page, help="(default: results page)"
-    )
+    p, results = parser(__doc__), RELEASED.with_name("README.md")
+    p.add_argument("page", nargs="?", type=path(".md"), default=results, help="(default: results)")
     p.add_argument("--check", action="store_true", help="compare only")
     args = p.parse_args()
     text = args.page.read_text()

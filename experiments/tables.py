@@ -1,32 +1,34 @@
 """Tables of what evaluate.py reports, each row trained and evaluated with flags of its own.
 
-    python -m experiments.tables choices --data-root data      # five minutes a run on one core
+    python -m experiments.tables choices --data-root data      # minutes a run
     python -m experiments.tables choices --data-root data --rows "the paper's configuration"
     python -m experiments.tables levels --data-root data       # 256 levels: up to 15 minutes, 2 GB
-    python -m experiments.tables headline --data-root data --amp --jobs 4     # minutes on a GPU
+    python -m experiments.tables headline --data-root data --amp         # minutes on a GPU
 
-Choices, levels and guidance are judged on validation digits, the other tables on test digits.
+Choices, levels and guidance are judged on validation digits, the other tables on test digits. Rows
+go to results_d3pm/experiments/NAME/NAME.json, each as soon as it is measured. A table that was
+stopped goes on with the missing rows.
 """
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import REPOSITORY, UserError, add_speed, integer, run
+from cli import REPOSITORY, UserError, add_speed, provenance, run
 
-from checkpoint import RELEASED, read_checkpoint
+from tqdm import tqdm
+
+from checkpoint import RELEASED, write_json
 from dataset import load_dataset, sha256
 from experiments import common
-from experiments.common import cell, markdown, nats
+from experiments.common import by_label, cell, markdown, measured, nats, weighted
 
 DYNAMIC = RELEASED.with_name("d3pm_mnist_dynamic.pth")
 BOUNDS = ("bound", "bound_with_labels")
-KEPT = ("provenance", "sha256", "levels", "timesteps", *BOUNDS, "samples", *common.REAL)
+KEPT = ("sha256", "levels", "timesteps", *BOUNDS, "samples", *common.REAL)
 # evaluate.py always measures a bound. Where only samples are wanted: of two digits, and dropped.
 NO_BOUND = "--images 2 --repeats 1"
 
@@ -43,19 +45,17 @@ class Row(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 # Networks that are trained for the table
 
-ADAM = "--steps 650 --lr 2e-3 --optimizer adamw"
 CHOICES = {
-    "uniform, cosine, cross-entropy": ADAM,
-    "uniform, cosine, variational": f"{ADAM} --loss variational",
-    "uniform, cosine, hybrid": f"{ADAM} --loss hybrid",
-    "uniform, cosine, cross-entropy, joint form": f"{ADAM} --reverse joint",
-    "uniform, cosine, variational, joint form": f"{ADAM} --loss variational --reverse joint",
-    "uniform, cosine, hybrid, joint form": f"{ADAM} --loss hybrid --reverse joint",
-    "uniform, linear, cross-entropy": f"{ADAM} --schedule linear",
-    "absorbing, mutual_info, cross-entropy": f"{ADAM} --transition absorbing",
-    "absorbing, mutual_info, variational": f"{ADAM} --transition absorbing --loss variational",
-    "absorbing, mutual_info, hybrid": f"{ADAM} --transition absorbing --loss hybrid",
-    "the paper's configuration": "--steps 650 --recipe paper",
+    "uniform, cosine, cross-entropy": "",
+    "uniform, cosine, variational": "--loss variational",
+    "uniform, cosine, hybrid": "--loss hybrid",
+    "uniform, cosine, cross-entropy, joint form": "--reverse joint",
+    "uniform, cosine, variational, joint form": "--loss variational --reverse joint",
+    "uniform, cosine, hybrid, joint form": "--loss hybrid --reverse joint",
+    "uniform, linear, cross-entropy": "--schedule linear",
+    "absorbing, mutual_info, cross-entropy": "--transition absorbing",
+    "absorbing, mutual_info, variational": "--transition absorbing --loss variational",
+    "absorbing, mutual_info, hybrid": "--transition absorbing --loss hybrid",
 }
 LEVELS = {
     "uniform": "--transition uniform",
@@ -71,9 +71,11 @@ LEVELS = {
 def choices() -> dict[str, Row]:
     drawn = f"--num-samples 500 --timesteps 50 --last-step draw {NO_BOUND}"
     evaluate = [f"--split validation {flags}" for flags in ("--num-samples 0", drawn)]
+    flags = {label: f"--lr 2e-3 --optimizer adamw {flags}" for label, flags in CHOICES.items()}
+    flags["the paper's configuration"] = "--recipe paper"
     return {
-        f"{label}, seed {seed}": Row(label, evaluate, f"{flags} --seed {seed}")
-        for label, flags in CHOICES.items()
+        f"{label}, seed {seed}": Row(label, evaluate, f"--steps 650 {flags[label]} --seed {seed}")
+        for label in flags
         for seed in range(3)
     }
 
@@ -81,10 +83,8 @@ def choices() -> dict[str, Row]:
 def levels() -> dict[str, Row]:
     """The loss is the bound. Two seeds for the first four rows of 256 levels, else one."""
     rows, every = {}, "--timesteps 200 --loss variational --optimizer muon --lr 2e-3"
-    for K in (8, 32, 256):
-        size, images = ("--steps 400 --batch-size 64", 1000)
-        if K == 256:
-            size, images = ("--steps 800 --batch-size 16", 200)
+    sizes = dict.fromkeys((8, 32), ("--steps 400 --batch-size 64", 1000))
+    for K, (size, images) in (sizes | {256: ("--steps 800 --batch-size 16", 200)}).items():
         evaluate = [f"--split validation --num-samples 0 --images {images}"]
         for i, (label, flags) in enumerate(LEVELS.items()):
             for seed in range(2 if K == 256 and i < 4 else 1):
@@ -95,16 +95,12 @@ def levels() -> dict[str, Row]:
 
 def levels_table(result: dict) -> str:
     """Bits per dimension by the number of levels; their part L_0 for the last number."""
-    bounds: dict[str, dict[int, list[dict]]] = {}
-    for one in result["rows"].values():
-        bounds.setdefault(one["row"], {}).setdefault(one["levels"], []).append(one["bound"])
-    every = sorted({one["levels"] for one in result["rows"].values()})
-    lines = []
-    for label, by_levels in bounds.items():
-        runs = [by_levels.get(K, []) for K in every]
-        line = [label, *(cell([b["bits_per_dimension"] for b in some], 3) for some in runs)]
-        bits = [b["L_0"] / b["nats_per_image"] * b["bits_per_dimension"] for b in runs[-1]]
-        lines.append([*line, cell(bits, 3)])
+    every, lines = sorted({one["levels"] for one in result["rows"].values()}), []
+    for label, runs in by_label(result).items():
+        bounds = [[one["bound"] for one in runs if one["levels"] == K] for K in every]
+        bits = [cell([bound["bits_per_dimension"] for bound in some], 3) for some in bounds]
+        shares = [b["L_0"] / b["nats_per_image"] * b["bits_per_dimension"] for b in bounds[-1]]
+        lines.append([label, *bits, cell(shares, 3)])
     return markdown([result["title"], *(f"{K} levels" for K in every), "of it L_0"], lines)
 
 
@@ -112,85 +108,68 @@ def levels_table(result: dict) -> str:
 # The models that ship
 
 
+def released(flags: dict[str, str]) -> dict[str, Row]:
+    """One call of evaluate.py for each label, which names the model first."""
+    models = {label: DYNAMIC if label.startswith("dynamic") else RELEASED for label in flags}
+    return {label: Row(label, [flags[label]], checkpoint=models[label]) for label in flags}
+
+
 def steps() -> dict[str, Row]:
-    rows = {f"{n} timesteps": f"--timesteps {n}" for n in (5, 10, 20, 30, 50, 100, 200)}
-    return {label: Row(label, [f"--num-samples 1000 {flags}"]) for label, flags in rows.items()}
+    every = (5, 10, 20, 30, 50, 100, 200)
+    return released({f"{n} timesteps": f"--num-samples 1000 --timesteps {n}" for n in every})
 
 
 def guidance() -> dict[str, Row]:
-    labels = ["--no-labels", *(f"--guidance {w}" for w in ("0", "0.1", "0.25", "0.5", "1"))]
+    every = ["--no-labels", *(f"--guidance {w}" for w in ("0", "0.1", "0.25", "0.5", "1"))]
     evaluate = f"--split validation --num-samples 5000 {NO_BOUND}"
-    return {label: Row(label, [f"{evaluate} {label}"]) for label in labels}
+    return released({flag: f"{evaluate} {flag}" for flag in every})
 
 
 def likelihood() -> dict[str, Row]:
-    dynamic = "--num-samples 0 --binarizations 2"
-    many = "--num-samples 0 --timesteps 100 --trajectories 1000 --images 16"
-    rows = [
-        Row("thresholded, 1,000 timesteps", ["--num-samples 0"]),
-        Row("thresholded, 100 timesteps", [many]),
-        Row("dynamic, 1,000 timesteps", [f"{dynamic} --trajectories 16 --images 32"], "", DYNAMIC),
-        Row(
-            "dynamic, 200 timesteps",
-            [f"{dynamic} --timesteps 200 --trajectories 1000 --images 24"],
-            checkpoint=DYNAMIC,
-        ),
-    ]
-    return {row.label: row for row in rows}
-
-
-def likelihood_table(result: dict) -> str:
-    lines = []
-    for one in result["rows"].values():
-        for key, label in zip(BOUNDS, (one["row"], f"{one['row']}, class given"), strict=True):
-            if key in one:
-                line = [label, nats(one[key], 2), "", "", ""]
-                for last in one[key].get("importance_weighted", {}).get("by_trajectories", [])[-1:]:
-                    gain = f"{last['gain']:.2f} ± {last['gain_standard_error']:.2f}"
-                    line[2:] = [f"{last['trajectories']:,}", gain, nats(last, 2)]
-                lines.append(line)
-    heading = [result["title"], "bound", "trajectories", "gain", "importance-weighted bound"]
-    return markdown(heading, lines)
+    bound, many = "--num-samples 0", "--trajectories 1000 --weighted-images"
+    two, few = f"{bound} --binarizations 2", "--trajectories 16 --weighted-images 32"
+    flags = {
+        "thresholded, 1,000 timesteps": bound,
+        "thresholded, 100 timesteps, 1,000 trajectories": f"{bound} --timesteps 100 {many} 16",
+        "dynamic, 1,000 timesteps, 16 trajectories": f"{two} {few}",
+        "dynamic, 200 timesteps, 1,000 trajectories": f"{two} --timesteps 200 {many} 24",
+    }
+    return released(flags)
 
 
 def headline() -> dict[str, Row]:
     """Each way to draw. Bound and samples of a row are of the same chain (`--last-step draw`)."""
-    draw, weighted = "--num-samples 5000", "--trajectories 64 --images 100"
+    draw, weighted = "--num-samples 5000", "--trajectories 64 --weighted-images 100"
     chain = f"{draw} --timesteps 100 --last-step draw"
-    rows = {
+    flags = {
         "thresholded, no class given": f"--no-labels {chain} {weighted}",
         "thresholded, class given": f"{chain} {NO_BOUND}",
         "thresholded, as sample.py draws": f"{draw} {NO_BOUND}",
         "dynamic, no class given": f"--binarizations 2 {chain} {weighted}",
     }
-    return {
-        label: Row(label, [flags], checkpoint=DYNAMIC if label.startswith("dynamic") else RELEASED)
-        for label, flags in rows.items()
-    }
+    return released(flags)
 
 
 def headline_table(result: dict, small: bool = False) -> str:
     """In brackets: as many real digits of the same classes. `small` is for the front page."""
-    quality = {key: name for key, (name, _) in common.QUALITY.items() if key != "ink"}
-    if small:
-        quality = {key: quality[key] for key in ("frechet_distance", "label_accuracy")}
-    lines = []
-    for label, one in result["rows"].items():
+    quality = ["frechet_distance", "label_accuracy"]
+    if not small:
+        quality[1:1] = ["precision", "recall", "isolated_white"]
+    rows, lines = result["rows"], []
+    for label, one in rows.items():
         samples, real = one["samples"], one.get("real_digits_of_these_classes", one["real_digits"])
-        line = [label, "" if small else f"{samples['timesteps']}", "", ""]
         source, key = one, "bound"
         if label == "thresholded, class given":  # measured with the row above
-            source, key = result["rows"].get("thresholded, no class given", {}), BOUNDS[1]
-        if key in source:
-            last = source[key]["importance_weighted"]["by_trajectories"][-1]
-            line[2:] = [nats(source[key]), nats(last)]
+            source, key = rows.get("thresholded, no class given", {}), "bound_with_labels"
+        bounds = [source[key]] if key in source else []
+        line = [label, "" if small else f"{samples['timesteps']}"]
+        line += [nats(bounds, 1), nats(weighted(bounds), 1)]
         for key in quality:
-            text = common.share if key == "isolated_white" else lambda one, key: f"{one[key]:.3f}"
-            of_real = f" ({text(real, key)})" if key in real else ""
-            line.append(text(samples, key) + of_real if key in samples else "")
+            of_real = f" ({measured([real], key)})" if key in real else ""
+            line.append(measured([samples], key) + of_real)
         lines.append(line)
     heading = [result["title"], "timesteps", "bound", "importance-weighted bound"]
-    return markdown([*heading, *quality.values()], lines)
+    return markdown([*heading, *(common.QUALITY[key][0] for key in quality)], lines)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,7 +177,7 @@ def headline_table(result: dict, small: bool = False) -> str:
 # name: (title, rows, table)
 TABLES = {
     "headline": ("5,000 samples", headline, headline_table),
-    "likelihood": ("nats per image", likelihood, likelihood_table),
+    "likelihood": ("nats per image", likelihood, common.table),
     "steps": ("1,000 samples", steps, common.table),
     "guidance": ("5,000 samples", guidance, common.table),
     "choices": ("650 steps", choices, common.table),
@@ -206,73 +185,68 @@ TABLES = {
 }
 
 
-def command(script: str, flags: list, log: Path) -> None:
-    """Run a script of the repository on one thread and add its output to `log`.
-
-    Raises UserError if it fails, with the last line that it printed.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    line = [sys.executable, str(REPOSITORY / script), *map(str, flags)]
-    with open(log, "a") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run(line, stdout=file, stderr=file, env=environment).returncode
+def command(script: str, *flags) -> None:
+    """Run a script of the repository. Raises UserError if it fails."""
+    code = subprocess.run([sys.executable, REPOSITORY / script, *map(str, flags)]).returncode
     if code:
-        last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-        raise UserError(f"{last} ({script} ended with code {code}, see {log})")
+        raise UserError(f"{script} ended with code {code}: finished rows are kept")
 
 
-def planned(name: str, row: Row, every: list[str], data_root: Path) -> tuple[str, Callable]:
-    """The flags of a row as one text, and the function that measures it.
+def measure(row: Row, folder: Path, every: list) -> dict:
+    """Train and evaluate in the folder. A run that was stopped there goes on."""
+    checkpoint, result = row.checkpoint, {"row": row.label}
+    if row.train:
+        checkpoint = folder / "checkpoints" / "last.pth"
+        if not checkpoint.with_name("weights.pth").exists():  # written at the end
+            resume = ["--resume"] * checkpoint.exists()
+            command("train.py", *row.train.split(), *every, "--out-dir", folder, *resume)
+    for flags in row.evaluate:
+        where = ["--out-dir", folder, "--overwrite"]
+        command("evaluate.py", checkpoint, *flags.split(), *every, *where)
+        report = json.loads((folder / "evaluation.json").read_text())
+        dropped = BOUNDS if NO_BOUND in flags else ()
+        kept = [key for key in KEPT if key in report and key not in dropped]
+        result = {key: report[key] for key in kept} | result
+    return result
 
-    The flags name the folder of the row's run, so a run with other flags is never used again.
-    """
-    start = f"train.py {row.train}" if row.train else f"checkpoint {sha256(row.checkpoint)}"
-    flags = "; ".join([start, *(f"evaluate.py {one}" for one in row.evaluate), " ".join(every)])
-    digest = hashlib.sha256(flags.encode()).hexdigest()[:8]
-    folder = common.OUT / name / f"{row.label.replace(' ', '_')}-{digest}"
-    shared = [*every, "--data-root", data_root.resolve(), "--out-dir", folder]
 
-    def measure() -> dict:
-        checkpoint, result = row.checkpoint, {"row": row.label}
-        if row.train:
-            checkpoint = folder / "checkpoints" / "last.pth"
-            saved = read_checkpoint(checkpoint) if checkpoint.exists() else None
-            if not saved or saved["step"] < saved["settings"]["steps"]:
-                resume = ["--resume"] if saved else []
-                command("train.py", [*row.train.split(), *shared, *resume], folder / "log.txt")
-        for one in row.evaluate:
-            line = [checkpoint, *one.split(), *shared, "--overwrite"]
-            command("evaluate.py", line, folder / "log.txt")
-            report = json.loads((folder / "evaluation.json").read_text())
-            kept = [
-                key for key in KEPT if key in report and not (key in BOUNDS and NO_BOUND in one)
-            ]
-            result = {key: report[key] for key in kept} | result
-        return result
-
-    return flags, measure
+def complete(name: str, rows: dict[str, Row], every: list, data_root: Path) -> dict:
+    """The result with these rows. Raises UserError if it holds one of them with other flags."""
+    file, result, flags = common.output(name), {"title": TABLES[name][0], "rows": {}}, {}
+    if file.exists():
+        result = common.render(dict, file)
+    done = result["rows"]
+    for key, row in rows.items():
+        start = f"train.py {row.train}" if row.train else f"checkpoint {sha256(row.checkpoint)}"
+        evaluate = [f"evaluate.py {one}" for one in row.evaluate]
+        flags[key] = "; ".join([start, *evaluate, " ".join(every)])
+        if key in done and done[key].get("flags") != flags[key]:
+            raise UserError(f"{file} holds {key!r} with other flags: move it away")
+    for key in tqdm([key for key in rows if key not in done], desc=name, disable=None):
+        # The flags name the folder, so a run with other flags is never used again.
+        digest = hashlib.sha256(flags[key].encode()).hexdigest()[:8]
+        folder = file.with_name(f"{rows[key].label.replace(' ', '_')}-{digest}")
+        row = measure(rows[key], folder, [*every, "--data-root", data_root.resolve()])
+        done[key] = row | {"flags": flags[key], "provenance": provenance()}
+        write_json(file, result)
+    return result
 
 
 def main() -> None:
     p = common.experiment_parser(__doc__)
     p.add_argument("table", choices=TABLES)
     p.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (default all)")
-    jobs = "commands at a time, each on one thread (default: one for each core)"
-    p.add_argument("--jobs", type=integer(1), default=os.cpu_count(), help=jobs)
     add_speed(p.add_argument)
     args = p.parse_args()
-    title, rows, show = TABLES[args.table]
-    labels = list(dict.fromkeys(row.label for row in rows().values()))
+    _, make_rows, show = TABLES[args.table]
+    rows = make_rows()
+    labels = list(dict.fromkeys(row.label for row in rows.values()))
     if unknown := set(args.rows or ()) - set(labels):
         p.error(f"--rows: there is no row {min(unknown)!r}: choose from {'; '.join(labels)}")
+    rows = {key: row for key, row in rows.items() if row.label in (args.rows or labels)}
     load_dataset("validation", args.data, args.data_root)  # if there are none, the error comes now
     every = ["--data", args.data, *["--amp"] * args.amp, *["--compile"] * args.compile]
-    plan = {
-        key: planned(args.table, row, every, args.data_root)
-        for key, row in rows().items()
-        if row.label in (args.rows or labels)
-    }
-    common.collect(args.table, title, plan, show, args.jobs)
+    print(show(complete(args.table, rows, every, args.data_root)))
 
 
 if __name__ == "__main__":

@@ -225,3 +225,29 @@ class ExactChain:
                     column.sum() * (conditional[on] * np.log(conditional[on] / product[on])).sum()
                 )
         return entropy + prior_gap, factorization_gap
+
+
+def brute_force_posterior(Q, bar_Q, t, x_t, w):
+    """p(x_{t-1} | x_t) under w(x_0): Bayes' rule, summed over every (x_0, x_{t-1})."""
+    S, K = Q.shape[-1], len(w)
+    possible = [x_0 for x_0 in range(K) if bar_Q[t][x_0, x_t] > 0]
+    mass = sum(w[x_0] for x_0 in possible)
+    result = np.zeros(S)
+    for x_0 in possible:
+        joint = np.array(
+            [bar_Q[t - 1][x_0, x_before] * Q[t][x_before, x_t] for x_before in range(S)]
+        )
+        result += w[x_0] / mass * joint / joint.sum()
+    return result
+
+
+class RandomNetwork(torch.nn.Module):
+    """Arbitrary logits for every (x_t, t) of a two-pixel image."""
+
+    def __init__(self, K, S, T):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.table = 2 * torch.randn(T + 1, S, S, K, 1, 2, dtype=torch.float64, generator=g)
+
+    def forward(self, x_t, t):
+        return self.table[t, x_t[:, 0, 0, 0], x_t[:, 0, 0, 1]]

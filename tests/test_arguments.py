@@ -31,13 +31,13 @@ NO_CHAIN = torch.eye(2).expand(5, 2, 2)
 @pytest.mark.parametrize(
     "kwargs, words",
     [
-        ({"num_levels": 1}, "K must be at least 2"),
+        ({"num_levels": 1}, r"K must be in 2\.\.256"),
         ({"timesteps": 0}, "T at least 1"),
         ({"num_levels": 11_600, "timesteps": 1}, "fit into memory"),
         ({"transition": "nonsense"}, "unknown transition"),
         ({"schedule": "nonsense"}, "not nonsense"),
-        ({"loss_type": "nonsense"}, "unknown choice 'nonsense': choose from .*hybrid"),
-        ({"reverse": "nonsense"}, "unknown choice 'nonsense': choose from .*joint"),
+        ({"loss_type": "nonsense"}, "unknown loss 'nonsense': choose from .*hybrid"),
+        ({"reverse": "nonsense"}, "unknown reverse step 'nonsense': choose from .*joint"),
         ({"image_shape": (3, 32, 32)}, "one channel"),
         ({"image_shape": (32, 32)}, "image_shape"),
         ({"image_shape": (1, 0, 8)}, "image_shape"),

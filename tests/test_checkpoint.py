@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import stat
 import time
@@ -76,14 +75,18 @@ def test_failing_block_writes_nothing(error):
     assert Path("deep/er/new").read_bytes() == b"whole 2"
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("function", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("at", [1, 2])
 def test_failing_end_writes_none_of_several(function, at, monkeypatch):
     """A full disk at the second file costs the first, too; the error names its file."""
     for name in ("a", "b"):
         Path(name).write_bytes(b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(os, function, failing(errno.ENOSPC, at, getattr(os, function)))
+        if function == "write":
+            full = failing(errno.ENOSPC, at, open)
+            patch.setattr(checkpoint, "open", full, raising=False)
+        else:
+            patch.setattr(os, function, failing(errno.ENOSPC, at, getattr(os, function)))
         words = f"^can't write .*/{' ab'[at]}: No space left on device$"
         with pytest.raises(OSError, match=words), atomic_writes("a", "b") as files:
             for file in files:
@@ -92,18 +95,6 @@ def test_failing_end_writes_none_of_several(function, at, monkeypatch):
     if (function, at) != ("replace", 2):  # no file system renames two files at once
         assert Path("a").read_bytes() == b"old"
     assert Path("b").read_bytes() == b"old"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk(monkeypatch):
-    """Where the bytes themselves don't fit, nothing replaces the older file."""
-    Path("x").write_bytes(b"old")
-    full = partial(open, "/dev/full", "wb")
-    monkeypatch.setattr(checkpoint, "open", lambda *_: full(), raising=False)
-    words = "^can't write .*/x: No space left on device$"
-    with pytest.raises(OSError, match=words), atomic_write("x") as file:
-        file.write(b"new")
-    assert snapshot(Path()) == {Path("x"): b"old"}
 
 
 @pytest.mark.parametrize("name", ["EINVAL", "ENOTSUP", "ENOSYS", "EIO"])
@@ -209,23 +200,21 @@ def test_two_names_of_one_file(exists, tmp_path):
         pass
 
 
-def test_links_are_followed():
+def test_links_are_followed(monkeypatch, tmp_path):
+    """And ~ is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     Path("folder").mkdir()
     Path("link").symlink_to("folder/target")
     for content in (b"1", b"2"):
-        with atomic_write("link") as file:
+        with atomic_write("~/link") as file:
             file.write(content)
         assert Path("link").is_symlink() and Path("folder/target").read_bytes() == content
     assert {path.name for path in Path().iterdir()} == {"folder", "link"}
     assert {path.name for path in Path("folder").iterdir()} == {"target"}
 
 
-def mode(path) -> int:
-    return stat.S_IMODE(Path(path).stat().st_mode)
-
-
-def test_modes():
-    """A new file has what the umask gives, a replaced one keeps its own."""
+def test_modes(monkeypatch):
+    """A new file has what the umask gives, a replaced one keeps its own; a FAT stick has none."""
     Path("old").touch()
     os.chmod("old", 0o604)
     before = os.umask(0o027)
@@ -234,25 +223,13 @@ def test_modes():
             pass
     finally:
         os.umask(before)
-    assert mode("new") == 0o640 and mode("old") == 0o604
-
-
-def test_file_system_without_modes(monkeypatch):
-    """A FAT stick refuses chmod: nothing depends on it."""
-    Path("old").write_bytes(b"old")
+    modes = [stat.S_IMODE(Path(name).stat().st_mode) for name in ("old", "new")]
+    assert modes == [0o604, 0o640]
     for function in ("chmod", "fchmod"):
         monkeypatch.setattr(os, function, failing(errno.EPERM))
-    with atomic_writes("old", "new") as files:
-        for file in files:
-            file.write(b"new")
-    assert Path("old").read_bytes() == Path("new").read_bytes() == b"new"
-
-
-def test_home_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with atomic_write("~/x") as file:
-        file.write(b"1")
-    assert Path("home/x").read_bytes() == b"1" and not Path("~").exists()
+    with atomic_write("old") as file:
+        file.write(b"new")
+    assert Path("old").read_bytes() == b"new"
 
 
 def test_json():
@@ -328,44 +305,6 @@ def test_kill_9_at_each_stage_of_a_save(where, when, step):
     assert step_of(path) == 3
 
 
-def save_forever(path, saved):
-    while True:
-        save_checkpoint(path, fake_checkpoint(saved.value + 1))
-        saved.value += 1
-
-
-def test_kill_9_at_any_moment():
-    """A process that saves over and over, killed at random moments, leaves a whole checkpoint."""
-    path, context, chance = Path("last.pth"), multiprocessing.get_context("fork"), random.Random(0)
-    saved = context.Value("q", 0)
-    for _ in range(6):
-        before = saved.value
-        writer = context.Process(target=save_forever, args=(path, saved))
-        writer.start()
-        while saved.value < before + 2:  # however long that takes
-            assert writer.is_alive()
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.02))  # a save takes about 5 ms
-        writer.kill()
-        writer.join()
-        assert saved.value <= step_of(path) <= saved.value + 1
-
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_failing_save_keeps_the_old_checkpoint(function, monkeypatch):
-    """Whatever step of the write fails, the old file stays and no temporary file is left."""
-    path = Path("checkpoints") / "last.pth"
-    save_checkpoint(path, fake_checkpoint(1))
-    before = snapshot(Path())
-    with monkeypatch.context() as patch:
-        patch.setattr(os, function, failing(errno.ENOSPC))
-        with pytest.raises(OSError, match=r"last\.pth: No space left"):
-            save_checkpoint(path, fake_checkpoint(2))
-    assert snapshot(Path()) == before
-    save_checkpoint(path, fake_checkpoint(3))
-    assert step_of(path) == 3
-
-
 @pytest.mark.parametrize("value", [np.int64(20), np.float64(0.5), Path("x"), len])
 def test_what_could_not_be_read_back_is_not_saved(value):
     """The old file stays; the message names the new one."""
@@ -430,6 +369,19 @@ def test_own_transition_matrices_and_a_shorter_chain_come_back():
         assert torch.equal(again.sample(2), chain.sample(2))
 
 
+DIGITS = {"source": "mnist", "classes": [*"0123456789"], "size": [28, 28], "palette": None}
+
+
+@pytest.mark.parametrize("data", ["mnist", "offline"])
+def test_what_old_checkpoints_were_trained_on(data):
+    """They say only "data". New ones keep what they say."""
+    save_checkpoint("x.pth", fake_checkpoint(1) | {"data": data})
+    assert read_checkpoint("x.pth")["dataset"] == DIGITS | {"source": data}
+    own = {"source": "/x", "classes": ["a"], "size": [40, 24], "palette": [[0, 0, 0], [9, 9, 9]]}
+    save_checkpoint("x.pth", fake_checkpoint(1) | {"dataset": own})
+    assert read_checkpoint("x.pth")["dataset"] == own
+
+
 @pytest.mark.parametrize(
     "name, T, protocol, labels",
     [("d3pm_mnist", 1000, "threshold", 10), ("d3pm_mnist_dynamic", 1000, "dynamic", 0)],
@@ -439,6 +391,7 @@ def test_released_models_load(name, T, protocol, labels):
     d, state = load_checkpoint(path), read_checkpoint(path)
     assert (d.timesteps, d.num_levels, d.num_labels) == (T, 2, labels)
     assert (state["data"], state["binarize"]) == ("mnist", protocol)
+    assert state["dataset"] == DIGITS
     assert d.config["schedule"] == "cosine"
 
 
@@ -600,33 +553,15 @@ def assert_owned():
 
 def test_a_folder_is_owned_by_one():
     """Its lock is released and stays, so that all who try lock the same file."""
-    with RunFolder("a/run").owned():
+    with pytest.raises(UserError, match="bad flag"), RunFolder("a/run").owned():
         assert_owned()
-        make("a/run/metrics.csv")
+        raise UserError("bad flag")
     number = Path("a/run/.lock").stat().st_ino
     with RunFolder("a/run").owned():
         assert_owned()
+        make("a/run/metrics.csv")
     assert files_below("a/run") == {"a/run/metrics.csv", "a/run/.lock"}
     assert Path("a/run/.lock").stat().st_ino == number
-
-
-def test_a_folder_without_a_run_is_left_as_it_was(monkeypatch):
-    with pytest.raises(UserError, match="bad flag"), RunFolder("new").owned():
-        raise UserError("bad flag")
-    Path("old").mkdir()
-    with RunFolder("old").owned():
-        pass
-    assert snapshot(Path()) == {Path("old"): None}
-    # The lock is deleted before it is released, and a deleted one does not count.
-    flock = fcntl.flock
-
-    def deleted_first(*args):
-        Path("old/.lock").unlink()
-        flock(*args)
-
-    monkeypatch.setattr(fcntl, "flock", deleted_first)
-    with pytest.raises(UserError, match="another run is alive in old"), RunFolder("old").owned():
-        pytest.fail("owns a lock that nobody else can see")
 
 
 @pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "ENOTSUP", "EIO"])
@@ -693,7 +628,7 @@ def test_clearing_and_tidying():
     leftovers = ["run/checkpoints/.last.pth.0123abcd"]
     leftovers += ["run/checkpoints/.model_epoch_5.pth.0123abcd"]
     theirs = ["run/notes.txt", "run/last.pth", "run/checkpoints/notes.txt"]
-    theirs += ["run/checkpoints/.notes.pth.0123abcd", "run/samples/.last.pth.0123abcd"]
+    theirs += ["run/checkpoints/.notes", "run/samples/.last.pth.0123abcd"]
     theirs += ["run/samples/x.png", "run/samples/deep/sample_epoch_5.png"]
     theirs += ["run/checkpoints/model_epoch_5.pth.bak"]
     make(*ours, *theirs, *leftovers)

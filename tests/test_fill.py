@@ -187,7 +187,7 @@ def test_uniforms_of_exactly_zero():
 @pytest.mark.parametrize("function", [fill_in, filling_process])
 def test_bad_arguments(function, changes):
     arguments = {"known": torch.zeros(1, 1, 1, 2, dtype=torch.long), "n": 3} | changes
-    with pytest.raises(ValueError, match=r"known|particles|unknown choice 'best'"):
+    with pytest.raises(ValueError, match=r"known|particles|unknown last step"):
         function(small_chain("uniform-cosine"), **arguments)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusion import DiscreteDiffusion
-from experiments.noise import changed, mutual_information
+from experiments.figures import changed, mutual_information
 from transitions import fitted_betas, gaussian_transitions, information_betas
 
 

@@ -140,7 +140,6 @@ def test_ready_matrices_are_checked():
         (Q, 5, 6, "S >= 5"),
         (Q[:, :3], 3, 6, "S, S"),
         (Q[0], 3, 6, "S, S"),
-        ("nonsense", 3, 6, "tensor"),
     ]:
         with pytest.raises(ValueError, match=words):
             check_transitions(matrices, K, T)

@@ -1,0 +1,465 @@
+"""A folder of one's own pictures: formats, sizes, colours, splits, and what is refused."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from cli import UserError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import folder
+from dataset import Dataset, load_dataset, padded, take, unpadded
+
+pytestmark = pytest.mark.usefixtures("fresh_directory")
+
+SPLITS = ("train", "validation", "test")
+
+
+def save(name, picture, **options):
+    """An array or a picture as the file pictures/`name`, in the format of its ending."""
+    path = Path("pictures", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    picture.save(path, **options)
+    return path
+
+
+def random_grey(seed, h=6, w=10):
+    return np.random.default_rng(seed).integers(0, 256, (h, w), dtype=np.uint8)
+
+
+def make_pictures(n=30, name="{}.png", h=6, w=10):
+    for i in range(n):
+        save(name.format(i), random_grey(i, h, w))
+
+
+def load(**options) -> dict[str, Dataset]:
+    return {split: load_dataset(split, "pictures", **options) for split in SPLITS}
+
+
+def everything(**options) -> Dataset:
+    """All splits together, in the order of the files if those are of one split."""
+    parts = list(load(**options).values())
+    images, labels = (torch.cat([getattr(p, x) for p in parts]) for x in ("images", "labels"))
+    return Dataset(images, labels, *[getattr(parts[0], x) for x in ("source", "classes")])
+
+
+def opened(name, picture, **options) -> np.ndarray:
+    """The grey values of one picture as it is read from its file."""
+    return np.asarray(folder.open_picture(save(name, picture, **options), False).convert("L"))
+
+
+def refusal(**options) -> str:
+    with pytest.raises(UserError) as error:
+        load_dataset("train", "pictures", **options)
+    line = str(error.value)
+    assert line and "\n" not in line
+    return line
+
+
+# --------------------------------------------------------------------------------------------------
+# What comes out
+
+
+def test_a_flat_folder():
+    """Padded grey bytes in the order of the names, without classes; together every picture once."""
+    make_pictures()
+    parts = load()
+    assert [len(part.images) for part in parts.values()] == [27, 1, 2]
+    seen = []
+    for part in parts.values():
+        assert part.images.dtype == torch.uint8 and part.images.shape[1:] == (1, 8, 16)
+        assert part.labels.dtype == torch.int64 and not part.labels.any()
+        known = (part.source, part.classes, part.size, part.palette)
+        assert known == (str(Path("pictures").resolve()), (), (6, 10), None)
+        inner = unpadded(part.images, part.size)
+        assert inner.shape[1:] == (1, 6, 10)
+        assert torch.equal(padded(inner[:, 0]), part.images)
+        seen += [image.numpy().tobytes() for image in inner]
+    names = sorted(f"{i}.png" for i in range(30))
+    files = [random_grey(int(name[:-4])).tobytes() for name in names]
+    assert sorted(seen) == sorted(files)
+    assert seen[:27] == [content for content in files if content in set(seen[:27])]
+
+
+def test_sub_folders_are_classes():
+    """Their names in order, whatever is below; links are followed; other files don't matter."""
+    for i, name in enumerate(["b", "a/deep/er", "C d"]):
+        for j in range(12):
+            save(f"{name}/{j}.png", random_grey(j) // 4 + 64 * i)
+    shutil.move("pictures/C d", "elsewhere")
+    Path("pictures/C d").symlink_to(Path("elsewhere").resolve())
+    Path("pictures/b/up").symlink_to("..")  # would have no end
+    for name in (".hidden.png", "a/Thumbs.db", "b/desktop.ini", "notes.txt", "b/notes.pdf"):
+        Path("pictures", name).write_text("no picture")
+    for name in ("__MACOSX", ".git"):
+        save(f"{name}/x.png", random_grey(0, 3, 3))
+    Path("pictures/empty").mkdir()
+    whole = everything()
+    assert whole.classes == ("C d", "a", "b")
+    assert whole.labels.bincount().tolist() == [12, 12, 12]
+    level = unpadded(whole.images, (6, 10)).amax((1, 2, 3)) // 64
+    assert torch.equal(level.long(), torch.tensor([2, 1, 0])[whole.labels])
+
+
+def test_endings():
+    """Any format that Pillow reads, in upper case, too."""
+    for i, ending in enumerate(["PNG", "bmp", "gif", "tiff", "WebP", "pgm", "jpg", "JPEG"]):
+        save(f"{i}.{ending}", random_grey(i), **({"lossless": True} if ending == "WebP" else {}))
+    whole = everything()
+    assert len(whole.images) == 8
+    exact = {image.numpy().tobytes() for image in unpadded(whole.images, (6, 10))}
+    assert {random_grey(i).tobytes() for i in range(6)} <= exact
+
+
+def test_colour_becomes_grey():
+    colours = np.zeros((1, 4, 3), np.uint8)
+    colours[0] = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]]
+    assert opened("x.png", colours).tolist() == [[76, 150, 29, 9]]
+
+
+def test_a_rotated_photograph():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    grey = random_grey(0)
+    assert np.array_equal(opened("x.png", grey, exif=exif), np.rot90(grey, -1))
+    photograph = opened("x.jpg", np.full((6, 10), 200, np.uint8), exif=exif)
+    assert photograph.shape == (10, 6)
+
+
+def test_transparency_is_over_black():
+    rgba = np.full((1, 3, 4), 200, np.uint8)
+    rgba[0, :, 3] = [0, 128, 255]
+    assert opened("a.png", rgba).tolist() == [[0, 100, 200]]
+    assert opened("b.png", rgba[:, :, 2:]).tolist() == [[0, 100, 200]]  # LA
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture.putpalette([50, 50, 50, 100, 100, 100, 150, 150, 150])
+    assert opened("c.png", picture, transparency=1).tolist() == [[50, 0, 150]]
+
+
+def test_16_bits():
+    values = np.array([[0, 255, 256, 0x7FFF, 0xFFFF]], np.uint16)
+    for ending in ("png", "tiff"):
+        assert opened(f"x.{ending}", values).tolist() == [[0, 0, 1, 127, 255]]
+    save("1.png", Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"))
+    assert np.asarray(folder.open_picture(Path("pictures/1.png"), True).convert("L")).max() == 255
+
+
+def test_size():
+    """Resized with antialiasing, to a square or any sides; the split does not depend on it."""
+    board = np.kron(np.indices((20, 20)).sum(0) % 2, np.ones((2, 2))).astype(np.uint8) * 255
+    for i in range(20):
+        save(f"{i}.png", np.roll(board, i, 1) // (i + 1))
+    save("other.png", random_grey(0, 30, 50))
+    before = {split: len(part.images) for split, part in load(size=40).items()}
+    for size, sides, shape in ((10, (10, 10), (16, 16)), ((4, 24), (4, 24), (8, 24))):
+        parts = load(size=size)
+        assert {split: len(part.images) for split, part in parts.items()} == before
+        for part in parts.values():
+            assert part.size == sides and part.images.shape[2:] == shape
+    grey = unpadded(load(size=10)["train"].images[:1], (10, 10)).float()
+    assert 110 < grey.mean() < 145 and grey.std() < 40  # neither black nor white
+
+
+def test_cost_is_announced(capsys):
+    """Memory first, and what large pictures mean."""
+    make_pictures()
+    load()
+    line = "Reading 30 pictures, 6x10, which takes 1 MB of memory\n"
+    assert capsys.readouterr().err == line  # read once for all splits
+    load(size=(256, 128))
+    err = capsys.readouterr().err
+    assert "256x128, which takes 2 MB" in err and "at least 32 times the time and memory" in err
+
+
+@pytest.mark.parametrize("h, w", [(28, 28), (32, 32), (1, 9), (7, 130), (25, 31)])
+def test_padding(h, w):
+    images = torch.randint(1, 256, (3, h, w), dtype=torch.uint8)
+    x = padded(images)
+    assert x.shape[2] % 8 == x.shape[3] % 8 == 0
+    assert x.shape[2] - h < 8 and x.shape[3] - w < 8
+    assert torch.equal(unpadded(x, (h, w))[:, 0], images)
+    assert x.long().sum() == images.long().sum()
+    top, bottom = x.amax((0, 1, 3)).nonzero()[[0, -1], 0].tolist()
+    assert x.shape[2] - 1 - bottom - top in (0, 1)  # in the middle
+
+
+def test_what_is_kept_and_described():
+    make_pictures(name="c/{}.png")
+    whole = load_dataset("train", "pictures")
+    for part in (take(whole, 5), whole.to(torch.device("meta"))):
+        assert part.description == whole.description
+    source = str(Path("pictures").resolve())
+    expected = {"source": source, "classes": ["c"], "size": [6, 10], "palette": None}
+    assert whole.description == expected
+    torch.save(whole.description, "x.pth")
+    assert torch.load("x.pth", weights_only=True) == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_splits_move_no_picture():
+    """90, 5 and 5 %; the same under other names and with other pictures beside; copies together."""
+    for i in range(600):
+        save(f"{i:03}.png", random_grey(i, 2, 3))
+
+    def sets():
+        return {
+            split: {image.numpy().tobytes() for image in part.images}
+            for split, part in load().items()
+        }
+
+    before = sets()
+    shares = [len(before[split]) / 600 for split in SPLITS]
+    assert all(abs(a - b) < 0.03 for a, b in zip(shares, (0.9, 0.05, 0.05), strict=True))
+    for i in range(0, 600, 7):
+        Path(f"pictures/{i:03}.png").rename(f"pictures/x{i}.png")
+    for i in range(600, 700):
+        save(f"{i}.bmp", random_grey(i, 2, 3))
+        save(f"copy{i}.png", random_grey(i - 300, 2, 3))
+    after = sets()
+    assert all(before[split] <= after[split] for split in SPLITS)
+    assert sum(len(after[split]) for split in SPLITS) == len(set.union(*after.values())) == 700
+
+
+@pytest.mark.parametrize("n", [3, 4, 8, 60])
+def test_few_pictures(n):
+    """Each split has one at least."""
+    make_pictures(n)
+    sizes = [len(part.images) for part in load().values()]
+    assert sum(sizes) == n and min(sizes) >= 1
+
+
+@pytest.mark.parametrize("shares", [[0.91, 0.92, 0.96], [0.96, 0.97, 0.98], [0.1, 0.2, 0.3]])
+def test_three_pictures_in_one_part(shares):
+    rows = folder.split_rows(np.array(shares), Path())
+    assert [rows[split].tolist() for split in SPLITS] == [[0], [1], [2]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Palettes
+
+FIVE = [(200, 0, 0), (0, 0, 0), (0, 90, 0), (9, 9, 255), (250, 250, 250)]
+
+
+def levels(i, n=5, h=40, w=24):
+    return np.random.default_rng(i).integers(0, n, (h, w), dtype=np.uint8)
+
+
+def colours_of(part):
+    """The pictures in colour, uint8 [N, H, W, 3]."""
+    return torch.tensor(part.palette, dtype=torch.uint8)[
+        unpadded(part.images, part.size)[:, 0].int()
+    ]
+
+
+def indexed(i, palette=FIVE):
+    picture = Image.fromarray(levels(i), "P")
+    picture.putpalette([channel for colour in palette for channel in colour])
+    return picture
+
+
+def test_palette_pictures():
+    """Indices as they are, where all pictures have one palette."""
+    for i in range(30):
+        save(f"{i:02}.png", indexed(i))
+    parts = load(palette=True)
+    for part in parts.values():
+        assert part.palette == tuple(FIVE) and part.size == (40, 24)
+    seen = {unpadded(x, (40, 24)).numpy().tobytes() for p in parts.values() for x in p.images}
+    assert seen == {levels(i).tobytes() for i in range(30)}
+    assert parts["train"].description["palette"] == [list(colour) for colour in FIVE]
+
+
+@pytest.mark.parametrize("kind", ["rgb", "two palettes", "unused"])
+def test_colours_in_order(kind):
+    """Of all pictures, by red, green and blue; unused entries of a palette are no states."""
+    table = np.array(FIVE, np.uint8)
+    for i in range(30):
+        if kind == "rgb":
+            save(f"{i:02}.png", table[levels(i, 3 if i else 5)])
+        elif kind == "unused":
+            save(f"{i:02}.png", indexed(i, [*FIVE, (1, 2, 3)]))
+        else:
+            save(f"{i:02}.png", indexed(i, FIVE if i else FIVE[::-1]))
+    expected = tuple(FIVE) if kind == "unused" else tuple(sorted(FIVE))
+    wanted = {table[levels(i, 3 if kind == "rgb" and i else 5)].tobytes() for i in range(30)}
+    if kind == "two palettes":
+        wanted ^= {table[levels(0)].tobytes(), table[::-1][levels(0)].tobytes()}
+    parts = load(palette=True)
+    assert all(part.palette == expected for part in parts.values())
+    assert {x.numpy().tobytes() for part in parts.values() for x in colours_of(part)} == wanted
+
+
+def test_grey_label_maps():
+    for i in range(30):
+        save(f"{i}.png", levels(i, 3) * 7)
+    part = load(palette=True)["train"]
+    assert (
+        part.palette == ((0, 0, 0), (7, 7, 7), (14, 14, 14)) and part.images.unique().numel() == 3
+    )
+
+
+def test_palettes_are_resized_without_new_colours():
+    for i in range(30):
+        save(f"{i}.png", indexed(i))
+    parts = load(palette=True, size=(16, 20))
+    assert parts["train"].palette == tuple(FIVE) and parts["train"].images.shape[2:] == (16, 24)
+
+
+def test_256_colours():
+    for i in range(3):
+        save(f"{i}.png", np.roll(np.arange(256, dtype=np.uint8).reshape(16, 16), i))
+    assert len(load(palette=True)["train"].palette) == 256
+    save("3.png", np.full((16, 16, 3), (1, 2, 3), np.uint8))
+    assert "more than 256 colours (257 so far): use --levels" in refusal(palette=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_no_folder():
+    with pytest.raises(UserError, match="'pictures' is neither a folder nor one of auto, mnist"):
+        load_dataset("train", "pictures")
+    Path("pictures").write_text("a file")
+    assert "neither a folder" in refusal()
+
+
+def test_no_pictures():
+    Path("pictures/deep").mkdir(parents=True)
+    assert "no pictures that Pillow can read" in refusal()
+    Path("pictures/deep/x.txt").touch()
+    assert "no pictures that Pillow can read" in refusal()
+
+
+def test_pictures_outside_of_the_classes():
+    make_pictures(3, "class/{}.png")
+    save("x.png", random_grey(0))
+    assert refusal().endswith("which are the classes, and outside of them (x.png)")
+
+
+def test_two_sizes():
+    make_pictures(5)
+    save("x.png", random_grey(0, 7, 10))
+    assert refusal().endswith("x.png has 7x10 pixels, others 6x10: give a --size")
+
+
+def test_two_or_one_different_pictures():
+    for i in range(9):
+        save(f"{i}.png", random_grey(i % 2))
+    assert "has 2 different pictures: too few for training" in refusal()
+
+
+def broken(path):
+    path.write_bytes(b"no picture")
+
+
+def cut(path):
+    path.write_bytes(save("whole.png", random_grey(0, 200, 200)).read_bytes()[:-5000])
+    Path("pictures/whole.png").unlink()
+
+
+def lost_link(path):
+    path.symlink_to("nowhere")
+
+
+def animated(path):
+    frames = [Image.fromarray(random_grey(i)) for i in range(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def wide_grey(path):
+    Image.fromarray(np.full((6, 10), 70_000, np.int32)).save(path, format="tiff")
+
+
+def floating(path):
+    Image.fromarray(np.full((6, 10), 0.5, np.float32)).save(path, format="tiff")
+
+
+REFUSED = [
+    (broken, "cannot identify image file"),
+    (cut, "truncated"),
+    (lost_link, "it is a broken link or not a regular file"),
+    (os.mkfifo, "it is a broken link or not a regular file"),
+    (animated, "it is animated or has several pages"),
+    (wide_grey, "too many levels of grey: save it with 8 or 16 bits"),
+    (floating, "too many levels of grey: save it with 8 or 16 bits"),
+]
+
+
+@pytest.mark.parametrize("make, reason", REFUSED)
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_picture_that_cannot_be_read(make, reason, others):
+    """Named, with how many more there are."""
+    make_pictures(5)
+    make(Path("pictures/x.png"))
+    for i in range(others):
+        broken(Path(f"pictures/y{i}.png"))
+    end = r" \(nor can 2 more\)" if others else ""
+    pattern = rf"/pictures/x\.png can't be read: .*{re.escape(reason)}.*{end}$"
+    assert re.search(pattern, refusal())
+    assert others or "more)" not in refusal()
+
+
+def test_animated_formats():
+    """GIF and TIFF with several pages, too; a still picture of the same format is none."""
+    for ending in ("gif", "tiff", "webp"):
+        make_pictures(3, "{}." + ending)
+        load_dataset("train", "pictures")
+        animated(Path(f"pictures/x.{ending}"))
+        assert "x." + ending in refusal() and "animated" in refusal()
+        shutil.rmtree("pictures")
+
+
+def test_a_camera_preview_is_no_animation():
+    frames = [Image.fromarray(random_grey(i)) for i in range(2)]
+    save("x.mpo", frames[0], save_all=True, append_images=frames[1:])
+    Path("pictures/x.mpo").rename("pictures/x.jpg")
+    with Image.open("pictures/x.jpg") as picture:
+        assert picture.is_animated
+    assert folder.open_picture(Path("pictures/x.jpg"), False).size == (10, 6)
+
+
+def test_palettes_that_are_refused():
+    for i in range(3):
+        save(f"{i}.png", np.full((6, 10), 5, np.uint8))
+    assert "only 1 colour: use --levels" in refusal(palette=True)
+    save("0.png", np.full((6, 10), 300, np.uint16))
+    assert "too many levels of grey: save it with 8 bits" in refusal(palette=True)
+
+
+@pytest.mark.parametrize("size", [0, -3, (0, 5), (1, 2, 3), (4,)])
+def test_impossible_sizes(size):
+    make_pictures(3)
+    assert "the size must be" in refusal(size=size)
+
+
+@pytest.mark.parametrize("data", ["auto", "mnist", "offline", "fashion"])
+@pytest.mark.parametrize("options", [{"size": 28}, {"palette": True}])
+def test_options_of_a_folder_only(data, options):
+    with pytest.raises(UserError, match=f"are for a folder of pictures, not for {data}"):
+        load_dataset("train", data, **options)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_sub_folder_that_cannot_be_read():
+    make_pictures(3, "a/{}.png")
+    os.chmod("pictures/a", 0)
+    with pytest.raises(PermissionError):
+        load_dataset("train", "pictures")
+
+
+def test_changed_pictures_are_read_again():
+    make_pictures(3)
+    before = everything().images
+    path = save("0.png", 255 - random_grey(0))
+    os.utime(path, (1, 1))
+    assert not torch.equal(everything().images, before)
