@@ -447,7 +447,7 @@ def test_weights_that_are_none_or_not_finite(saved):
             build_diffusion(state | {"averaged_weights": weights}, "x.pth")
     for value in (math.nan, math.inf):
         state["averaged_weights"]["fold.bias"][3] = value
-        words = r"x\.pth holds weights that are not finite: its training has diverged"
+        words = r"x\.pth has weights that are not finite: its training diverged"
         with pytest.raises(UserError, match=words):
             build_diffusion(state, "x.pth")
 

@@ -507,13 +507,13 @@ def test_own_pictures_elsewhere(folders, monkeypatch):
     monkeypatch.setattr("metrics.CLASSIFIER", Path("nowhere"))
     own_model(num_labels=2)
     Path("own").rename("moved")
-    assert "own, with the images of training, is gone" in fail("evaluate.py", "own.pth", *CPU)
+    assert "own, is gone: give --data" in fail("evaluate.py", "own.pth", *CPU)
     assert "neither a folder" in fail("evaluate.py", "own.pth", "--data", "own", *CPU)
     report, _ = evaluated("--data moved", "own.pth", small="--num-samples 0")
     assert report["digits"] == "moved, test split" and "nearest_training_digit" not in report
     Path("moved/lake").rename("moved/sea")
     flags = "own.pth", "--data", "moved", "--overwrite", *CPU
-    assert "moved differs in classes from the images own.pth" in fail("evaluate.py", *flags)
+    assert "moved differs in classes from the images of own.pth" in fail("evaluate.py", *flags)
     own_model("free.pth")
     shutil.rmtree("own")
     evaluated("--data moved", "free.pth", small="")  # it does not know of classes

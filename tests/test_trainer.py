@@ -195,7 +195,7 @@ def test_t_does_not_depend_on_the_place_in_the_batch():
     """Nor is it sorted: at each place, its mean over 400 steps is that of 1..10."""
     trainer, (x_0, y), drawn = Trainer(small_diffusion(), 10, 8), batch(0), []
     for trainer.steps in range(400):
-        drawn.append(trainer._add_noise(x_0, y)[1])
+        drawn.append(trainer._draw_noise(x_0, y)[1])
     t = torch.stack(drawn).double()
     assert ((t.mean(0) - 5.5).abs() < 0.6).all()  # four standard deviations
     assert (t.min(0).values == 1).all() and (t.max(0).values == 10).all()
@@ -533,7 +533,7 @@ def test_optimizers_of_the_trainer():
     muon = Trainer(small_diffusion(), 10, optimizer="muon").optimizer
     assert type(muon) is Muon and muon.defaults["betas"] == (0.9, 0.99)
     assert muon.defaults["weight_decay"] == 0.01
-    with pytest.raises(ValueError, match=r"hidden_matrices\(\), which Linear has not"):
+    with pytest.raises(ValueError, match=r"hidden_matrices\(\), which Linear lacks"):
         Trainer(DiscreteDiffusion(nn.Linear(1, 1)), 10, optimizer="muon")
 
 
