@@ -338,7 +338,7 @@ def main() -> None:
     device = cli.pick_device(args.device)
     evaluation = load_evaluation(checkpoint, args, device)
     classifier = load_classifier(device) if evaluation.other and args.num_samples else None
-    with files.atomic_write(args.out_dir / OUTPUTS[0]) as file:  # fails before the work
+    with files.atomic_write(args.out_dir / OUTPUTS[0]) as file:  # fails early
         report, pictures = evaluation.report(classifier)
         file.write(files.json_bytes(report))
     written = [OUTPUTS[0]]

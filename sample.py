@@ -120,7 +120,7 @@ def main() -> None:
     request |= {"seed": args.seed, "first": args.first, "batch_size": args.batch_size}
     inputs = [file for file in (args.checkpoint, args.fill) if file]
     outputs = [file for file in (args.out, args.save_tensor) if file]
-    with files.atomic_writes(*outputs, inputs=inputs) as opened:  # fails before the work
+    with files.atomic_writes(*outputs, inputs=inputs) as opened:  # fails early
         if known is None:
             sheet = images = diffusion.sample(n, **request)
         else:  # each row starts with the given picture

@@ -59,7 +59,7 @@ def main() -> None:
     known = read_partial_digit(args.fill, **style) if args.fill else None
     request = {"n": args.n, "seed": args.seed, "last_step": files.default_last_step(diffusion)}
     inputs = [file for file in (args.checkpoint, args.fill) if file]
-    with files.atomic_writes(args.out, inputs=inputs) as (file,):  # fails before the work
+    with files.atomic_writes(args.out, inputs=inputs) as (file,):  # fails early
         if known is None:
             chain = diffusion.reverse_process(y=diffusion.labels(args.n), **request)
         else:
