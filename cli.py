@@ -146,13 +146,13 @@ def add_speed(add: Callable, default: bool | None = False) -> None:
     add("--amp", **switch, help="network in bfloat16: faster on recent GPUs and CPUs with AMX")
 
 
-def add_data(
-    add: Callable, defaults: tuple[str | None, Path | None] = ("auto", Path("data"))
-) -> None:
-    words = """auto (default): MNIST from --data-root or a download, else 5,000 offline digits;
-        mnist: no fallback; offline: those 5,000"""
-    add("--data", choices=["auto", "mnist", "offline"], default=defaults[0], help=words)
-    add("--data-root", type=path(), default=defaults[1], help="MNIST's folder (default data)")
+def add_data(add: Callable, default: str | None = "auto") -> None:
+    words = f"""a folder of pictures, its sub-folders the classes; auto: MNIST from --data-root
+        or a download, else 5,000 offline digits; mnist: no fallback; offline: those 5,000; fashion,
+        kmnist: as mnist (default {default or "what the model was trained on"})"""
+    name, root = path(), Path("data")  # an unset variable would be the working directory
+    add("--data", type=lambda t: str(name(t)), default=default, metavar="NAME|FOLDER", help=words)
+    add("--data-root", type=path(), default=root, help="folder of downloads (default data)")
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -1,12 +1,11 @@
-"""Train a D3PM on binarized MNIST.
+"""Train a D3PM on binarized MNIST, or on your own pictures.
 
     python train.py                                  # 50 epochs, into results_d3pm/
     python train.py --data offline --epochs 5        # a first look in two minutes, no download
-    python train.py --resume                         # go on after Ctrl-C or a crash
-    python train.py --resume --epochs 80             # train a finished run for longer
+    python train.py --data FOLDER --conditional      # your pictures; sub-folders are the classes
+    python train.py --resume --epochs 80             # go on after Ctrl-C, or for longer
     python train.py --lr 2e-3 --steps 4000           # good digits soon on full MNIST
     python train.py --recipe bound --amp --compile --steps 12400    # the same time, 4 nats better
-    python train.py --recipe paper                   # the paper's own configuration for images
     python train.py --init other.pth --out-dir new   # a new run from another one's weights
     torchrun --nproc_per_node=2 train.py             # two processes share each batch
 
@@ -42,10 +41,10 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from dataset import Dataset, batches, load_dataset, take, to_levels
+from dataset import DIGITS, NAMES, Dataset, batches, load_dataset, take, to_levels
 from diffusion import LOSSES, REVERSES, DiscreteDiffusion
 from model import NETWORKS, OUTPUTS, build_network
-from pictures import image_grid, plot_history, save_figure, write_picture
+from pictures import image_grid, plot_history, save_figure, style_of, write_picture
 from trainer import DECAYS, OPTIMIZERS, Processes, Trainer, decay_start, learning_rate
 from trajectories import respaced
 from transitions import FAMILIES, SCHEDULES
@@ -56,8 +55,9 @@ RECIPES = {
     "--decay constant --timesteps 1000 --dropout 0.1 --batch-size 128",
 }
 OLD_NAMES = {"released": "bound"}  # of recipes
-LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # few digits are few steps per epoch
+MANY = 20_000  # images; fewer are few steps per epoch and take a higher rate
 NETWORK_OPTIONS = ("channels", "blocks", "output", "dropout")  # default: the network's own
+LIKE_MNIST = Dataset(torch.zeros(1, 1, 32, 32), torch.zeros(1), "mnist")
 EVERY = 5  # epochs between kept checkpoints and their samples
 SAVE_SECONDS = 600  # between saves
 REPORT_SECONDS = 60  # between lines in a log without a progress bar
@@ -94,7 +94,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict, dict]:
     add("--overwrite", action="store_true", help="delete the run in --out-dir and start anew")
 
     add = add_group(p, "how it runs", free)
-    add("--epochs", type=count, default=50, help="passes over the training digits")
+    add("--epochs", type=count, default=50, help="passes over the training images")
     add("--steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
     cli.add_data(add)
     cli.add_device(add)
@@ -112,14 +112,19 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict, dict]:
     add("--hybrid-weight", type=number, default=0.001, metavar="W", help="the hybrid loss's lambda")
     words = "p(x_(t-1) | x_t) as the mixture of posteriors, or in the paper's joint form"
     add("--reverse", choices=REVERSES, default="mixture", help=words)
-    add("--levels", type=cli.integer(2, 256), default=2, metavar="K", help="grey levels")
-    words = "dynamic: every epoch draws each pixel anew from Bernoulli(grey level)"
+    words = """K grey levels: 2 for line art and masks, more for shades; or the palette itself, for
+        a folder of pictures whose pixels are categories (label maps, game levels)"""
+    add("--levels", type=levels, default=2, metavar="K|palette", help=words)
+    words = """2 levels by a threshold, for what is black and white; or dynamic: every epoch draws
+        each pixel anew from Bernoulli(grey level), for soft edges and published likelihoods"""
     add("--binarize", choices=["threshold", "dynamic"], default="threshold", help=words)
+    words = "stretch a folder's pictures to N x N or H x W (default: they are all of one size)"
+    add("--size", type=count, nargs="+", metavar=("N", "H W"), help=words)
     add("--conditional", action="store_true", default=False, help="give the network the class")
     words = "share of images whose class --conditional hides, to sample without one, too"
     add("--label-dropout", type=share, default=0.1, metavar="P", help=words)
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="the others need twice the steps")
-    words = f"peak learning rate, after a warm-up (default by digits: {LEARNING_RATE})"
+    words = f"peak learning rate, after a warm-up (default 1e-4; below {MANY:,} images 2e-3)"
     add("--lr", type=cli.number(0, above=True), help=words)
     add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
     add("--network", choices=NETWORKS, default="unet", help="from model.py")
@@ -127,9 +132,14 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict, dict]:
     add("--channels", type=count, nargs=3, metavar="C", help="widths, multiples of 8")
     add("--blocks", type=cli.integer(1, 16), help="residual blocks per resolution")
     add("--dropout", type=share, metavar="P", help="share of activations to drop")
-    add("--limit", type=count, metavar="N", help="train on N digits only")
+    add("--limit", type=count, metavar="N", help="train on N images only")
     add("--seed", type=cli.SEED, default=0, help="of weights, batches and noise (default 0)")
     return p, free, fixed
+
+
+def levels(text: str) -> int | str:
+    """The type of --levels."""
+    return text if text == "palette" else cli.integer(2, 256)(text)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict, dict]:
@@ -146,6 +156,12 @@ def parse_arguments() -> tuple[argparse.Namespace, dict, dict]:
         p.error("--epochs and --steps exclude each other")
     if args.label_dropout is not None and not (args.conditional or args.resume):
         p.error("--label-dropout goes with --conditional")
+    if args.binarize == "dynamic" and args.levels not in (None, 2):
+        p.error(f"--binarize dynamic makes 2 levels, not --levels {args.levels}")
+    if args.levels == "palette":
+        args.binarize = "palette"  # which is then a setting of the run
+    if args.size and len(args.size) == 1:
+        args.size *= 2
     if args.resume and (args.overwrite or args.init):
         p.error(f"--resume and {'--overwrite' if args.overwrite else '--init'} exclude each other")
     return args, free, fixed
@@ -199,22 +215,26 @@ def find_checkpoint(args: argparse.Namespace, folder: RunFolder) -> dict | None:
     return checkpoint
 
 
-def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
-    """The diffusion around a new network, or one with the weights of `init`. Raises ValueError.
+def num_levels(settings: dict, data: Dataset) -> int:
+    return len(data.palette) if data.palette else settings["levels"]
 
-    Where a setting is None, it becomes the default of the network or the transition.
+
+def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion:
+    """The diffusion around a new network for `data`, or one with the weights of `init`.
+
+    Where a setting is None, it becomes the default of the network or the transition. Raises
+    ValueError.
     """
-    K, transition = settings["levels"], settings["transition"]
-    to_levels(torch.zeros(1, dtype=torch.uint8), K, settings["binarize"])  # fails before a download
+    K, transition = num_levels(settings, data), settings["transition"]
     states = K + FAMILIES[transition].extra_states
     config = {"name": settings["network"], "num_levels": K, "num_states": states}
     config |= {name: v for name in NETWORK_OPTIONS if (v := settings[name]) is not None}
-    config |= {"num_labels": 10} if settings["conditional"] else {}
-    config |= {"ordinal": True} if K > 2 else {}
+    config |= {"num_labels": len(data.classes)} if settings["conditional"] else {}
+    config |= {"ordinal": True} if K > 2 and not data.palette else {}
     torch.manual_seed(settings["seed"])
     network = build_network(config)
     names = ("timesteps", "transition", "schedule", "hybrid_weight", "reverse")
-    options = {name: settings[name] for name in names}
+    options = {name: settings[name] for name in names} | {"image_shape": data.images.shape[1:]}
     diffusion = DiscreteDiffusion(network, K, loss_type=settings["loss"], **options)
     settings["schedule"] = diffusion.config["schedule"]
     settings |= {name: network.config.get(name) for name in NETWORK_OPTIONS}
@@ -234,24 +254,31 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
 def load_data(
     settings: dict, checkpoint: dict | None, processes: Processes
 ) -> tuple[Dataset, torch.Tensor]:
-    """The training digits, and the validation images as levels. Raises UserError."""
+    """The training images, and the validation images as levels. Raises UserError."""
     if processes.local_rank > 0:  # one process of each machine downloads, the others wait
         processes.mean(0)
-    digits = load_dataset("train", settings["data"], settings["data_root"])
+    options = settings["data_root"], settings["size"], settings["levels"] == "palette"
+    data = load_dataset("train", settings["data"], *options)
     if processes.local_rank == 0:
         processes.mean(0)
-    if processes.mean(digits.source == "mnist")[0] not in (0, 1):
+    if processes.mean(data.source == "mnist")[0] not in (0, 1):
         raise UserError("some machines have MNIST and some only the offline digits: use --data")
-    if checkpoint and checkpoint["data"] != digits.source:
-        trained = f"the run was trained on {checkpoint['data']} digits"
-        raise UserError(f"{trained}, but these are {digits.source} digits")
-    limit = 200 if settings["levels"] > 32 else None  # one image of 256 levels takes 0.1 seconds
-    grey = take(load_dataset("validation", digits.source, settings["data_root"]), limit).images
+    trained_on = checkpoint["dataset"] if checkpoint else data.description
+    for key in (key for key, value in data.description.items() if value != trained_on[key]):
+        these = f"these images ({data.source}) differ in {key} from those"
+        raise UserError(f"{these} that the run was trained on ({trained_on['source']})")
+    settings["lr"] = settings["lr"] or (1e-4 if len(data.images) >= MANY else 2e-3)
+    if settings["conditional"] and len(data.classes) < 2:
+        needed = f"two sub-folders, which are the classes; {data.source} has {len(data.classes)}"
+        raise UserError(f"--conditional needs at least {needed}")
+    K = num_levels(settings, data)
+    limit = 200 if K > 32 else None  # one image of 256 levels takes 0.1 seconds
+    grey = take(load_dataset("validation", data.source, *options), limit).images
     generator = torch.Generator().manual_seed(0)  # whatever --seed, so that bounds compare
-    validation = to_levels(grey, settings["levels"], settings["binarize"], generator)
-    digits = take(digits, settings["limit"])
-    next(batches(digits, settings["batch_size"]))  # fails now if the batch is too large
-    return digits, validation
+    validation = to_levels(grey, K, settings["binarize"], generator)
+    data = take(data, settings["limit"])
+    next(batches(data, settings["batch_size"]))  # fails now if the batch is too large
+    return data, validation
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,10 +288,10 @@ def load_data(
 class Run:
     """The loop over epochs, with validation, checkpoints and reports."""
 
-    def __init__(self, trainer: Trainer, digits: Dataset, validation: torch.Tensor, settings: dict):
-        self.trainer, self.digits, self.validation = trainer, digits, validation
+    def __init__(self, trainer: Trainer, data: Dataset, validation: torch.Tensor, settings: dict):
+        self.trainer, self.data, self.validation = trainer, data, validation
         self.settings, self.folder = settings, RunFolder(settings["out_dir"])
-        self.steps_per_epoch = len(digits.images) // settings["batch_size"]
+        self.steps_per_epoch = len(data.images) // settings["batch_size"]
         self.losses: list[torch.Tensor] = []  # since the last check
         self.history: list[dict] = []  # the rows of metrics.csv
         self.loss_sum = 0.0  # of the epoch
@@ -281,10 +308,11 @@ class Run:
     def train(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the last step, or until `stop_requested()`. Returns whether steps are left."""
         trainer, s, size, stop = self.trainer, self.settings, self.settings["batch_size"], False
+        K = trainer.averaged.num_levels
         while trainer.steps < trainer.total_steps and not stop:
             epoch, done = divmod(trainer.steps, self.steps_per_epoch)
             self.loss_sum = self.loss_sum if done else 0.0
-            data = batches(self.digits, size, s["seed"], epoch, done, s["levels"], s["binarize"])
+            data = batches(self.data, size, s["seed"], epoch, done, K, s["binarize"])
             bar = {"total": self.steps_per_epoch, "initial": done, "unit": "img", "leave": False}
             bar["disable"] = True if trainer.processes.rank else None  # None: only on a terminal
             for x_0, y in tqdm(data, desc=f"epoch {epoch + 1}", unit_scale=size, **bar):
@@ -365,7 +393,8 @@ class Run:
             model = respaced(averaged, min(TIMESTEPS, averaged.timesteps))
             options = {"y": model.labels(64), "last_step": default_last_step(model)}
             images = model.sample(64, self.settings["seed"], **options)
-            options = {"num_levels": self.settings["levels"], "columns": 8}
+            known = {"diffusion": averaged.config, "dataset": self.data.description}
+            options = {"columns": 8} | style_of(known)
             path = self.folder.path / "samples" / f"sample_epoch_{row['epoch']}.png"
             write_picture(path, lambda file: image_grid(images, **options).save(file, format="png"))
             path = self.folder.path / "loss_curve.png"
@@ -377,8 +406,8 @@ class Run:
         if trainer.processes.rank:
             return
         state = {"network": trainer.network.config, "diffusion": trainer.averaged.config}
-        state |= {"data": self.digits.source, "binarize": settings["binarize"]}
-        state |= trainer.state_dict()
+        state |= {"data": self.data.source, "dataset": self.data.description}
+        state |= {"binarize": settings["binarize"]} | trainer.state_dict()
         if name == "weights.pth":
             del state["weights"], state["optimizer"]
             weights = state["averaged_weights"].items()
@@ -448,22 +477,24 @@ def make_run(
 ) -> Run:
     """Build everything, and go on from the checkpoint if there is one. Raises UserError."""
     with user_errors():
-        processes.share(settings["batch_size"])  # fails before a download
-        diffusion = build(settings, init)
+        processes.share(settings["batch_size"])
+        known = settings["data"] in NAMES and settings["levels"] != "palette"
+        # Bad flags fail before a download, of which the shape is known.
+        diffusion = build(settings, init, LIKE_MNIST) if known else None
     device = processes.start(cli.pick_device(settings["device"]))
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    digits, validation = load_data(settings, checkpoint, processes)
+    data, validation = load_data(settings, checkpoint, processes)
     step = checkpoint["step"] if checkpoint else 0
-    settings["lr"] = settings["lr"] or LEARNING_RATE[digits.source]
-    total = settings["steps"] or settings["epochs"] * (len(digits.images) // settings["batch_size"])
+    total = settings["steps"] or settings["epochs"] * (len(data.images) // settings["batch_size"])
     if step >= total:
         advice = "give more with --epochs or --steps"
         raise UserError(f"the run to resume has all its {total} steps: {advice}")
     names = ("batch_size", "lr", "optimizer", "decay", "label_dropout", "seed", "amp")
     options = {name: settings[name] for name in names} | {"compiled": settings["compile"]}
     with user_errors():
+        diffusion = diffusion or build(settings, init, data)
         trainer = Trainer(diffusion.to(device), total, **options, processes=processes)
-        run = Run(trainer, digits.to(trainer.source), validation, settings)
+        run = Run(trainer, data.to(trainer.source), validation, settings)
         if checkpoint:
             run.load_state_dict(checkpoint)
             planned = checkpoint.get("total_steps", total)
@@ -480,9 +511,11 @@ def train(run: Run) -> int:
     processes, total = trainer.processes, trainer.total_steps
     weights = sum(p.numel() for p in trainer.network.parameters())
     shared = f", {processes.size} processes" if processes.size > 1 else ""
-    images, held_out = len(run.digits.images), len(run.validation)
+    images, held_out, source = len(run.data.images), len(run.validation), run.data.source
+    noun = "digits" if source in DIGITS else "pictures"
+    name = f"{source} digits" if source in DIGITS else f"pictures of {source}"
     print(
-        f"{images:,} {run.digits.source} digits for training, {held_out:,} for validation\n"
+        f"{images:,} {name} for training, {held_out:,} for validation\n"
         f"{weights:,} weights on {trainer.device}{shared}; T = {s['timesteps']}\n"
         f"{total} steps of {s['batch_size']}, {total / run.steps_per_epoch:.3g} epochs; "
         f"{s['optimizer']} with peak learning rate {s['lr']:g}"
@@ -502,7 +535,7 @@ def train(run: Run) -> int:
             print(f"{line}; go on with --resume", file=sys.stderr)
         return 128 + number
     command = shlex.join(["python", "sample.py", str(run.folder.checkpoints / "weights.pth")])
-    print(f"Done. Draw digits: {command}")
+    print(f"Done. Draw {noun}: {command}")
     run.say_if_overfit()
     return 0
 
