@@ -19,7 +19,8 @@ from trainer import Trainer
 pytestmark = pytest.mark.usefixtures("fresh_directory")
 SMALL = "--channels 8 8 8 --timesteps 10 --batch-size 16 --device cpu --out-dir out"
 SMALL = SMALL.split()
-FLAGS = [*SMALL, *"--data own --levels palette --conditional --epochs 1".split()]
+FLAGS = "--data own --levels palette --conditional --epochs 1"
+FLAGS = [*SMALL, *FLAGS.split()]
 COLOURS = {tuple(colour) for colour in own.COLOURS} | {(96, 96, 96)}
 SIZE = (40, 20)  # padded to 40x24
 LAST = "out/checkpoints/last.pth"
@@ -46,8 +47,9 @@ def folder(monkeypatch) -> Path:
 
 
 @pytest.fixture
-def demo(folder) -> Path:
+def demo(folder, monkeypatch) -> Path:
     """That folder, and in `out` a short run on it."""
+    monkeypatch.setattr(train, "save_figure", lambda figure, file: None)  # it takes long
     succeed("train.py", *FLAGS)
     return folder
 
