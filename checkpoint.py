@@ -11,10 +11,11 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cli import REPOSITORY, UserError, provenance, user_errors
@@ -27,16 +28,8 @@ from trajectories import respaced
 
 try:
     import fcntl
-
-    def lock_file(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
 except ImportError:  # Windows
     import msvcrt
-
-    def lock_file(descriptor: int) -> None:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-
 
 # Defaults of the scripts; the results page says why
 RELEASED = REPOSITORY / "results_d3pm" / "released" / "d3pm_mnist.pth"
@@ -56,9 +49,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # by so
 
 
 @contextmanager
-def atomic_writes(
-    *paths: str | Path, inputs: Iterable[str | Path] = ()
-) -> Iterator[list[io.BytesIO]]:
+def atomic_writes(*paths: str | Path, inputs: Iterable = ()) -> Iterator[list[io.BytesIO]]:
     """Yield buffers that become the files `paths` when the block ends without an error.
 
     After an error the older files are still there. Folders are created, links followed, modes kept.
@@ -72,27 +63,27 @@ def atomic_writes(
             if target == other or (target.exists() and other.exists() and target.samefile(other)):
                 raise UserError(f"can't write {target}: the same file is {use} by this command")
         taken.append((target, "written"))
-    buffers, temporaries = {target: io.BytesIO() for target in targets}, {}
+    # Cut, because the target's name may have all the 255 bytes that file systems allow.
+    names = [f".{target.name[:32]}.{secrets.token_hex(4)}" for target in targets]
+    files = [(t, t.parent / name, io.BytesIO()) for t, name in zip(targets, names, strict=True)]
     try:
-        for target in targets:
-            # Cut, because the target's name may have all the 255 bytes that file systems allow.
-            temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(4)}")
+        for target, temporary, _ in files:
             with naming(target):
                 if target.exists() and not target.is_file():
                     raise OSError("it is not a regular file")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 temporary.touch(exist_ok=False)
-            temporaries[target] = temporary
-        yield list(buffers.values())
-        for target, temporary in temporaries.items():
+        yield [buffer for _, _, buffer in files]
+        for target, temporary, buffer in files:
             with naming(target):
-                write_to_disk(temporary, buffers[target])
-        for target, temporary in temporaries.items():
+                write_to_disk(temporary, buffer)
+        for target, temporary, _ in files:
             with naming(target):
                 replace(temporary, target)
     finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+        for _, temporary, _ in files:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 @contextmanager
@@ -124,7 +115,7 @@ def write_to_disk(path: Path, buffer: io.BytesIO) -> None:
 def replace(temporary: Path, target: Path) -> None:
     """os.replace that keeps the mode. Windows refuses while a virus scanner reads the target."""
     with suppress(OSError):  # no older file, or no modes on this file system
-        os.chmod(temporary, target.stat().st_mode & 0o777)
+        shutil.copymode(target, temporary)
     for seconds in (0.1, 0.2, 0.4, 0.8):
         try:
             return os.replace(temporary, target)
@@ -169,7 +160,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises OSError, or UserError if it is damaged or not a checkpoint of this repository.
     """
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is not a regular file")  # opening a named pipe would wait
     with open(path, "rb") as file:
         try:
@@ -189,9 +180,7 @@ def read_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def load_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", timesteps: int | None = None
-) -> DiscreteDiffusion:
+def load_checkpoint(path: str | Path, device="cpu", timesteps=None) -> DiscreteDiffusion:
     """A `DiscreteDiffusion` in eval mode with the averaged weights, respaced to `timesteps`.
 
     Raises UserError, or OSError as `read_checkpoint` does.
@@ -203,9 +192,9 @@ def build_diffusion(checkpoint: dict, path, device="cpu", timesteps=None) -> Dis
     """`load_checkpoint` of what `read_checkpoint` returned; `path` is for messages."""
     config, weights = checkpoint["network"], checkpoint["averaged_weights"]
     try:
-        lists = [v if isinstance(v, list | tuple) else [v] for v in config.values()]
+        sizes = [n for v in config.values() for n in (v if isinstance(v, list | tuple) else [v])]
         limit = max(len(weights), *(n for p in weights.values() for n in p.shape))
-        if any(isinstance(n, int) and n > limit for values in lists for n in values):
+        if any(isinstance(n, int) and n > limit for n in sizes):
             raise ValueError("it describes a larger network than its weights are of")
         diffusion = DiscreteDiffusion(build_network(config), **checkpoint["diffusion"])
         diffusion.model.load_state_dict(weights)
@@ -228,10 +217,9 @@ def build_diffusion(checkpoint: dict, path, device="cpu", timesteps=None) -> Dis
 class RunFolder:
     """The checkpoints, samples and reports of one run. One process owns it."""
 
-    RESUMABLE = ("checkpoints/last.pth", "checkpoints/constant.pth")
-    RESUMABLE += ("checkpoints/model_epoch_*.pth",)
+    RESUMABLE = tuple(f"checkpoints/{x}.pth" for x in ("last", "constant", "model_epoch_*"))
     RUN = (*RESUMABLE, "checkpoints/weights.pth", "metrics.csv")
-    REPORTS = ("loss_curve.png", "samples/sample_epoch_*.png", "evaluation.json")
+    REPORTS = ("samples/sample_epoch_*.png", "loss_curve.png", "evaluation.json")
     REPORTS += ("bound_terms.png", "gain.png", "nearest.png")
 
     def __init__(self, path: str | Path):
@@ -244,18 +232,20 @@ class RunFolder:
 
         Raises UserError if another process owns it, OSError if it can't be written.
         """
-        with naming(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            # Never deleted, so that all processes lock the same file.
-            file = open(self.path / ".lock", "a")  # noqa: SIM115
-        with file:
+        with ExitStack() as stack:
             with naming(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                # Never deleted, so that all processes lock the same file.
+                file = stack.enter_context(open(self.path / ".lock", "a"))
                 self._lock(file.fileno())
             yield
 
     def _lock(self, descriptor: int) -> None:
         try:
-            lock_file(descriptor)
+            if os.name == "nt":
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             advice = "wait for it, or take another --out-dir"
             raise UserError(f"another run is alive in {self.path}: {advice}") from None
@@ -273,23 +263,20 @@ class RunFolder:
 
         Raises UserError if there is none, or if a checkpoint that may be the newest is damaged.
         """
-        steps, damaged = {}, []
+        steps, message = {}, ""
         for path in self._files(*self.RESUMABLE):
             try:
                 steps[path] = read_checkpoint(path).get("step", 0)
             except UserError as error:
-                damaged.append(str(error))
+                message = message or str(error)
             if path.name == "last.pth" and path in steps:
                 return path
         newest = max(steps, key=steps.get, default=None)
-        if newest and not damaged:
+        if newest and not message:
             return newest
-        message = (
-            damaged[0] if damaged else f"--resume: there is no checkpoint in {self.checkpoints}"
-        )
         if newest:
             message += f"; go on from the next one with --resume {shlex.quote(str(newest))}"
-        raise UserError(message)
+        raise UserError(message or f"--resume: there is no checkpoint in {self.checkpoints}")
 
     def clear(self) -> None:
         """Delete what a run writes, and nothing else."""

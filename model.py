@@ -6,14 +6,14 @@
     output   float [B, num_levels, H, W]
 
 For a network of your own, write a class that keeps to this, add it to `NETWORKS`, and name it with
-train.py --network. It is built with the keyword arguments num_levels, num_states, num_labels,
-channels, blocks, output, ordinal and dropout, and keeps those that rebuild it, and its `name`, as
-`config`. `hidden_matrices()` lists the weights that Muon may orthogonalise; without it, train with
---optimizer adamw. On CUDA the training step is recorded, so forward must not wait for the device
-(no `.item()`).
+train.py --network. It is built with the keyword arguments of `UNet`, and keeps those that rebuild
+it, and its `name`, as `config`. `hidden_matrices()` lists the weights that Muon may orthogonalise;
+without it, train with --optimizer adamw. On CUDA the training step is recorded: forward must not
+wait for the device (no `.item()`).
 """
 
 import math
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -27,10 +27,8 @@ FLOOR = 1e-6  # as in the authors' log(p + 1e-6), but the probabilities still su
 
 def time_features(t: Tensor, dim: int) -> Tensor:
     """Sines and cosines of t at geometrically spaced frequencies: [B] -> float [B, dim]."""
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2)
-    )
-    angles = t[:, None].float() * frequencies
+    steps = torch.arange(dim // 2, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10_000) * steps / len(steps))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -49,21 +47,16 @@ def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
     """Logits of a truncated discretized logistic (appendix A.8): [B, 1, H, W] -> [B, K, H, W].
 
     The levels are the centres of K bins, -1 .. 1. A bin from a to b, in scales from the mean, has
-    the logit
 
         log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)).
 
-    The last term is the same for every bin and drops out of the softmax, which truncates. A
-    log-scale of 0 stands for exp(-2), as in the authors' code. A very narrow logistic would call
-    all other levels impossible and make the bound infinite, so FLOOR of the mass is uniform.
+    The last term is the same for every bin, and the softmax, which truncates, drops it. A log-scale
+    of 0 stands for exp(-2), as in the authors' code. FLOOR of the mass is uniform: a very narrow
+    logistic would call all other levels impossible and make the bound infinite.
     """
-    centres = torch.linspace(-1, 1, num_levels, dtype=mean.dtype, device=mean.device).view(
-        1, -1, 1, 1
-    )
-    per_scale = torch.exp(
-        2 - log_scale.clamp(min=-8)
-    )  # narrower than a hundredth of 256 bins makes no difference
-    half_bin = 1 / (num_levels - 1)
+    centres = torch.linspace(-1, 1, num_levels, dtype=mean.dtype, device=mean.device)
+    centres, half_bin = centres.view(1, -1, 1, 1), 1 / (num_levels - 1)
+    per_scale = torch.exp(2 - log_scale.clamp(min=-8))  # -8: a hundredth of one of 256 bins
     upper, lower = (per_scale * (centres + side * half_bin - mean) for side in (1, -1))
     logits = F.logsigmoid(upper) + F.logsigmoid(-lower)
     return torch.logaddexp(logits.log_softmax(1), logits.new_full((), math.log(FLOOR / num_levels)))
@@ -104,10 +97,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, C, H, W)
-        return x + self.out(h)
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # channels last, as in memory
+        qkv = qkv.reshape(B, H * W, 3, self.heads, C // self.heads).transpose(1, 3)
+        q, k, v = qkv.unbind(2)  # each [B, heads, H*W, C/heads]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        return x + self.out(h.permute(0, 3, 1, 2))
 
 
 class Stage(nn.Module):
@@ -116,9 +110,8 @@ class Stage(nn.Module):
     def __init__(self, channels: int, blocks: int, emb_dim: int, dropout: float, attention: bool):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(channels, emb_dim, dropout) for _ in range(blocks))
-        self.attention = nn.ModuleList(
-            Attention(channels) if attention else nn.Identity() for _ in range(blocks)
-        )
+        layers = (Attention(channels) if attention else nn.Identity() for _ in range(blocks))
+        self.attention = nn.ModuleList(layers)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         for block, attention in zip(self.blocks, self.attention, strict=True):
@@ -135,16 +128,14 @@ class UNet(nn.Module):
     the output: how far to trust x_t at t is the first thing to know about x_0.
 
     Args:
-        num_levels: K, the values of x_0.
-        num_states: S, the values of x_t; K by default.
+        num_levels, num_states: K, the values of x_0; S, those of x_t, K by default.
         channels: width at 1/2, 1/4 and 1/8 of the resolution, multiples of 8.
         blocks: residual blocks at each resolution, on the way down and again on the way up.
         num_labels: the number of classes; 0 for none.
         output: "softmax", or "logistic" for ordered levels: a discretized logistic, whose mean is
-            the noisy level plus a correction. The authors take the tanh of that sum; without it,
-            a correction of 0 says that x_0 is x_t.
-        ordinal: show x_t as a number from -1 to 1 beside its one-hot form, as the authors do, so
-            that neighbouring levels look alike from the start.
+            the noisy level plus a correction (without the authors' tanh, 0 says that x_0 is x_t).
+        ordinal: show x_t as a number from -1 to 1, too, as the authors do, so that neighbouring
+            levels look alike from the start.
         dropout: the share of each residual block's activations that training drops.
 
     Raises:
@@ -166,9 +157,8 @@ class UNet(nn.Module):
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}: choose from {', '.join(OUTPUTS)}")
         if len(channels) != 3 or any(c < 8 or c % 8 for c in channels):
-            raise ValueError(
-                f"channels must be three multiples of 8, got {', '.join(map(str, channels))}"
-            )
+            given = ", ".join(map(str, channels))
+            raise ValueError(f"channels must be three multiples of 8, got {given}")
         if not 1 <= blocks <= 16:
             raise ValueError(f"blocks must be in 1..16, got {blocks}")
         if not 0 <= dropout < 1:
@@ -181,13 +171,10 @@ class UNet(nn.Module):
         self.num_levels, self.num_states, self.time_dim = num_levels, num_states, channels[0]
         high, middle, low = channels
         emb_dim = 4 * high
-        self.embed_t = nn.Sequential(
-            nn.Linear(high, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU()
-        )
+        layers = nn.Linear(high, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU()
+        self.embed_t = nn.Sequential(*layers)
         if num_labels:
-            self.embed_y = nn.Embedding(
-                num_labels + 1, emb_dim
-            )  # the last row stands for "no label"
+            self.embed_y = nn.Embedding(num_labels + 1, emb_dim)  # the last row is "no label"
         self.fold = nn.Conv2d(4 * num_states, high, 3, padding=1)
         if ordinal:
             self.fold_level = nn.Conv2d(4, high, 3, padding=1)
@@ -201,9 +188,8 @@ class UNet(nn.Module):
         self.grow1 = nn.ConvTranspose2d(middle, high, 2, stride=2)
         self.up1 = Stage(high, blocks, emb_dim, dropout, attention=False)
         out = num_levels if output == "softmax" else 2
-        self.unfold = nn.Sequential(
-            nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * out, 3, padding=1)
-        )
+        layers = nn.GroupNorm(8, high), nn.SiLU(), nn.Conv2d(high, 4 * out, 3, padding=1)
+        self.unfold = nn.Sequential(*layers)
         self.own_state = nn.Linear(emb_dim, out * num_states)
         # Start from uniform probabilities, or a wide logistic around the noisy level
         for layer in (self.unfold[-1], self.own_state):
@@ -212,18 +198,14 @@ class UNet(nn.Module):
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between embeddings and output: what Muon orthogonalises."""
-        edges = ("embed_t", "embed_y", "fold", "fold_level", "unfold", "own_state")
-        return [
-            p
-            for name, p in self.named_parameters()
-            if p.ndim > 1 and name.split(".")[0] not in edges
-        ]
+        edges = ("embed_t.", "embed_y.", "fold.", "fold_level.", "unfold.", "own_state.")
+        named = self.named_parameters()
+        return [p for name, p in named if p.ndim > 1 and not name.startswith(edges)]
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if x_t.ndim != 4 or x_t.shape[1] != 1 or x_t.shape[2] % 8 or x_t.shape[3] % 8:
-            raise ValueError(
-                f"images must be [B, 1, H, W] with H and W multiples of 8, got {list(x_t.shape)}"
-            )
+            what = "images must be [B, 1, H, W] with H and W multiples of 8"
+            raise ValueError(f"{what}, got {list(x_t.shape)}")
         emb = self.embed_t(time_features(t, self.time_dim).to(self.fold.weight))
         if self.num_labels:
             y = torch.full_like(t, -1, dtype=torch.long) if y is None else y.long()
@@ -233,9 +215,8 @@ class UNet(nn.Module):
         x = one_hot(x_t, self.num_states).to(emb)  # [B, S, H, W]
         h = self.fold(F.pixel_unshuffle(x, 2))
         if self.ordinal:
-            h = h + self.fold_level(
-                F.pixel_unshuffle(as_numbers(x_t, self.num_levels).to(self.fold.weight), 2)
-            )
+            levels = as_numbers(x_t, self.num_levels).to(emb)
+            h = h + self.fold_level(F.pixel_unshuffle(levels, 2))
         h1 = self.down1(h, emb)  # [B, high, H/2, W/2]
         h2 = self.down2(self.shrink1(h1), emb)  # [B, middle, H/4, W/4]
         h = self.bottom(self.shrink2(h2), emb)  # [B, low, H/8, W/8]
@@ -243,9 +224,8 @@ class UNet(nn.Module):
         h = self.up1(self.grow1(h) + h1, emb)
         if self.output == "softmax":
             return self.head(h, emb, x)
-        with torch.autocast(
-            h.device.type, enabled=False
-        ):  # half precision is too coarse for 256 levels
+        # Half precision is too coarse for 256 levels.
+        with torch.autocast(h.device.type, enabled=False):
             shift, log_scale = self.head(h.float(), emb.float(), x.float()).chunk(2, dim=1)
         return logistic_logits(as_numbers(x_t, self.num_levels) + shift, log_scale, self.num_levels)
 
@@ -277,15 +257,22 @@ class Autocast(nn.Module):
         self.network = network
 
     def forward(self, x_t: Tensor, *args) -> Tensor:
+        device = x_t.device.type
         # Fused attention on CPUs is several times slower for images as small as these.
-        plain_attention = (
-            sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext()
-        )
-        with torch.autocast(x_t.device.type, torch.bfloat16), plain_attention:
+        attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+        with torch.autocast(device, torch.bfloat16), attention:
             return self.network(x_t, *args).float()
 
 
 def accelerated(network: nn.Module, amp: bool, compiled: bool) -> nn.Module:
-    """The same network and weights, in bfloat16 if `amp`, and compiled if asked."""
+    """The same network and weights, in bfloat16 if `amp`, and compiled if asked.
+
+    Warns of bfloat16 on an x86 processor without instructions for it.
+    """
+    if amp and next(network.parameters()).device.type == "cpu":
+        level = torch.backends.cpu.get_cpu_capability()  # "DEFAULT" on ARM
+        has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # not in torch 2.4
+        if level == "AVX2" or (level == "AVX512" and not has_it()):
+            warnings.warn("this CPU only emulates bfloat16: --amp makes it slower", stacklevel=2)
     network = Autocast(network) if amp else network
     return torch.compile(network) if compiled else network

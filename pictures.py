@@ -6,9 +6,10 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+from unittest import mock
 
 from cli import UserError
 
@@ -131,15 +132,11 @@ def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
 @contextmanager
 def default_style() -> Iterator[None]:
     """Matplotlib's default settings, whatever a user's matplotlibrc says. Usable as a decorator."""
-    # A notebook's shells inherit MPLBACKEND. Where that backend is missing, matplotlib can't be
-    # imported. We need none: PNGs are always Agg's.
-    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
-    import matplotlib  # takes half a second, so only for figures
-
-    if backend is not None:
-        os.environ["MPLBACKEND"] = backend
-        with suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
+    with mock.patch.dict(os.environ):
+        # A notebook's shells inherit MPLBACKEND. Where that backend is missing, matplotlib can't be
+        # imported. We need none: PNGs are always Agg's.
+        os.environ.pop("MPLBACKEND", None)
+        import matplotlib  # takes half a second, so only for figures
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         yield

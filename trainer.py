@@ -5,15 +5,13 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
 from dataset import stream_seed
 from diffusion import DiscreteDiffusion
@@ -23,8 +21,7 @@ OPTIMIZERS = ("muon", "adamw", "adam")
 DECAYS = ("late", "cosine", "constant")
 WARMUP_STEPS = 100
 LATE = 0.3  # the late decay takes this share of the steps
-BETAS = (0.9, 0.99)
-WEIGHT_DECAY = 0.01
+ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0.01}
 MAX_GRAD_NORM = 1.0
 
 
@@ -39,19 +36,14 @@ class Processes:
     @classmethod
     def from_environment(cls) -> "Processes":
         """Read torchrun's variables. Raises ValueError if only some are set or one is no number."""
-        text = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
+        text = [os.environ.get(name) or "" for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
         if not any(text):
             return cls()
-        try:
-            rank, local_rank, size = map(int, text)
-            if not 0 <= local_rank <= rank < size:
-                raise ValueError
-        except (TypeError, ValueError):
+        numbers = [int(one) if one.isdecimal() else -1 for one in text]
+        if not 0 <= numbers[1] <= numbers[0] < numbers[2]:
             values = ", ".join(map(repr, text))
-            raise ValueError(
-                f"RANK, LOCAL_RANK and WORLD_SIZE are {values}: torchrun sets all three"
-            ) from None
-        return cls(rank, local_rank, size)
+            raise ValueError(f"RANK, LOCAL_RANK, WORLD_SIZE are {values}: torchrun sets all three")
+        return cls(*numbers)
 
     def start(self, device: torch.device) -> torch.device:
         """Connect to the other processes, if any. Returns the device of this process."""
@@ -73,11 +65,11 @@ class Processes:
 
     def share(self, batch_size: int) -> slice:
         """This process's part of a batch. Raises ValueError if the parts would not be equal."""
-        if batch_size % self.size:
-            raise ValueError(
-                f"the batch of {batch_size} can't be shared equally by {self.size} processes"
-            )
-        return slice(self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size)
+        part, rest = divmod(batch_size, self.size)
+        if rest:
+            what = f"the batch of {batch_size} can't be shared equally"
+            raise ValueError(f"{what} by {self.size} processes")
+        return slice(self.rank * part, (self.rank + 1) * part)
 
 
 class Trainer:
@@ -87,15 +79,13 @@ class Trainer:
         diffusion: around the network, which is on its device already.
         total_steps: the number of steps that the learning rate is planned for.
         batch_size: images per step, all processes together.
-        lr: the peak learning rate. decay: how it goes down, one of DECAYS; see `learning_rate`.
-        optimizer: one of OPTIMIZERS.
+        lr, decay: the peak learning rate, and how it goes down; see `learning_rate`.
         label_dropout: hide this share of the labels from a network that takes labels.
         seed: seed of the noise.
-        amp: run the network in bfloat16. compiled: compile it first.
-        processes: the processes that share each batch.
+        amp, compiled: run the network in bfloat16; compile it.
 
     Attributes:
-        network: the network in training. averaged: the diffusion around its averaged weights.
+        network, averaged: the network in training; the diffusion around its averaged weights.
         steps: how many steps are done.
         source: the device on which noise is drawn. Batches from there save a copy.
 
@@ -134,79 +124,60 @@ class Trainer:
             torch.cuda.set_device(self.device)
         # A recorded step reads the rate from the place in memory where it was during the recording.
         self.rate = torch.tensor(lr, device=self.device) if self.records else lr
-        options = {"lr": self.rate, "capturable": self.records}
+        options = {"lr": self.rate, "capturable": self.records, "foreach": True}
         parameters = self.network.parameters()
         self.optimizer: torch.optim.Optimizer
-        if optimizer == "muon":
-            self.optimizer = Muon(self.network, torch.bfloat16 if amp else torch.float32, **options)
-        elif optimizer == "adamw":
-            options |= {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
-            self.optimizer = torch.optim.AdamW(parameters, **options)
-        else:
+        if optimizer == "adam":
             self.optimizer = torch.optim.Adam(parameters, **options)
+        elif optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(parameters, **ADAMW, **options)
+        else:
+            self.optimizer = Muon(self.network, **ADAMW, **options)
         self.update = Recorded(self._update) if self.records else self._update
 
     def step(self, x_0: Tensor, y: Tensor | None = None) -> Tensor:
         """Learn from one batch of all processes, x_0 [B, 1, H, W] with labels y [B].
 
-        Returns the loss, a detached scalar. (seed, step) alone decide the noise, so a resumed run
-        draws what an uninterrupted one would have drawn, and processes that share a batch draw what
-        one process would. CUDA draws other numbers than the CPU does.
+        Returns the loss, a detached scalar. (seed, step) alone decide the noise, also in a resumed
+        run or where processes share a batch. CUDA draws other numbers than the CPU does.
         """
-        with record_function("noise"):
-            inputs = self._add_noise(x_0, y)
+        inputs = self._add_noise(x_0, y)
         rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.fill_(rate) if self.records else rate
-        with self._seeded_dropout():
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=self.draws):  # what dropout draws from
+            if self.draws:  # each process has masks of its own, for its part of the batch
+                torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))
             loss = self.update(*inputs)
-        with record_function("average"):
-            move_average(self.averaged.model, self.network, self.steps)
+        move_average(self.averaged.model, self.network, self.steps)
         self.steps += 1
         return loss
 
-    def _add_noise(self, x_0: Tensor, y: Tensor | None) -> list[Tensor | None]:
-        """This process's part of x_0, t, uniforms u and labels y, on the network's device."""
-        generator = torch.Generator(self.source)
-        generator.manual_seed(stream_seed(self.seed, 0, self.steps))
+    def _add_noise(self, x_0: Tensor, y: Tensor | None) -> list[Tensor]:
+        """This process's part of x_0, t, uniforms, and labels if any, on the network's device."""
+        seed = stream_seed(self.seed, 0, self.steps)
+        generator = torch.Generator(self.source).manual_seed(seed)
         t = self.diffusion.draw_t(len(x_0), generator)
         u = torch.rand(x_0.shape, generator=generator, device=self.source)
+        inputs = [x_0, t, u]
         if self.diffusion.num_labels:
             hidden = torch.rand(len(x_0), generator=generator, device=self.source)
             y = torch.full((len(x_0),), -1) if y is None else y
-            y = y.to(self.source).masked_fill(hidden < self.label_dropout, -1)
-        else:
-            y = None
-        return [v if v is None else v[self.shard].to(self.device) for v in (x_0, t, u, y)]
+            inputs.append(y.to(self.source).masked_fill(hidden < self.label_dropout, -1))
+        return [v[self.shard].to(self.device) for v in inputs]
 
-    @contextmanager
-    def _seeded_dropout(self) -> Iterator[None]:
-        """Seed torch's global generator, which dropout draws from, and restore it afterwards."""
-        if not self.draws:
-            yield
-            return
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            # Each process masks its own part of the batch, so its masks are its own, too.
-            torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))
-            yield
-
-    def _update(self, x_0: Tensor, t: Tensor, u: Tensor, y: Tensor | None) -> Tensor:
+    def _update(self, *inputs: Tensor) -> Tensor:
         """Loss, gradient, optimizer. CUDA records this: no sync with the device is allowed."""
-        with record_function("forward"):
-            loss = self.diffusion.loss(x_0, t, u, y)
-        with record_function("backward"):
-            self.optimizer.zero_grad()
-            loss.backward()
-        with record_function("optimizer"):
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
-            self.optimizer.step()
+        loss = self.diffusion.loss(*inputs)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
         return loss.detach()
 
     def validate(self, x_0: Tensor) -> float:
-        """The averaged network's mean bound in nats per image, from L_0 and one t per image.
-
-        The noise is the same in each call.
-        """
+        """The averaged network's mean bound, in nats per image; the noise is always the same."""
         generator = torch.Generator().manual_seed(0)
         return self.averaged.variational_bound(x_0, 1, generator).mean().item()
 
@@ -223,14 +194,14 @@ class Trainer:
         try:
             self.network.load_state_dict(state["weights"])
             self.averaged.model.load_state_dict(state["averaged_weights"])
-            saved = state["optimizer"]  # perhaps from another kind of device
-            groups = [group | {"capturable": self.records} for group in saved["param_groups"]]
+            saved = state["optimizer"]  # perhaps from another kind of device, or an older version
+            ours = {"capturable": self.records, "foreach": True}
+            groups = [group | ours for group in saved["param_groups"]]
             self.optimizer.load_state_dict(saved | {"param_groups": groups})
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"the run to resume does not fit this version of the repository: {reason}"
-            ) from None
+            message = "the run to resume does not fit this version of the repository"
+            raise ValueError(f"{message}: {reason}") from None
         self.steps = state["step"]
         if self.records:
             self.update = Recorded(self._update)  # the old recording uses the old state's memory
@@ -265,9 +236,8 @@ def move_average(averaged: nn.Module, current: nn.Module, n: int) -> None:
 class Recorded:
     """A function of CUDA tensors, recorded as a CUDA graph and then replayed.
 
-    A step has a thousand kernels, and launching them one by one takes longer than running them.
-    The first WARMUP calls run as usual: they compile and allocate. All calls must have the shapes
-    of the first, and the function must not sync with the device.
+    A step's thousand kernels take longer to launch than to run. The first WARMUP calls run as
+    usual: they compile and allocate. All calls must have the same shapes.
     """
 
     WARMUP = 3
@@ -275,7 +245,7 @@ class Recorded:
     def __init__(self, function: Callable[..., Tensor]):
         self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         self.calls += 1
         if self.calls <= self.WARMUP:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -286,13 +256,12 @@ class Recorded:
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.calls == self.WARMUP + 1:
-            self.inputs = [v if v is None else v.clone() for v in inputs]
+            self.inputs = [v.clone() for v in inputs]
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.function(*self.inputs)
         for recorded, new in zip(self.inputs, inputs, strict=True):
-            if recorded is not None:
-                recorded.copy_(new)
+            recorded.copy_(new)
         self.graph.replay()
         return self.result.clone()
 
@@ -300,30 +269,26 @@ class Recorded:
 class Muon(torch.optim.AdamW):
     """AdamW, but hidden matrices step along their orthogonalized momentum (Jordan et al. 2024).
 
-    The update is scaled to AdamW's typical size, so that one learning rate serves both (Liu et al.
-    2025, arXiv:2502.16982). torch.optim.Muon takes no convolutions, and computes in bfloat16, which
-    most CPUs only emulate.
-
-    Raises:
-        ValueError: if the network has no `hidden_matrices()`.
+    The update has AdamW's typical size, so that one learning rate serves both (Liu et al. 2025,
+    arXiv:2502.16982). torch.optim.Muon takes no convolutions. Raises ValueError if the network has
+    no `hidden_matrices()`.
     """
 
     MOMENTUM = 0.95
 
-    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32, **options):
+    def __init__(self, network: nn.Module, **options):
         if not hasattr(network, "hidden_matrices"):
             name = type(network).__name__
             raise ValueError(f"muon needs a network with hidden_matrices(), which {name} has not")
-        super().__init__(network.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY, **options)
-        self.dtype = dtype
-        self.by_shape: dict[tuple, list[nn.Parameter]] = defaultdict(list)  # one batch each
+        super().__init__(network.parameters(), **options)
+        self.by_side: dict[int, list[nn.Parameter]] = defaultdict(list)  # one batch each
         for p in network.hidden_matrices():
-            self.by_shape[p.flatten(1).shape].append(p)
+            self.by_side[min(p.flatten(1).shape)].append(p)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for shape, matrices in self.by_shape.items():
+        for matrices in self.by_side.values():
             for p in matrices:
                 if p not in self.state:  # AdamW wants "step" in each state that it loads
                     self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
@@ -331,9 +296,12 @@ class Muon(torch.optim.AdamW):
             momenta = [self.state[p]["momentum"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
             nesterov = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
-            updates = orthogonalized(torch.stack([v.flatten(1) for v in nesterov]), self.dtype)
-            updates = updates * (group["lr"] * 0.2 * math.sqrt(max(shape)))
-            updates = [v.view_as(p) for p, v in zip(matrices, updates, strict=True)]
+            # Channels last, as in memory
+            updates = orthogonalized([v.movedim(1, -1).flatten(1) for v in nesterov])
+            sizes = [0.2 * math.sqrt(max(v.shape)) for v in updates]
+            updates = torch._foreach_mul(torch._foreach_mul(updates, sizes), group["lr"])
+            shapes = [p.movedim(1, -1).shape for p in matrices]
+            updates = [v.reshape(s).movedim(-1, 1) for v, s in zip(updates, shapes, strict=True)]
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(matrices, updates)
             for p in matrices:
@@ -341,14 +309,26 @@ class Muon(torch.optim.AdamW):
         super().step()
 
 
-def orthogonalized(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Approximate U V^T of each matrix U S V^T, [..., R, C], by five steps of Newton-Schulz.
+def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """Approximate U V^T of each matrix U S V^T by five steps of Newton-Schulz.
 
-    The singular values of the result are between 0.7 and 1.2.
+    The singular values of the results are between 0.7 and 1.2. The shorter sides must be equal.
+    Each step is X <- p(X X^T) X, with a polynomial p. So the steps act on the small X X^T alone,
+    and only the product of their polynomials is multiplied with X.
     """
-    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    x = (wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x if wide is matrices else x.mT).to(matrices.dtype)
+
+    def polynomial(square: Tensor) -> Tensor:
+        result = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        result.diagonal(dim1=1, dim2=2).add_(3.4445)
+        return result
+
+    wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
+    wide = [x / (x.norm() + 1e-7) for x in wide]
+    square = torch.stack([x @ x.mT for x in wide])
+    p = product = polynomial(square)
+    for _ in range(4):
+        square = p @ square @ p
+        p = polynomial(square)
+        product = p @ product
+    results = [p @ x for p, x in zip(product, wide, strict=True)]
+    return [v if v.shape == x.shape else v.mT for v, x in zip(results, matrices, strict=True)]

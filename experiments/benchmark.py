@@ -1,105 +1,164 @@
 """How fast this repository trains and draws on this machine, beside the plain network.
 
-    python -m experiments.benchmark --data-root data
+    python -m experiments.benchmark
+    python -m experiments.benchmark --before FOLDER     # beside another clone, an older one say
 
-All contestants take turns in one run, so all of them see the same machine; medians of five rounds.
+All contestants take turns in one run, so all of them see the same machine; medians of nine rounds.
+Each clone works in a process of its own. So does the plain network, whose threads wait as torch has
+it by itself.
 """
 
+import argparse
+import inspect
+import os
 import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
 
-from cli import add_device, pick_device, run
-
-import torch
+from cli import REPOSITORY, WAITING, UserError, add_device, parser, path, pick_device, run
 
 from checkpoint import TIMESTEPS, write_json
-from dataset import Dataset, load_dataset
-from diffusion import DiscreteDiffusion
-from experiments.baseline import PlainUNet, usual_trainer
-from experiments.common import endless, experiment_parser, markdown, output, render
-from model import UNet
-from trainer import Trainer
-from trajectories import respaced
+from experiments.common import markdown, output, render
 
 BATCH_SIZE = 128
 DRAWN = (1, 16, 64, 256)  # batches
 FEW = 5  # timesteps to draw in: all of them cost the same
-ROUNDS = 5
+ROUNDS = 9
+TRAINED = ("UNet", "UNet, variational", "UNet, --amp", "UNet, --compile")
 
 
-def take_turns(contestants: dict[str, Callable], device: torch.device) -> dict[str, float]:
-    """The median seconds of each, without the warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    warm_up = 1 if device.type == "cpu" else 5  # a step on CUDA is recorded in its first calls
-    for _ in range(warm_up + ROUNDS):
-        for name, work in contestants.items():
+def worker(script: str, device: str, batch_size: int, few: int) -> None:
+    """The program of a process in a clone's folder: reads what to do, prints the seconds it took.
+
+    Work has names such as "UNet, --amp" (a training step) or "UNet, batch 64" (drawing). The first
+    calls warm up. With a `script` of the clone, threads wait as they do there.
+    """
+    import sys
+    import time
+
+    sys.modules["__main__"].__file__ = script
+    from cli import pick_device
+
+    import torch
+
+    from diffusion import DiscreteDiffusion
+    from experiments.baseline import PlainUNet, usual_trainer
+    from model import build_network
+    from trainer import Trainer
+
+    place, works = pick_device(device), {}
+    x_0 = torch.randint(0, 2, (batch_size, 1, 32, 32), dtype=torch.uint8).to(place)
+
+    def prepare(name: str):
+        kind, _, option = name.partition(", ")
+        if name == "PlainUNet":
+            trainer = usual_trainer(batch_size, place)
+            return trainer.network, lambda: trainer.step(x_0)
+        network = PlainUNet() if kind == "PlainUNet" else build_network({"name": "unet"})
+        network = network.to(place, memory_format=torch.channels_last)
+        if option.startswith("batch"):
+            n, diffusion = int(option[6:]), DiscreteDiffusion(network, timesteps=few).eval()
+            return network, lambda: diffusion.sample(n, batch_size=n)
+        loss = option if option == "variational" else "cross_entropy"
+        options = {"optimizer": "muon", "amp": option == "--amp", "compiled": option == "--compile"}
+        diffusion = DiscreteDiffusion(network, loss_type=loss)
+        trainer = Trainer(diffusion, 10**6, batch_size, **options)
+        return network, lambda: trainer.step(x_0)
+
+    for name in map(str.strip, sys.stdin):
+        new = name not in works
+        network, work = works[name] = prepare(name) if new else works[name]
+        for _ in range(6 if new else 1):  # a step on CUDA is recorded in its first calls
             start = time.perf_counter()
             work()
-            if device.type != "cpu":  # which may still be working
-                getattr(torch, device.type).synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(turns[warm_up:]) for name, turns in seconds.items()}
+            if place.type != "cpu":  # which may still be working
+                getattr(torch, place.type).synchronize()
+            seconds = time.perf_counter() - start
+        print(sum(p.numel() for p in network.parameters()), seconds, flush=True)
 
 
-def training(digits: Dataset, device: torch.device, compiled: bool) -> dict[str, dict]:
-    """Weights, operations and images per second of each network and way to train it."""
-
-    def ours(loss: str = "cross_entropy", **options) -> Trainer:
-        diffusion = DiscreteDiffusion(UNet().to(device), loss_type=loss)
-        return Trainer(diffusion, 10**6, BATCH_SIZE, optimizer="muon", **options)
-
-    trainers = {"UNet": ours(), "UNet, variational": ours("variational")}
-    trainers["UNet, --amp"] = ours(amp=True)
-    if compiled:
-        trainers["UNet, --compile"] = ours(compiled=True)
-    trainers["PlainUNet"] = usual_trainer(BATCH_SIZE, device)
-    stream = endless(digits, BATCH_SIZE)
-    work = {name: lambda t=trainer: t.step(*next(stream)) for name, trainer in trainers.items()}
-    seconds = take_turns(work, device)
-    return {
-        name: {
-            "weights": sum(p.numel() for p in trainer.network.parameters()),
-            "images_per_second": BATCH_SIZE / seconds[name],
-        }
-        for name, trainer in trainers.items()
-    }
+def start(folder: Path, device: str, script: str = "") -> subprocess.Popen:
+    """A process that runs `worker`, without the variables that cli.py has set for this one."""
+    env = {name: value for name, value in os.environ.items() if WAITING.get(name) != value}
+    call = f"worker({str(folder / script)!r}, {device!r}, {BATCH_SIZE}, {FEW})"
+    command = [sys.executable, "-W", "ignore", "-c", f"{inspect.getsource(worker)}\n{call}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
 
-def drawing(device: torch.device) -> dict[str, float]:
-    """Network passes per second, which are images times timesteps."""
-    networks = {f"UNet, batch {B}": (UNet(), B) for B in DRAWN}
-    networks[f"PlainUNet, batch {DRAWN[2]}"] = (PlainUNet(), DRAWN[2])
-    work, passes = {}, {}
-    for name, (network, B) in networks.items():
-        network = network.to(device, memory_format=torch.channels_last)
-        diffusion = respaced(DiscreteDiffusion(network).eval(), FEW)
-        work[name], passes[name] = partial(diffusion.sample, B, batch_size=B), B * FEW
-    return {name: passes[name] / seconds for name, seconds in take_turns(work, device).items()}
+def take_turns(contestants: list[tuple]) -> dict[tuple, tuple[int, float]]:
+    """{(whose, name of the work): (weights, images or network passes per second)}.
+
+    Args:
+        contestants: (whose, process, name of the work) of each.
+
+    Raises:
+        UserError: if a process fails.
+    """
+    seconds, result = defaultdict(list), {}
+    for whose, process, name in contestants * ROUNDS:
+        try:
+            print(name, file=process.stdin, flush=True)
+            weights, time = process.stdout.readline().split()
+        except (BrokenPipeError, ValueError):
+            raise UserError(f"{name!r} failed in {whose}: see above") from None
+        seconds[whose, name].append(float(time))
+        images = int(name.split()[-1]) * FEW if "batch" in name else BATCH_SIZE
+        rate = images / statistics.median(seconds[whose, name])
+        result[whose, name] = int(weights), rate
+    return result
 
 
 def table(result: dict) -> str:
-    networks, lines = result["training"]["networks"], []
+    networks, before = result["training"]["networks"], result.get("before", {})
+
+    def compared(name: str, rate: float) -> list[str]:
+        old = before.get(name)
+        return [f"{rate:.0f}", f"{old:.0f}" if old else "", f"{rate / old:.2f}" if old else ""]
+
+    plain, lines = networks["PlainUNet"]["images_per_second"], []
     for name, one in networks.items():
-        rate, plain = one["images_per_second"], networks["PlainUNet"]["images_per_second"]
-        lines.append([name, f"{one['weights']:,}", f"{rate:.0f}", f"{rate / plain:.1f}"])
-    heading = [f"training, batch {result['batch_size']}", "weights"]
-    train = markdown([*heading, "images per second", "PlainUNet = 1"], lines)
-    lines = [[k, f"{v:.0f}", f"{v / TIMESTEPS:.1f}"] for k, v in result["drawing"].items()]
-    per_second = f"images per second, {TIMESTEPS} timesteps"
-    return f"{train}\n\n" + markdown(["drawing", "network passes per second", per_second], lines)
+        rate = one["images_per_second"]
+        relative = f"{rate / plain:.1f}"
+        lines.append([name, f"{one['weights']:,}", *compared(name, rate), relative])
+    heading = [f"training, batch {result['batch_size']}", "weights", "images per second"]
+    train = markdown([*heading, "before", "ratio", "PlainUNet = 1"], lines)
+    drawing = result["drawing"].items()
+    lines = [[name, *compared(name, rate), f"{rate / TIMESTEPS:.1f}"] for name, rate in drawing]
+    heading = ["drawing", "network passes per second", "before", "ratio"]
+    return f"{train}\n\n" + markdown([*heading, f"images per second, {TIMESTEPS} timesteps"], lines)
 
 
 def main() -> None:
-    p = experiment_parser(__doc__)
+    p = parser(__doc__)
+    words = "another clone of this repository, measured in turns with this one"
+    p.add_argument("--before", type=path(), metavar="FOLDER", help=words)
     p.add_argument("--no-compile", action="store_true", help="without the compiled network")
     add_device(p.add_argument)
+    for name in ("--data", "--data-root"):  # of older versions
+        p.add_argument(name, help=argparse.SUPPRESS)
     args = p.parse_args()
-    device, digits = pick_device(args.device), load_dataset("train", args.data, args.data_root)
-    result = {"device": str(device), "batch_size": BATCH_SIZE}
-    result["drawing"] = drawing(device)
-    result["training"] = {"networks": training(digits, device, not args.no_compile)}
+    device = str(pick_device(args.device))
+    names = [*TRAINED[: 3 if args.no_compile else 4], *(f"UNet, batch {n}" for n in DRAWN)]
+    ours, plain = start(REPOSITORY, device, "train.py"), start(REPOSITORY, device)
+    turns = [("ours", ours, name) for name in names]
+    turns += [("ours", plain, name) for name in ("PlainUNet", f"PlainUNet, batch {DRAWN[2]}")]
+    if args.before:
+        before = start(args.before.resolve(), device, "train.py")
+        turns += [(args.before, before, name) for name in names]
+    rates = take_turns(turns)
+    before = {name: rate for (whose, name), (_, rate) in rates.items() if whose != "ours"}
+    ours = {name: one for (whose, name), one in rates.items() if whose == "ours"}
+    drawing = {name: rate for name, (_, rate) in ours.items() if "batch" in name}
+    networks = {
+        name: {"weights": weights, "images_per_second": rate}
+        for name, (weights, rate) in ours.items()
+        if name not in drawing
+    }
+    result = {"device": device, "batch_size": BATCH_SIZE, "before": before, "drawing": drawing}
+    result["training"] = {"networks": networks}
     write_json(output("benchmark"), result)
     print(render(table, output("benchmark")))
 

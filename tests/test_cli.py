@@ -340,27 +340,27 @@ def test_the_commit_is_our_own(monkeypatch, tmp_path):
     assert provenance()["commit"] == "unknown"
 
 
-def test_waiting_threads_sleep_in_our_scripts_only(tmp_path):
+def test_waiting_threads_spin_for_a_while_in_our_scripts_only(tmp_path):
     """A choice of the user stays; a program that imports our modules keeps its own policy."""
-    repository = tmp_path / "repository"
-    lines = (
-        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['torch'] = sys\nsys.device = 0"
-    )
-    lines += "\nimport os, cli; print(os.environ.get('OMP_WAIT_POLICY'))"
-    programs = [repository / "script.py", repository / "experiments" / "script.py"]
-    programs += [repository / ".venv" / "bin" / "pytest", tmp_path / "other.py"]
-    for program in programs:
+    repository, names = tmp_path / "repository", ("OMP_WAIT_POLICY", *cli.WAITING)
+    ours, nothing = {"OMP_WAIT_POLICY": None, **cli.WAITING}, dict.fromkeys(names)
+    lines = "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['torch'] = sys\n"
+    lines += f"sys.device = 0; import os, cli; print([os.environ.get(n) for n in {names}])"
+    inherited = {k: v for k, v in ENVIRONMENT.items() if k not in names}
+    for program, chosen, policy in (
+        ("repository/script.py", {}, ours),
+        ("repository/script.py", {"OMP_WAIT_POLICY": "ACTIVE"}, nothing),
+        ("repository/script.py", {"GOMP_SPINCOUNT": "7"}, nothing),
+        ("repository/script.py", {"KMP_BLOCKTIME": "7"}, nothing),
+        ("repository/experiments/script.py", {}, ours),
+        ("repository/.venv/bin/pytest", {}, nothing),
+        ("other.py", {}, nothing),
+    ):
+        program = tmp_path / program
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(lines)
-    shutil.copy(REPOSITORY / "cli.py", repository)
-    inherited = {k: v for k, v in ENVIRONMENT.items() if k != "OMP_WAIT_POLICY"}
-    for program, chosen, policy in (
-        (programs[0], {}, "PASSIVE"),
-        (programs[0], {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-        (programs[1], {}, "PASSIVE"),
-        (programs[2], {}, "None"),
-        (programs[3], {}, "None"),
-    ):
+        shutil.copy(REPOSITORY / "cli.py", repository)
         command = [sys.executable, program, repository]
         done = subprocess.run(command, env=inherited | chosen, capture_output=True, text=True)
-        assert (done.stdout, done.stderr) == (f"{policy}\n", "")
+        values = list((policy | chosen).values())
+        assert (done.stdout, done.stderr) == (f"{values}\n", "")

@@ -21,7 +21,8 @@ SMALL = "--channels 8 8 8 --timesteps 10 --batch-size 16 --device cpu --out-dir 
 SMALL = SMALL.split()
 FLAGS = "--data own --levels palette --conditional --epochs 1"
 FLAGS = [*SMALL, *FLAGS.split()]
-COLOURS = {tuple(colour) for colour in own.COLOURS} | {(96, 96, 96)}
+PALETTE = sorted(own.COLOURS)
+COLOURS = {tuple(colour) for colour in PALETTE} | {(96, 96, 96)}
 SIZE = (40, 20)  # padded to 40x24
 LAST = "out/checkpoints/last.pth"
 
@@ -72,12 +73,12 @@ def test_a_run_on_own_pictures(folder, monkeypatch):
     known = {"source": str(folder), "classes": ["hill", "lake"], "size": list(SIZE)}
     for name in ("last", "weights"):
         state = checkpoint_of("out", name)
-        assert state["dataset"] == known | {"palette": own.COLOURS}
+        assert state["dataset"] == known | {"palette": PALETTE}
         assert state["binarize"] == "palette" and state["network"]["num_labels"] == 2
         assert state["diffusion"]["image_shape"] == (1, 40, 24)
         assert state["diffusion"]["num_levels"] == 5 and not state["network"]["ordinal"]
     samples = load_checkpoint(LAST).sample(64, y=torch.arange(64) % 2, last_step="mode")
-    sheet = image_grid(samples, 5, 8, own.COLOURS, SIZE)
+    sheet = image_grid(samples, 5, 8, PALETTE, SIZE)
     with Image.open("out/samples/sample_epoch_1.png") as picture:
         assert picture.size == (2 * (8 * 22 + 2), 2 * (8 * 42 + 2))
         assert np.array_equal(picture, sheet)
@@ -94,7 +95,7 @@ def test_all_scripts_know_the_pictures_from_the_checkpoint(demo):
     assert colours_of("a.png") <= COLOURS
     with Image.open(demo / "hill" / "0.png") as picture:
         part = np.array(picture.convert("RGBA"))
-        states = np.array(picture)
+        states = np.array([PALETTE.index(colour) for colour in own.COLOURS])[np.array(picture)]
     part[:, 10:, 3] = 0
     Image.fromarray(part).save("part.png")
     succeed("sample.py", LAST, "--fill", "part.png", *options)
@@ -173,7 +174,7 @@ def test_grey_pictures_of_odd_sides(monkeypatch):
         (["x/1.png", "x/2.png", "x/3.png"], "", "batch size must be between 1 and"),
         (["x/1.png", "x/2.png", "x/3.png"], "--size 5 5 5", "one side or height and width"),
         (["x/1.png", "x/2.png", "x/3.png"], "--batch-size 1 --channels 7 7 7", "multiples of 8"),
-        (["x/1.png", "x/2.png"], "", "too few for training"),
+        (["x/1.png", "x/2.png"], "", "too few for three splits"),
         (["y/1.png"], "", "neither a folder"),
         (["x/a.txt"], "", "no pictures"),
     ],

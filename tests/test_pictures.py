@@ -156,9 +156,9 @@ with open("x.png", "wb") as file:
     save_figure(plot_history({HISTORY}), file)
 import matplotlib, os
 assert matplotlib.rcParams["text.usetex"] and "matplotlib.backends.backend_agg" in sys.modules
-assert "matplotlib.pyplot" not in sys.modules and os.environ["MPLBACKEND"].startswith("module")
+assert "matplotlib.pyplot" not in sys.modules and os.environ["MPLBACKEND"] == "inline"
 """
-    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment = {**os.environ, "MPLBACKEND": "inline"}
     environment["MATPLOTLIBRC"] = str(tmp_path)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
     assert np.array_equal(Image.open(tmp_path / "x.png"), Image.open(expected))

@@ -1,0 +1,95 @@
+"""A folder of pictures to try `train.py --data FOLDER` on: A to Z of the fonts that are installed.
+
+    apt-get install --no-install-recommends fonts-aenigma fonts-dustin fonts-lato ...
+    python -m experiments.letters letters
+
+Made the way notMNIST was: each letter is scaled to fit, white on black, 28x28, in a sub-folder of
+its name. Fonts that lack a letter are left out, and those of symbols, where few letters look like
+those of other fonts. Each picture is written once.
+"""
+
+import shlex
+from pathlib import Path
+from string import ascii_uppercase as LETTERS
+
+from cli import UserError, parser, path, run
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+SIZE, FIT = 28, 24  # of a picture, and of the letter in it, in pixels
+MISSING = "\U0010fffe"  # a code point that no font has, drawn as what is not there
+LIKE_OTHERS = 8  # letters of 26 that have to look like their own letter in other fonts
+
+
+def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
+    """The text, cropped; None if nothing is drawn."""
+    sheet = Image.new("L", (400, 400))
+    ImageDraw.Draw(sheet).text((200, 200), text, fill=255, font=font, anchor="mm")
+    box = sheet.getbbox()
+    return box and sheet.crop(box)
+
+
+def picture(drawn: Image.Image) -> np.ndarray:
+    """Scaled to fit and centred: uint8 [28, 28]."""
+    scale = FIT / max(drawn.size)
+    size = [max(1, round(side * scale)) for side in drawn.size]
+    sheet = Image.new("L", (SIZE, SIZE))
+    corner = [(SIZE - side) // 2 for side in size]
+    sheet.paste(drawn.resize(size, Image.Resampling.BOX), tuple(corner))
+    return np.asarray(sheet)
+
+
+def letters_of(file: Path) -> np.ndarray | None:
+    """The alphabet, uint8 [26, 28, 28]; None if the font lacks a letter or can't be read."""
+    try:
+        font = ImageFont.truetype(file, 128)
+        missing, alphabet = draw(font, MISSING), [draw(font, letter) for letter in LETTERS]
+    except (OSError, ValueError):
+        return None
+    if any(letter is None or letter == missing for letter in alphabet):
+        return None
+    return np.stack([picture(letter) for letter in alphabet])
+
+
+def legible(fonts: np.ndarray) -> np.ndarray:
+    """Which fonts, [N, 26, 28, 28], have letters that look like the mean of their letter.
+
+    Judged in black and white, so that hairlines count as broken.
+    """
+    x = (fonts >= 128).reshape(len(fonts), 26, -1).astype(np.float32)
+    x = x - x.mean(2, keepdims=True)
+    x /= np.linalg.norm(x, axis=2, keepdims=True) + 1e-6
+    nearest = np.einsum("nip,jp->nij", x, x.mean(0)).argmax(2)
+    return (nearest == np.arange(26)).sum(1) >= LIKE_OTHERS
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("folder", type=path(), help="a new folder for the pictures")
+    fonts = Path("/usr/share/fonts")
+    p.add_argument("--fonts", type=path(), default=fonts, help=f"where fonts are (default {fonts})")
+    args = p.parse_args()
+    if args.folder.exists():
+        raise UserError(f"{args.folder} exists: give a new folder")
+    files = sorted(f for f in args.fonts.rglob("*") if f.suffix.lower() in (".ttf", ".otf"))
+    found = {file: letters_of(file) for file in tqdm(files, disable=None)}
+    found = {file: letters for file, letters in found.items() if letters is not None}
+    if not found:
+        raise UserError(f"no font under {args.fonts} has the letters A to Z")
+    good = legible(np.stack(list(found.values())))
+    families, seen = set(), set()
+    for i, (file, letters) in enumerate(found.items()):
+        for letter, pixels in zip(LETTERS, letters, strict=True):
+            if good[i] and pixels.tobytes() not in seen:
+                seen.add(pixels.tobytes())
+                families.add(ImageFont.truetype(file).getname()[0])
+                (args.folder / letter).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(args.folder / letter / f"{file.stem}-{i}.png")
+    print(f"{len(seen):,} pictures of {len(families)} families, {good.sum()} of {len(files)} files")
+    print(shlex.join(["python", "train.py", "--data", str(args.folder), "--conditional"]))
+
+
+if __name__ == "__main__":
+    run(main)
