@@ -36,6 +36,7 @@ from checkpoint import RELEASED, load_checkpoint, read_checkpoint
 from dataset import Dataset, batches, load_dataset, take, to_levels
 from diffusion import DiscreteDiffusion
 from model import build_network
+from options import RECIPES, make_parser, parse_arguments
 from pictures import image_grid
 from trainer import Trainer
 
@@ -314,7 +315,7 @@ def test_a_recipe_is_several_flags(made, my_run):
 def test_the_recipe_is_that_of_what_is_released():
     released = load_checkpoint(RELEASED)
     channels = " ".join(map(str, released.model.config["channels"]))
-    assert f"--timesteps {released.timesteps} --channels {channels}" in train.RECIPES["bound"]
+    assert f"--timesteps {released.timesteps} --channels {channels}" in RECIPES["bound"]
 
 
 def test_recipe_of_the_paper(monkeypatch, cheap):
@@ -327,7 +328,7 @@ def test_recipe_of_the_paper(monkeypatch, cheap):
     assert d.model.config["dropout"] == 0.1
     assert drawn[0][1]["last_step"] == "draw"
     monkeypatch.setattr("sys.argv", ["train.py", "--recipe", "paper"])
-    args, *_ = train.parse_arguments()
+    args, *_ = parse_arguments(None)
     assert (args.timesteps, args.batch_size) == (1000, 128)
 
 
@@ -459,7 +460,7 @@ def test_network_of_your_own(monkeypatch, cheap):
 
 
 def test_help_states_every_default(capsys):
-    p, free, fixed = train.make_parser()
+    p, free, fixed = make_parser(None)
     with pytest.raises(SystemExit):
         p.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -500,7 +501,7 @@ def test_init_starts_from_averaged_weights(name, run, monkeypatch, cheap):
 def test_conditional_run_starts_from_a_network_without_classes(run, cheap):
     """Which it is at first, whatever the class; the other way round is an error."""
     path = run / "checkpoints" / "weights.pth"
-    old, (_, free, fixed) = load_checkpoint(path), train.make_parser()
+    old, (_, free, fixed) = load_checkpoint(path), make_parser(None)
     settings = free | fixed | {"timesteps": 10, "channels": [8, 8, 8]}
     digits = load_dataset("train", "offline")
     new = train.build(settings | {"conditional": True}, path, digits).eval()
