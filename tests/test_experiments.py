@@ -1,4 +1,4 @@
-"""Every experiment from end to end at toy size; tables by hand; the baseline is the common one."""
+"""Every experiment end to end at toy size; tables by hand; the baseline is the common one."""
 
 import functools
 import json
@@ -31,12 +31,12 @@ SMALL = {
 }
 TRIAL = ("--data", "offline")
 
-load_offline = functools.cache(dataset.load_offline)  # it takes half a second each time
+load_offline = functools.cache(dataset.load_offline)  # takes half a second
 
 
 @pytest.fixture
 def out(fresh_directory, tmp_path, monkeypatch):
-    """The folder that results go to."""
+    """The folder for results."""
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
     monkeypatch.setattr(dataset, "load_offline", load_offline)
     return tmp_path / "out"
@@ -44,7 +44,7 @@ def out(fresh_directory, tmp_path, monkeypatch):
 
 @pytest.fixture
 def commands(out, monkeypatch):
-    """The commands of tables.py, which run in here and are made small."""
+    """The commands of tables.py, run in this process and made small."""
     done = []
 
     def command(script, *arguments):
@@ -104,12 +104,14 @@ def test_choices(commands, only, cheap, out):
     assert "--num-samples 0" in bound and "--split validation" in bound
     assert "--timesteps 50 --last-step draw" in samples and "--split validation" in samples
     one = result["rows"][f"{label}, seed 1"]
-    assert one["timesteps"] == 60 and one["samples"]["timesteps"] == 50  # bound of the whole chain
+    assert (
+        one["timesteps"] == 60 and one["samples"]["timesteps"] == 50
+    )  # the bound is of the full chain
     assert one["bound"]["images"] > 2
     assert "--seed 1" in one["flags"] and "--data offline" in one["flags"]
     assert {"command", "machine", "torch", "commit"} == one["provenance"].keys()
 
-    commands.clear()  # a row with the same flags is not measured again, one with others is refused
+    commands.clear()  # the same flags are not run again, others are refused
     assert succeed(*flags) == text and not commands
     assert "with other flags" in fail(*flags, "--amp")
     assert "there is no row 'x'" in fail(*flags[:-1], "x")
@@ -147,7 +149,7 @@ def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
     assert [line.split()[0] for line in commands] == ["train.py", "evaluate.py"]
     assert commands[0].endswith("--resume")
 
-    (out / "choices" / "choices.json").unlink()  # the run is finished: only evaluated
+    (out / "choices" / "choices.json").unlink()  # the run is finished, so it is only evaluated
     commands.clear()
     succeed("experiments.tables", "choices", *TRIAL)
     assert [line.split()[0] for line in commands] == ["evaluate.py"]
@@ -162,7 +164,7 @@ def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
 
 
 def test_rows_that_are_done_are_kept(out, only, monkeypatch):
-    """When another row fails, and when they are of an older file."""
+    """If another row fails, and from an older file."""
     old = {"provenance": {"command": "old"}, "title": "a", "rows": {"old": report("old", 70)}}
     (out / "choices").mkdir(parents=True)
     (out / "choices" / "choices.json").write_bytes(json_bytes(old))
@@ -194,7 +196,7 @@ def test_a_damaged_result(commands, out):
 
 
 def test_released_models(commands, only, out, tmp_path, monkeypatch):
-    """The flags of the tables of released models are those that evaluate.py takes."""
+    """evaluate.py takes the flags in the tables of released models."""
     file = tmp_path / "model.pth"
     untrained(file, timesteps=100, config={"num_labels": 10})
     for name, label in (
@@ -225,7 +227,7 @@ def test_flags_of_the_headline_and_the_likelihood():
         (flags,) = row.evaluate
         dynamic = row.checkpoint == tables.DYNAMIC
         assert dynamic == ("--binarizations 2" in flags) == row.label.startswith("dyn")
-        # The weights are of a few digits, the plain bound is of all of them.
+        # The weights use a few digits, the plain bound all of them.
         assert ("--trajectories" in flags) == ("--weighted-images" in flags)
         assert "--images" not in flags or tables.NO_BOUND in flags
 
@@ -250,7 +252,7 @@ def test_a_command_that_fails(tmp_path, monkeypatch, capfd):
 
 
 def test_from_anywhere(tmp_path):
-    """As a user runs it: python -m, another working directory."""
+    """As users run it: python -m, from another working directory."""
     line = [sys.executable, "-m", "experiments.page", "missing.md"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -332,7 +334,7 @@ def test_headline_by_hand():
 
 
 def test_levels_by_hand():
-    """L_0 is in nats, of which each run has as many to a bit as its bound says."""
+    """L_0 is in nats; each run converts it to bits by its own bound."""
     bounds = [(2, 10, 1), (4, 10, 5)]
     keys = "bits_per_dimension", "nats_per_image", "L_0"
     rows = {
@@ -370,7 +372,7 @@ def test_page(filled_page, tmp_path):
     source = f"\n`python -m experiments.tables choices`: {source}\n"
     assert "| a | 70.00 ± 0.25 |" in filled_page and source in filled_page
     assert filled_page.startswith("# Results\n") and filled_page.endswith("<!-- end -->\nmore\n")
-    assert succeed("experiments.page", "page.md") == filled_page  # filled again, it stays
+    assert succeed("experiments.page", "page.md") == filled_page  # filling again changes nothing
     assert succeed("experiments.page", "page.md", "--check") == ""
     (tmp_path / "page.md").write_text(filled_page.replace("70.0", "69.0"))
     error = fail("experiments.page", "page.md", "--check")
@@ -438,7 +440,7 @@ def test_most_probable_gives_the_posterior_of_the_argmax():
 
 
 def test_usual_trainer_is_plain_adam(monkeypatch):
-    """Two steps against torch's Adam at 1e-4 on the gradients of the same loss."""
+    """Two steps against torch's Adam at 1e-4 with the gradients of the same loss."""
     monkeypatch.setattr(baseline, "PlainUNet", lambda: UNet(channels=(8, 8, 8)))
     torch.manual_seed(0)
     trainer = baseline.usual_trainer(batch_size=4)
@@ -466,7 +468,7 @@ class Tiny(UNet):
 
 
 class Normed(Tiny):
-    """With a batch norm in front of the output, to see what becomes of it."""
+    """With batch norm before the output, to see its statistics."""
 
     def __init__(self):
         super().__init__()
@@ -496,7 +498,7 @@ def test_time_to_quality(tiny, out):
 
 @pytest.mark.parametrize("usual", [False, True])
 def test_the_race_judges_what_was_trained(usual, tiny, monkeypatch):
-    """The weights, or their average; the usual way draws by the argmax, but not for its bound."""
+    """The weights or their average; the usual recipe samples by argmax, but not for its bound."""
     drawn_by, bounds_of = [], []
     for method, seen in (("sample", drawn_by), ("bound_terms", bounds_of)):
         original = getattr(DiscreteDiffusion, method)
@@ -507,7 +509,7 @@ def test_the_race_judges_what_was_trained(usual, tiny, monkeypatch):
     figures.compete(trainer, usual, digits, to_levels(digits.images))
     network = trainer.network if usual else trainer.averaged.model
     assert bounds_of[0].model is network and not network.training
-    assert network.unfold[0].num_batches_tracked == 20  # of the weights that are judged alone
+    assert network.unfold[0].num_batches_tracked == 20  # only for the evaluated weights
     assert bounds_of[0].loss_type == ("cross_entropy" if usual else "variational")
     assert bounds_of[0].config["schedule"] == ("linear" if usual else "cosine")
     assert type(trainer.optimizer) is (torch.optim.Adam if usual else Muon)
@@ -555,7 +557,7 @@ def test_benchmark(out, monkeypatch):
 
 
 def test_median_of_turns(monkeypatch):
-    """The first turn warms up and does not count; on CUDA the first five, which end by waiting."""
+    """The first turn is the warm-up (on CUDA the first five, which end with a sync)."""
     monkeypatch.setattr(benchmark, "ROUNDS", 3)
     clock = iter([0, 100, 0, 1, 0, 5, 0, 3])
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
@@ -567,7 +569,7 @@ def test_median_of_turns(monkeypatch):
 
 
 def test_fill(out, tmp_path, monkeypatch):
-    """A row for each part and N; the real digits are read best."""
+    """A row for each part and N; real digits are classified best."""
     untrained(tmp_path / "model.pth", timesteps=2)
     constants = {"RELEASED": tmp_path / "model.pth", "TIMESTEPS": 2, "PARTICLES": 1}
     constants |= {"COMPLETIONS": 2, "NUM_DIGITS": 20, "TRAJECTORIES": (1, 2)}
@@ -585,7 +587,7 @@ def test_fill(out, tmp_path, monkeypatch):
 
 
 def test_expect(out, monkeypatch):
-    """Each mark once, the last ones at the end of the run."""
+    """Each mark once; marks beyond the end of the run coincide."""
     constants = {"UNet": Tiny, "load_dataset": lambda *_: random_digits(64), "BATCH_SIZE": 16}
     for name, value in (constants | {"TIMESTEPS": 2, "RATE": 16 / 60, "EPOCHS": 2}).items():
         monkeypatch.setattr(figures, name, value)
@@ -601,7 +603,7 @@ def test_expect(out, monkeypatch):
 
 
 def test_letters(fresh_directory, tmp_path):
-    """The fonts that come with matplotlib: a dozen of text, several of symbols."""
+    """The fonts that come with matplotlib: a dozen text fonts, several symbol fonts."""
     fonts = tmp_path / "fonts"
     shutil.copytree(Path(matplotlib.get_data_path()) / "fonts" / "ttf", fonts)
     shutil.copy(fonts / "DejaVuSans.ttf", fonts / "again.TTF")
