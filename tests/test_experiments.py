@@ -268,8 +268,8 @@ def test_from_anywhere(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Tables by hand
 
-QUALITY = dict(images=300, frechet_distance=0.5, precision=0.25, recall=0.75)
-QUALITY |= dict(isolated_white=0.25, ink=0.1)
+QUALITY = {"images": 300, "frechet_distance": 0.5, "precision": 0.25, "recall": 0.75}
+QUALITY |= {"isolated_white": 0.25, "ink": 0.1}
 
 
 def report(row, nats, **changes):
