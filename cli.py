@@ -149,11 +149,13 @@ def add_speed(add: Callable) -> None:
     add("--amp", **switch, help="use bfloat16: faster on recent GPUs and CPUs with AMX")
 
 
-def add_data(add: Callable) -> None:
-    words = """auto (default): MNIST from --data-root or a download, else 5,000 offline digits;
-        mnist: no fallback; offline: those 5,000"""
-    add("--data", choices=["auto", "mnist", "offline"], default="auto", help=words)
-    add("--data-root", type=path(), default=Path("data"), help="MNIST's folder (default data)")
+def add_data(add: Callable, default: str | None = "auto") -> None:
+    words = f"""a folder of pictures, its sub-folders the classes; auto: MNIST from --data-root
+        or a download, else 5,000 offline digits; mnist: no fallback; offline: those 5,000; fashion,
+        kmnist: as mnist (default {default or "what the model was trained on"})"""
+    name, root = path(), Path("data")  # an unset variable would be the working directory
+    add("--data", type=lambda t: str(name(t)), default=default, metavar="NAME|FOLDER", help=words)
+    add("--data-root", type=path(), default=root, help="folder of downloads (default data)")
 
 
 def pick_device(name: str = "auto") -> torch.device:

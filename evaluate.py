@@ -67,9 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     cli.add_last_step(add, LAST_STEPS)
     add("--no-labels", action="store_true", help="draw samples without class labels")
     add("--seed", type=cli.SEED, help="random seed of the samples (default 0)")
-    words = "a folder or a name, as for train.py (default: what the model was trained on)"
-    add("--data", metavar="NAME|FOLDER", help=words)
-    add("--data-root", type=path(), default=Path("data"), help="MNIST's folder (default data)")
+    cli.add_data(add, default=None)
     words = "default: the run's folder, or results_d3pm/evaluation for the released models"
     add("--out-dir", type=path(), help=words)
     add("--overwrite", action="store_true", help="replace an earlier evaluation in --out-dir")

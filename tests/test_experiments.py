@@ -1,11 +1,13 @@
-"""Every experiment end to end at toy size; tables by hand; the baseline is the common one."""
+"""Every experiment from end to end at toy size; tables by hand; the baseline is the common one."""
 
 import functools
+import io
 import json
 import math
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 from cli import REPOSITORY, UserError
@@ -30,13 +32,14 @@ SMALL = {
     "evaluate.py": "--num-samples 20 --repeats 1 --device cpu",
 }
 TRIAL = ("--data", "offline")
+CHOICES = ("experiments.tables", "choices", *TRIAL)
 
-load_offline = functools.cache(dataset.load_offline)  # takes half a second
+load_offline = functools.cache(dataset.load_offline)  # it takes half a second each time
 
 
 @pytest.fixture
 def out(fresh_directory, tmp_path, monkeypatch):
-    """The folder for results."""
+    """The folder that results go to."""
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
     monkeypatch.setattr(dataset, "load_offline", load_offline)
     return tmp_path / "out"
@@ -44,7 +47,7 @@ def out(fresh_directory, tmp_path, monkeypatch):
 
 @pytest.fixture
 def commands(out, monkeypatch):
-    """The commands of tables.py, run in this process and made small."""
+    """The commands of tables.py, which run in here and are made small."""
     done = []
 
     def command(script, *arguments):
@@ -71,8 +74,24 @@ def only(monkeypatch):
     return keep
 
 
+@pytest.fixture
+def constants(monkeypatch):
+    """Replace names of a module."""
+
+    def replace(module, **values):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+    return replace
+
+
 def result_of(name, out):
     return json.loads((out / name / f"{name}.json").read_text())
+
+
+def choices_file(out, content: bytes):
+    (out / "choices").mkdir(parents=True)
+    (out / "choices" / "choices.json").write_bytes(content)
 
 
 def random_digits(n=8):
@@ -89,12 +108,11 @@ def test_choices(commands, only, cheap, out):
     label, other = "absorbing, mutual_info, variational", "uniform, cosine, cross-entropy"
     keys = [f"{other}, seed 0", f"{label}, seed 1"]
     rows = {key: tables.choices()[key] for key in keys}
-    few = [row.train.replace("--steps 650", "--steps 2") for row in rows.values()]
-    only(
-        "choices",
-        {key: rows[key]._replace(train=flags) for key, flags in zip(keys, few, strict=True)},
-    )
-    flags = "experiments.tables", "choices", *TRIAL, "--rows", label
+    few = {
+        k: r._replace(train=r.train.replace("--steps 650", "--steps 2")) for k, r in rows.items()
+    }
+    only("choices", few)
+    flags = *CHOICES, "--rows", label
     text = succeed(*flags)
     result = result_of("choices", out)
     assert text.strip() == common.table(result)
@@ -103,71 +121,54 @@ def test_choices(commands, only, cheap, out):
     assert train.startswith("train.py") and "--lr 2e-3 --optimizer adamw" in train
     assert "--num-samples 0" in bound and "--split validation" in bound
     assert "--timesteps 50 --last-step draw" in samples and "--split validation" in samples
-    one = result["rows"][f"{label}, seed 1"]
-    assert (
-        one["timesteps"] == 60 and one["samples"]["timesteps"] == 50
-    )  # the bound is of the full chain
+    one = result["rows"][keys[1]]
+    assert one["timesteps"] == 60 and one["samples"]["timesteps"] == 50  # bound of the whole chain
     assert one["bound"]["images"] > 2
     assert "--seed 1" in one["flags"] and "--data offline" in one["flags"]
     assert {"command", "machine", "torch", "commit"} == one["provenance"].keys()
 
-    commands.clear()  # the same flags are not run again, others are refused
+    commands.clear()  # a row with the same flags is not measured again, one with others is refused
     assert succeed(*flags) == text and not commands
     assert "with other flags" in fail(*flags, "--amp")
     assert "there is no row 'x'" in fail(*flags[:-1], "x")
     assert not commands
 
 
-def test_the_papers_configuration_is_one_flag():
-    row = tables.choices()["the paper's configuration, seed 2"]
-    assert row.train == "--steps 650 --recipe paper --seed 2"
-
-
-@pytest.fixture
-def one_row(only):
-    label = "uniform, cosine, cross-entropy"
-    rows = {f"{label}, seed 0": tables.Row(label, ["--num-samples 0 --images 20"], "--steps 6")}
-    only("choices", rows)
-    return rows
-
-
 def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
-    commands, one_row, cheap, out, monkeypatch
+    commands, only, cheap, out, monkeypatch
 ):
+    label, step = "uniform, cosine, cross-entropy", Trainer.step
+    row = tables.Row(label, ["--num-samples 0 --images 20"], "--steps 6")
+
     def breaks(self, *batch):
         if self.steps == 5:  # in the second epoch
             raise UserError("no power")
         return step(self, *batch)
 
-    step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", breaks)
-    code, _, err = call("experiments.tables", "choices", *TRIAL)
+    def scripts(row=row):
+        commands.clear()
+        only("choices", {f"{label}, seed 0": row})
+        (out / "choices" / "choices.json").unlink(missing_ok=True)
+        succeed(*CHOICES)
+        return [line.split()[0] for line in commands]
+
+    only("choices", {f"{label}, seed 0": row})
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", breaks)
+        code, _, err = call(*CHOICES)
     assert code == 1 and err.strip().endswith("error: no power")
-    monkeypatch.setattr(Trainer, "step", step)
-    commands.clear()
-    succeed("experiments.tables", "choices", *TRIAL)
-    assert [line.split()[0] for line in commands] == ["train.py", "evaluate.py"]
-    assert commands[0].endswith("--resume")
-
-    (out / "choices" / "choices.json").unlink()  # the run is finished, so it is only evaluated
-    commands.clear()
-    succeed("experiments.tables", "choices", *TRIAL)
-    assert [line.split()[0] for line in commands] == ["evaluate.py"]
-
-    (out / "choices" / "choices.json").unlink()
-    (key, row), commands[:] = next(iter(one_row.items())), []
-    one_row[key] = row._replace(train="--steps 2")
-    succeed("experiments.tables", "choices", *TRIAL)
-    assert commands[0].startswith("train.py") and "--resume" not in commands[0]
+    assert scripts() == ["train.py", "evaluate.py"] and commands[0].endswith("--resume")
+    assert scripts() == ["evaluate.py"]  # the run is finished
+    assert scripts(row._replace(train="--steps 2"))[0] == "train.py"
+    assert "--resume" not in commands[0]
     steps = {read_checkpoint(file)["step"] for file in out.rglob("last.pth")}
     assert steps == {6, 2}
 
 
 def test_rows_that_are_done_are_kept(out, only, monkeypatch):
-    """If another row fails, and from an older file."""
+    """When another row fails, and when they are of an older file."""
     old = {"provenance": {"command": "old"}, "title": "a", "rows": {"old": report("old", 70)}}
-    (out / "choices").mkdir(parents=True)
-    (out / "choices" / "choices.json").write_bytes(json_bytes(old))
+    choices_file(out, json_bytes(old))
     works = ["a"]
 
     def measure(row, folder, every):
@@ -177,47 +178,51 @@ def test_rows_that_are_done_are_kept(out, only, monkeypatch):
 
     monkeypatch.setattr(tables, "measure", measure)
     only("choices", {label: tables.Row(label, [], "x") for label in "ab"})
-    assert "no power" in call("experiments.tables", "choices", *TRIAL)[2]
+    assert "no power" in call(*CHOICES)[2]
     result = result_of("choices", out)
     assert list(result["rows"]) == ["old", "a"] and result["provenance"] == {"command": "old"}
     works[:] = ["b"]
-    succeed("experiments.tables", "choices", *TRIAL)
+    succeed(*CHOICES)
     result = result_of("choices", out)
     assert list(result["rows"]) == ["old", "a", "b"] and result["rows"]["old"] == old["rows"]["old"]
     only("choices", {"old": tables.Row("old", [])})
-    assert "'old' with other flags" in fail("experiments.tables", "choices", *TRIAL)
+    assert "'old' with other flags" in fail(*CHOICES)
 
 
 def test_a_damaged_result(commands, out):
-    (out / "choices").mkdir(parents=True)
-    (out / "choices" / "choices.json").write_text("{")
-    assert "choices.json is damaged" in fail("experiments.tables", "choices", *TRIAL)
+    choices_file(out, b"{")
+    assert "choices.json is damaged" in fail(*CHOICES)
     assert not commands
 
 
-def test_released_models(commands, only, out, tmp_path, monkeypatch):
-    """evaluate.py takes the flags in the tables of released models."""
+RELEASED = {
+    "headline": "thresholded, class given",
+    "steps": "5 timesteps",
+    "guidance": "--guidance 0.25",
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models(name, commands, only, out, tmp_path):
+    """The flags of the tables of released models are those that evaluate.py takes."""
     file = tmp_path / "model.pth"
     untrained(file, timesteps=100, config={"num_labels": 10})
-    for name, label in (
-        ("headline", "thresholded, class given"),
-        ("steps", "5 timesteps"),
-        ("guidance", "--guidance 0.25"),
-    ):
-        row = tables.TABLES[name][1]()[label]
-        row = row._replace(evaluate=[f"{row.evaluate[0]} --images 2"], checkpoint=file)
-        only(name, {label: row})
-        succeed("experiments.tables", name, *TRIAL)
-        (one,) = result_of(name, out)["rows"].values()
-        assert ("bound" in one) == (name == "steps")
-        assert one["samples"]["guidance"] == (0.25 if name == "guidance" else 0)
-        assert one["sha256"] == dataset.sha256(file)
-        mode = "draw" if name == "headline" else "mode"
-        assert one["samples"]["last_step"] == mode and one["samples"]["labels"]
-    assert [("--split validation" in line) for line in commands] == [False, False, True]
+    row = tables.TABLES[name][1]()[RELEASED[name]]
+    row = row._replace(evaluate=[f"{row.evaluate[0]} --images 2"], checkpoint=file)
+    only(name, {row.label: row})
+    succeed("experiments.tables", name, *TRIAL)
+    (one,) = result_of(name, out)["rows"].values()
+    assert ("bound" in one) == (name == "steps")
+    assert one["samples"]["guidance"] == (0.25 if name == "guidance" else 0)
+    assert one["sha256"] == dataset.sha256(file)
+    mode = "draw" if name == "headline" else "mode"
+    assert one["samples"]["last_step"] == mode and one["samples"]["labels"]
+    assert ["--split validation" in line for line in commands] == [name == "guidance"]
 
 
-def test_flags_of_the_headline_and_the_likelihood():
+def test_flags():
+    row = tables.choices()["the paper's configuration, seed 2"]
+    assert row.train == "--steps 650 --recipe paper --seed 2"
     rows = tables.headline()
     assert all("--num-samples 5000" in row.evaluate[0] for row in rows.values())
     drawn = ["--last-step draw" in row.evaluate[0] for row in rows.values()]
@@ -227,7 +232,7 @@ def test_flags_of_the_headline_and_the_likelihood():
         (flags,) = row.evaluate
         dynamic = row.checkpoint == tables.DYNAMIC
         assert dynamic == ("--binarizations 2" in flags) == row.label.startswith("dyn")
-        # The weights use a few digits, the plain bound all of them.
+        # The weights are of a few digits, the plain bound is of all of them.
         assert ("--trajectories" in flags) == ("--weighted-images" in flags)
         assert "--images" not in flags or tables.NO_BOUND in flags
 
@@ -252,7 +257,7 @@ def test_a_command_that_fails(tmp_path, monkeypatch, capfd):
 
 
 def test_from_anywhere(tmp_path):
-    """As users run it: python -m, from another working directory."""
+    """As a user runs it: python -m, another working directory."""
     line = [sys.executable, "-m", "experiments.page", "missing.md"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -263,14 +268,8 @@ def test_from_anywhere(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Tables by hand
 
-QUALITY = {
-    "images": 300,
-    "frechet_distance": 0.5,
-    "precision": 0.25,
-    "recall": 0.75,
-    "isolated_white": 0.25,
-    "ink": 0.1,
-}
+QUALITY = {"images": 300, "frechet_distance": 0.5, "precision": 0.25, "recall": 0.75}
+QUALITY |= {"isolated_white": 0.25, "ink": 0.1}
 
 
 def report(row, nats, **changes):
@@ -334,14 +333,13 @@ def test_headline_by_hand():
 
 
 def test_levels_by_hand():
-    """L_0 is in nats; each run converts it to bits by its own bound."""
-    bounds = [(2, 10, 1), (4, 10, 5)]
+    """L_0 is in nats, of which each run has as many to a bit as its bound says."""
     keys = "bits_per_dimension", "nats_per_image", "L_0"
+    runs = [("a", 256, (2, 10, 1)), ("a", 256, (4, 10, 5)), ("b", 8, (1, 1, 1))]
     rows = {
-        f"{i}": {"row": "a", "levels": 256, "bound": dict(zip(keys, bound, strict=True))}
-        for i, bound in enumerate(bounds)
+        f"{i}": {"row": row, "levels": K, "bound": dict(zip(keys, bound, strict=True))}
+        for i, (row, K, bound) in enumerate(runs)
     }
-    rows["b"] = {"row": "b", "levels": 8, "bound": dict(zip(keys, (1, 1, 1), strict=True))}
     lines = tables.levels_table({"title": "bits", "rows": rows}).splitlines()
     assert lines[0] == "| bits | 8 levels | 256 levels | of it L_0 |"
     assert lines[2] == "| a |  | 3.000 (2.000 to 4.000) | 1.100 (0.200 to 2.000) |"
@@ -372,7 +370,7 @@ def test_page(filled_page, tmp_path):
     source = f"\n`python -m experiments.tables choices`: {source}\n"
     assert "| a | 70.00 ± 0.25 |" in filled_page and source in filled_page
     assert filled_page.startswith("# Results\n") and filled_page.endswith("<!-- end -->\nmore\n")
-    assert succeed("experiments.page", "page.md") == filled_page  # filling again changes nothing
+    assert succeed("experiments.page", "page.md") == filled_page  # filled again, it stays
     assert succeed("experiments.page", "page.md", "--check") == ""
     (tmp_path / "page.md").write_text(filled_page.replace("70.0", "69.0"))
     error = fail("experiments.page", "page.md", "--check")
@@ -440,7 +438,7 @@ def test_most_probable_gives_the_posterior_of_the_argmax():
 
 
 def test_usual_trainer_is_plain_adam(monkeypatch):
-    """Two steps against torch's Adam at 1e-4 with the gradients of the same loss."""
+    """Two steps against torch's Adam at 1e-4 on the gradients of the same loss."""
     monkeypatch.setattr(baseline, "PlainUNet", lambda: UNet(channels=(8, 8, 8)))
     torch.manual_seed(0)
     trainer = baseline.usual_trainer(batch_size=4)
@@ -468,7 +466,7 @@ class Tiny(UNet):
 
 
 class Normed(Tiny):
-    """With batch norm before the output, to see its statistics."""
+    """With a batch norm in front of the output, to see what becomes of it."""
 
     def __init__(self):
         super().__init__()
@@ -476,12 +474,11 @@ class Normed(Tiny):
 
 
 @pytest.fixture
-def tiny(out, monkeypatch):
-    constants = {"BATCH_SIZE": 2, "RACE_SAMPLES": 20, "RACE_TIMESTEPS": 2, "RACE_MINUTES": 1e-9}
-    constants |= {"SHARES": (1 / 2, 1), "UNet": Normed, "load_dataset": lambda *_: random_digits()}
-    for name, value in constants.items():
-        monkeypatch.setattr(figures, name, value)
-    monkeypatch.setattr(baseline, "PlainUNet", Normed)
+def tiny(out, constants):
+    sizes = {"BATCH_SIZE": 2, "RACE_SAMPLES": 20, "RACE_TIMESTEPS": 2, "RACE_MINUTES": 1e-9}
+    data = {"load_dataset": lambda *_: random_digits()}
+    constants(figures, UNet=Normed, SHARES=(1 / 2, 1), **sizes, **data)
+    constants(baseline, PlainUNet=Normed)
 
 
 def test_time_to_quality(tiny, out):
@@ -498,7 +495,7 @@ def test_time_to_quality(tiny, out):
 
 @pytest.mark.parametrize("usual", [False, True])
 def test_the_race_judges_what_was_trained(usual, tiny, monkeypatch):
-    """The weights or their average; the usual recipe samples by argmax, but not for its bound."""
+    """The weights, or their average; the usual way draws by the argmax, but not for its bound."""
     drawn_by, bounds_of = [], []
     for method, seen in (("sample", drawn_by), ("bound_terms", bounds_of)):
         original = getattr(DiscreteDiffusion, method)
@@ -509,7 +506,7 @@ def test_the_race_judges_what_was_trained(usual, tiny, monkeypatch):
     figures.compete(trainer, usual, digits, to_levels(digits.images))
     network = trainer.network if usual else trainer.averaged.model
     assert bounds_of[0].model is network and not network.training
-    assert network.unfold[0].num_batches_tracked == 20  # only for the evaluated weights
+    assert network.unfold[0].num_batches_tracked == 20  # of the weights that are judged alone
     assert bounds_of[0].loss_type == ("cross_entropy" if usual else "variational")
     assert bounds_of[0].config["schedule"] == ("linear" if usual else "cosine")
     assert type(trainer.optimizer) is (torch.optim.Adam if usual else Muon)
@@ -527,54 +524,103 @@ def test_noise(out, monkeypatch):
     assert all(line.get_ydata()[200] < 0.03 for line in lines)
 
 
-def test_benchmark(out, monkeypatch):
-    monkeypatch.setattr(benchmark, "BATCH_SIZE", 2)
-    monkeypatch.setattr(benchmark, "DRAWN", (1, 2, 3))
-    monkeypatch.setattr(benchmark, "FEW", 2)
-    monkeypatch.setattr(benchmark, "load_dataset", lambda *_: random_digits())
-    monkeypatch.setattr(benchmark, "UNet", Tiny)
-    monkeypatch.setattr(benchmark, "PlainUNet", Tiny)
-    monkeypatch.setattr(baseline, "PlainUNet", Tiny)
-    turns = []
+class FakeProcess:
+    """Answers each name with 7 weights and the next of these seconds."""
 
-    def half_a_second(contestants, device):
-        for work in contestants.values():
-            turns.append(work())
-        return dict.fromkeys(contestants, 0.5)
+    def __init__(self, *seconds):
+        self.stdin = self.stdout = self
+        self.seconds, self.names = cycle(seconds), []
 
-    monkeypatch.setattr(benchmark, "take_turns", half_a_second)
-    text = succeed("experiments.benchmark", "--no-compile", "--device", "cpu")
+    def write(self, text):
+        self.names += text.split("\n")[:1] if text.strip() else []
+
+    def flush(self):
+        pass
+
+    def readline(self):
+        return f"7 {next(self.seconds)}\n"
+
+
+def test_benchmark(out, tmp_path, constants):
+    """All names in turns; ours, the plain network and the other clone in three processes."""
+    started = {}
+
+    def start(folder, device, script=""):
+        return started.setdefault((folder, script), FakeProcess(1 if folder == tmp_path else 0.5))
+
+    constants(benchmark, BATCH_SIZE=2, DRAWN=(1, 2, 3), FEW=2, start=start)
+    flags = "experiments.benchmark", "--no-compile", "--device", "cpu"
+    text = succeed(*flags, "--before", tmp_path)
     result = result_of("benchmark", out)
     assert text.strip() == benchmark.table(result)
+    names = ["UNet", "UNet, variational", "UNet, --amp"]
+    drawn = [f"UNet, batch {n}" for n in (1, 2, 3)]
+    plain = ["PlainUNet", "PlainUNet, batch 3"]
     networks = result["training"]["networks"]
-    assert list(networks) == ["UNet", "UNet, variational", "UNet, --amp", "PlainUNet"]
-    assert all(one["images_per_second"] == 4 for one in networks.values())
-    assert list(result["drawing"].values()) == [4, 8, 12, 12] and len(turns) == 8
-    rates = benchmark.table(result | {"drawing": {"UNet, batch 3": 90.0}})
+    assert list(networks) == [*names, "PlainUNet"]
+    assert all(one == {"weights": 7, "images_per_second": 4} for one in networks.values())
+    assert result["drawing"] == dict(zip([*drawn, plain[1]], [4, 8, 12, 12], strict=True))
+    assert result["before"] == dict(zip([*names, *drawn], [2, 2, 2, 2, 4, 6], strict=True))
+    each = {(REPOSITORY, "train.py"): [*names, *drawn], (REPOSITORY, ""): plain}
+    each[tmp_path, "train.py"] = [*names, *drawn]
+    assert {who: p.names for who, p in started.items()} == {
+        who: its * benchmark.ROUNDS for who, its in each.items()
+    }
+    assert "| UNet | 7 | 4 | 2 | 2.00 | 1.0 |" in text
+    succeed(*flags)
+    rates = benchmark.table(result_of("benchmark", out) | {"drawing": {"UNet, batch 3": 90.0}})
     assert "| UNet, batch 3 | 90 | 3.0 |" in rates  # 30 passes an image
-    flags = "experiments.benchmark", "--data", "offline", "--device", "nonsense"
-    assert "can't be used" in fail(*flags)
+    assert "can't be used" in fail("experiments.benchmark", "--device", "nonsense")
 
 
-def test_median_of_turns(monkeypatch):
-    """The first turn is the warm-up (on CUDA the first five, which end with a sync)."""
-    monkeypatch.setattr(benchmark, "ROUNDS", 3)
-    clock = iter([0, 100, 0, 1, 0, 5, 0, 3])
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
-    assert benchmark.take_turns({"a": lambda: None}, torch.device("cpu")) == {"a": 3}
-    clock, waits = iter([*[0, 100] * 5, 0, 1, 0, 5, 0, 3]), []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
-    assert benchmark.take_turns({"a": lambda: None}, torch.device("cuda")) == {"a": 3}
-    assert len(waits) == 8
+def test_benchmark_takes_medians(constants):
+    constants(benchmark, ROUNDS=3)
+    rates = benchmark.take_turns([("ours", FakeProcess(1, 5, 3), "UNet")])
+    assert rates == {("ours", "UNet"): (7, 128 / 3)}
+    ended = FakeProcess()
+    ended.readline = lambda: ""
+    with pytest.raises(UserError, match="'UNet' failed in ours"):
+        benchmark.take_turns([("ours", ended, "UNet")])
 
 
-def test_fill(out, tmp_path, monkeypatch):
-    """A row for each part and N; real digits are classified best."""
+def test_benchmark_works(monkeypatch, capsys):
+    """What a process of the benchmark does, in here; it starts as the clone's scripts do."""
+    started = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            subprocess, "Popen", lambda *args, **options: started.append((*args, options))
+        )
+        patch.setenv("GOMP_SPINCOUNT", benchmark.WAITING["GOMP_SPINCOUNT"])
+        patch.setenv("KMP_BLOCKTIME", "other")
+        benchmark.start(REPOSITORY, "cpu", "train.py")
+    ((command, options),) = started
+    assert "GOMP_SPINCOUNT" not in options["env"] and options["env"]["KMP_BLOCKTIME"] == "other"
+    compile(command[-1], "worker", "exec")
+    assert command[-1].endswith(f"worker({str(REPOSITORY / 'train.py')!r}, 'cpu', 128, 5)")
+    assert options["cwd"] == REPOSITORY
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", getattr(main, "__file__", None), raising=False)
+    names = [
+        "UNet",
+        "UNet, variational",
+        "UNet, batch 3",
+        "PlainUNet",
+        "PlainUNet, batch 1",
+        "UNet",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names)))
+    benchmark.worker("train.py", "cpu", 1, 2)
+    answers = [line.split() for line in capsys.readouterr().out.splitlines()]
+    weights = {"UNet": 759_308, "PlainUNet": 1_883_074}
+    assert [int(n) for n, _ in answers] == [weights[name.split(",")[0]] for name in names]
+    assert all(float(seconds) > 0 for _, seconds in answers)
+
+
+def test_fill(out, tmp_path, constants):
+    """A row for each part and N; the real digits are read best."""
     untrained(tmp_path / "model.pth", timesteps=2)
-    constants = {"RELEASED": tmp_path / "model.pth", "TIMESTEPS": 2, "PARTICLES": 1}
-    constants |= {"COMPLETIONS": 2, "NUM_DIGITS": 20, "TRAJECTORIES": (1, 2)}
-    for name, value in constants.items():
-        monkeypatch.setattr(figures, name, value)
+    constants(figures, RELEASED=tmp_path / "model.pth", TIMESTEPS=2, PARTICLES=1)
+    constants(figures, COMPLETIONS=2, NUM_DIGITS=20, TRAJECTORIES=(1, 2))
     text = succeed("experiments.figures", "fill", *TRIAL, "--device", "cpu")
     result = result_of("fill", out)
     assert text.strip() == figures.filling_table(result) and result["digits"] == 20
@@ -586,11 +632,10 @@ def test_fill(out, tmp_path, monkeypatch):
     assert Image.open(out / "fill" / "fill.png").size[0] > 100
 
 
-def test_expect(out, monkeypatch):
-    """Each mark once; marks beyond the end of the run coincide."""
-    constants = {"UNet": Tiny, "load_dataset": lambda *_: random_digits(64), "BATCH_SIZE": 16}
-    for name, value in (constants | {"TIMESTEPS": 2, "RATE": 16 / 60, "EPOCHS": 2}).items():
-        monkeypatch.setattr(figures, name, value)
+def test_expect(out, constants):
+    """Each mark once, the last ones at the end of the run."""
+    data = {"load_dataset": lambda *_: random_digits(64), "BATCH_SIZE": 16, "UNet": Tiny}
+    constants(figures, TIMESTEPS=2, RATE=16 / 60, EPOCHS=2, **data)
     succeed("experiments.figures", "expect", "--minutes", 1, 6, 100, 200)
     rows = result_of("expect", out)["rows"]
     assert list(rows) == ["offline digits", "full MNIST"]
@@ -603,7 +648,7 @@ def test_expect(out, monkeypatch):
 
 
 def test_letters(fresh_directory, tmp_path):
-    """The fonts that come with matplotlib: a dozen text fonts, several symbol fonts."""
+    """The fonts that come with matplotlib: a dozen of text, several of symbols."""
     fonts = tmp_path / "fonts"
     shutil.copytree(Path(matplotlib.get_data_path()) / "fonts" / "ttf", fonts)
     shutil.copy(fonts / "DejaVuSans.ttf", fonts / "again.TTF")
