@@ -11,7 +11,7 @@ from checkpoint import load_checkpoint
 from dataset import load_dataset
 from diffusion import DiscreteDiffusion
 
-COLOURS = [[0, 0, 90], [200, 0, 0], [0, 200, 0], [250, 250, 0], [255, 255, 255]]
+COLOURS = [[0, 0, 90], [0, 200, 0], [200, 0, 0], [250, 250, 0], [255, 255, 255]]
 SIZE = (10, 6)  # padded to 16x8
 
 
