@@ -125,7 +125,7 @@ def test_images_of_another_size_are_refused(method, shape):
     refused(r"must be integers \[.*, 1, 8, 8\]", method, torch.zeros(2, *shape, dtype=torch.long))
 
 
-def test_images_that_the_network_can_not_fold_are_refused():
+def test_images_that_the_network_cannot_fold_are_refused():
     d = DiscreteDiffusion(UNet(channels=(8, 8, 8)), timesteps=2, image_shape=(1, 28, 28))
     refused(r"multiples of 8, got .*28, 28", d.sample, 1)
 
@@ -175,7 +175,7 @@ def test_layout_in_memory_does_not_matter(layout, transition):
 
 
 @pytest.mark.parametrize("num_t", [None, 3])
-def test_nothing_to_do(num_t):
+def test_empty_batches(num_t):
     """An empty batch has empty bounds and weights, and its loss is an error."""
     none, y = X[:0], T_1[:0]
     assert DOOR.variational_bound(none, num_t, y=y).shape == (0,)

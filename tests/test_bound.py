@@ -226,7 +226,7 @@ def test_every_image_sees_every_t():
             assert fits(counts, expected)
 
 
-def test_bound_is_decided_by_its_generator():
+def test_bound_depends_only_on_its_generator():
     d = make(2, 20, model=Fixed(2, 20), image_shape=(1, 8, 8))
     x_0 = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     torch.manual_seed(0)
@@ -245,7 +245,7 @@ def test_bound_of_one_timestep():
         np.testing.assert_allclose(bound.total, 16 * math.log(2), rtol=1e-12)
 
 
-def test_bound_shows_each_image_its_own_label():
+def test_bound_uses_the_label_of_each_image():
     d = make(2, 4, model=Labelled(), image_shape=(1, 1, 1))
     x_0, y = torch.zeros(5, 1, 1, 1, dtype=torch.long), torch.tensor([0, 4, -1, 2, 1])
     with_labels = d.bound_terms(x_0, 2, seeded(), y, batch_size=2).terms
@@ -292,7 +292,7 @@ def test_loss_is_cross_entropy():
         assert d.loss(x_0.to(dtype)).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_loss_sees_what_it_is_given():
+def test_loss_uses_its_arguments():
     d = make(2, image_shape=(1, 2, 2))
     x_0, t, u = (
         torch.ones(3, 1, 2, 2, dtype=torch.long),

@@ -152,7 +152,7 @@ def test_outputs_that_cannot_be_written_are_known_before_the_block():
     assert {path.name for path in Path().iterdir()} == {"file", "folder", "pipe"}
 
 
-def test_data_reach_the_disk_before_the_name_does(monkeypatch):
+def test_data_reach_the_disk_before_the_rename(monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
 
     def watched_fsync(descriptor):
@@ -296,7 +296,7 @@ def test_kill_9_at_each_stage_of_a_save(where, when, step):
 
 
 @pytest.mark.parametrize("value", [np.int64(20), np.float64(0.5), Path("x"), len])
-def test_what_could_not_be_read_back_is_not_saved(value):
+def test_unreadable_checkpoints_are_not_saved(value):
     """The old file stays, and the message names the new one."""
     save_checkpoint("x.pth", fake_checkpoint(1))
     before = snapshot(Path())
@@ -324,7 +324,7 @@ def saved(tmp_path_factory):
     return path
 
 
-def test_what_is_loaded_is_what_was_saved(saved):
+def test_save_and_load(saved):
     """Loads the averaged weights in eval mode, with the diffusion's settings."""
     d, state = load_checkpoint(saved), read_checkpoint(saved)
     assert not d.training and d.timesteps == 10 and d.config == state["diffusion"]
@@ -343,7 +343,7 @@ def test_the_default_of_the_last_step():
         assert default_last_step(d) == choice
 
 
-def test_own_transition_matrices_and_a_shorter_chain_come_back():
+def test_own_transition_matrices_and_respacing_are_kept():
     """Q with more states than levels, and the t that the network sees."""
     torch.manual_seed(0)
     network = UNet(2, 3, channels=(8, 8, 8))
@@ -421,7 +421,7 @@ CLAIMS = [
 
 
 @pytest.mark.parametrize("part, key, value, words", CLAIMS)
-def test_claims_that_its_weights_do_not_bear_out(part, key, value, words, saved, monkeypatch):
+def test_configurations_larger_than_the_weights(part, key, value, words, saved, monkeypatch):
     """Rejected in one line, before anything that large is allocated."""
     state = read_checkpoint(saved)
     state[part][key] = value
@@ -440,7 +440,7 @@ def test_claims_that_its_weights_do_not_bear_out(part, key, value, words, saved,
     assert words in line and "\n" not in line and len(line) < 400
 
 
-def test_weights_that_are_none_or_not_finite(saved):
+def test_weights_that_are_missing_or_not_finite(saved):
     state = read_checkpoint(saved)
     for weights in ({}, {"fold.weight": 3}, {"nonsense": torch.zeros(1)}):
         with pytest.raises(UserError, match="does not fit"):
@@ -452,7 +452,7 @@ def test_weights_that_are_none_or_not_finite(saved):
             build_diffusion(state, "x.pth")
 
 
-def test_what_is_no_checkpoint():
+def test_files_that_are_no_checkpoints():
     parts = {"network": {}, "diffusion": {}, "averaged_weights": {}}
     states = [torch.zeros(3), [1, 2], {"network": {}, "diffusion": {}}]
     states += [parts | {part: value} for part in parts for value in ([], "unet", torch.zeros(3))]
@@ -475,7 +475,7 @@ def test_damaged_and_missing_files(saved):
         read_checkpoint(".")
 
 
-def test_a_checkpoint_that_would_be_read_for_ever():
+def test_a_checkpoint_that_never_ends():
     os.mkfifo("a.pth")
     os.symlink("/dev/zero", "b.pth")
     handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits"))
@@ -522,7 +522,7 @@ def assert_owned():
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_folder_is_owned_by_one():
+def test_a_folder_has_one_owner():
     """Its lock is released but not deleted, so that all processes lock the same file."""
     with pytest.raises(UserError, match="bad flag"), RunFolder("a/run").owned():
         assert_owned()
@@ -555,7 +555,7 @@ def test_a_folder_that_cannot_be_owned():
             pytest.fail("owned a file")
 
 
-def test_what_a_run_is_known_by():
+def test_what_counts_as_a_run():
     folder = RunFolder("run")
     make("run/notes.txt", "run/checkpoints/best.pth", "run/samples/sample_epoch_1.png")
     assert not folder.holds_a_run()

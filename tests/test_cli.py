@@ -207,7 +207,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(error):
         cli.run(main)
 
 
-def test_values_that_a_flag_asked_for():
+def test_user_errors():
     """ValueErrors become UserErrors; other errors and subclasses of UserError pass through."""
     special = type("Special", (UserError,), {})
     for raised, seen in ((ValueError, UserError), (special, special), (TypeError, TypeError)):
@@ -246,7 +246,7 @@ def test_warnings_are_one_line():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"said\n", b"warning: careful\n")
 
 
-def test_letters_that_a_code_page_lacks():
+def test_characters_that_a_code_page_lacks():
     """On stdout and stderr, in output and in error messages."""
     done = process(
         "print('±1 é'); raise cli.UserError('±')", env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
@@ -263,7 +263,7 @@ def test_a_log_on_a_full_disk():
         assert done.returncode == (7 if code else 0) and done.stderr == b""
 
 
-def test_a_reader_that_has_gone():
+def test_a_closed_pipe():
     read, write = os.pipe()
     os.close(read)
     done = process("print('x' * 10**6); print('more'); return 3", stdout=write)
@@ -282,7 +282,7 @@ def test_a_line_reaches_the_log_when_it_is_written():
     assert done.returncode == -9 and done.stdout == b"hello\n"
 
 
-def test_what_a_stream_can_do_it_still_can():
+def test_wrapped_streams_keep_their_methods():
     stream = io.StringIO()
     wrapped = cli.Unbreakable(stream)
     assert wrapped.write("abc") == 3 and stream.getvalue() == "abc"

@@ -280,7 +280,7 @@ def test_no_fallback(data, failing_download, tmp_path):
     assert "damaged" not in line and list((tmp_path / "data").iterdir()) == []
 
 
-def test_data_root_that_cannot_be_made(tmp_path, capsys):
+def test_data_root_that_cannot_be_created(tmp_path, capsys):
     """Under a regular file: DataError for "mnist", the fallback for "auto"."""
     (tmp_path / "file").write_text("")
     assert "Not a directory" in refuses("train", "mnist", tmp_path / "file" / "data")
@@ -293,7 +293,7 @@ def test_data_root_that_cannot_be_made(tmp_path, capsys):
 # Working downloads and files on the disk
 
 
-def test_the_silence_that_a_download_may_keep(monkeypatch, tmp_path):
+def test_downloads_have_a_timeout(monkeypatch, tmp_path):
     """torchvision downloads with that socket timeout; an error without a message still becomes a
     line."""
 
@@ -386,7 +386,7 @@ def test_damaged_packed_files_are_an_error(fake, tmp_path):
         assert files_under(tmp_path) == before
 
 
-def test_a_download_is_never_half_in_its_place(fake, serve, tmp_path, monkeypatch):
+def test_downloads_are_moved_when_complete(fake, serve, tmp_path, monkeypatch):
     """torchvision unpacks elsewhere; files are moved once all four are complete."""
     serve(fake[1])
     moved, replace = [], os.replace
@@ -450,7 +450,7 @@ def test_batches_of_the_training_split(offline):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_batches_are_served_where_the_digits_are(offline):
+def test_batches_are_on_the_device_of_the_digits(offline):
     """Same digits, same order on each device; dynamic binarization uses the device's noise."""
     there = offline.to(torch.device("cuda"))
     pairs = zip(batches(offline, 512), batches(there, 512), strict=True)
@@ -515,7 +515,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize("binarize", ["threshold", "dynamic"])
-def test_an_epoch_is_taken_up_where_it_was_left(binarize, offline):
+def test_an_epoch_continues_at_any_batch(binarize, offline):
     """`start` skips batches and changes neither the others nor their noise."""
     digits = take(offline, 50)
     epoch = list(batches(digits, 12, 3, 2, binarize=binarize))
@@ -548,7 +548,7 @@ def test_stream_seeds_differ():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_stream_seeds_stay():
+def test_stream_seeds_never_change():
     """All runs have used these numbers; they hold for every NumPy version."""
     assert stream_seed(0) == 7896617691693857887
     assert stream_seed(1, 2, 3) == 6498626229777268288

@@ -199,7 +199,7 @@ def test_q_x_t_takes_every_integer_type():
         assert torch.equal(d.q_x_t(x_0.to(dtype), t.int()), q.float())
 
 
-def test_noising_step_by_step_is_the_jump():
+def test_composed_steps_match_q_sample():
     """Composing q(x_t | x_{t-1}), drawn with torch.multinomial, gives the law of q_sample."""
     torch.manual_seed(1)
     K, t = 3, 12
@@ -228,7 +228,7 @@ def test_draw_inverts_the_cumulative_distribution():
 
 
 @pytest.mark.parametrize("dtype, smallest", [(torch.float32, 1e-7), (torch.float64, 1e-15)])
-def test_draw_takes_a_uniform_of_zero_for_a_small_one(dtype, smallest):
+def test_draw_treats_a_zero_uniform_as_a_small_one(dtype, smallest):
     """torch.rand gives a float32 zero every 17 million draws: too often for probability 1e-30."""
     zero = torch.zeros(1, 1, 1, 1, dtype=dtype)
     for p, state in [(smallest, 0), (smallest / 1e3, 1), (1e-30, 1)]:
@@ -315,7 +315,7 @@ def test_posterior_of_the_impossible():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_equal_logits_are_no_certainty_in_any_precision(dtype):
+def test_equal_logits_are_not_certain_in_any_precision(dtype):
     """At t = 1 a level flips with probability 6e-4, which half precision could round to zero."""
     network = Constant(2, torch.zeros(2, dtype=dtype))
     d = make(2, 1000, model=network, image_shape=(1, 1, 2))

@@ -212,7 +212,7 @@ def test_levels_of_grey():
     assert np.array_equal(Image.open("nearest.png"), image_grid(rows, 4, columns=8))
 
 
-def test_digits_that_were_in_training_are_no_judge(monkeypatch):
+def test_no_bound_on_digits_from_training(monkeypatch):
     """The offline digits are part of MNIST's training split: for a model trained on it they give no
     bound, and flags of the bound are refused."""
     untrained("x.pth", data="mnist", timesteps=10)
@@ -623,7 +623,7 @@ def test_a_missing_or_damaged_classifier(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "gain.png", "nearest.png", "bound_terms.png"])
-def test_an_earlier_evaluation_is_kept(name, monkeypatch):
+def test_an_earlier_evaluation_is_replaced_only_if_asked(name, monkeypatch):
     """Refused before the work, or fully replaced with --overwrite; never the checkpoint."""
     untrained("x.pth", timesteps=2)
     os.link("x.pth", name)

@@ -1,4 +1,4 @@
-"""Every experiment from end to end at toy size; tables by hand; the baseline is the common one."""
+"""Every experiment end to end at toy size; tables by hand; the baseline is the common one."""
 
 import functools
 import io
@@ -34,12 +34,12 @@ SMALL = {
 TRIAL = ("--data", "offline")
 CHOICES = ("experiments.tables", "choices", *TRIAL)
 
-load_offline = functools.cache(dataset.load_offline)  # it takes half a second each time
+load_offline = functools.cache(dataset.load_offline)  # takes half a second
 
 
 @pytest.fixture
 def out(fresh_directory, tmp_path, monkeypatch):
-    """The folder that results go to."""
+    """The folder for results."""
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
     monkeypatch.setattr(dataset, "load_offline", load_offline)
     return tmp_path / "out"
@@ -47,7 +47,7 @@ def out(fresh_directory, tmp_path, monkeypatch):
 
 @pytest.fixture
 def commands(out, monkeypatch):
-    """The commands of tables.py, which run in here and are made small."""
+    """The commands of tables.py, run in this process and made small."""
     done = []
 
     def command(script, *arguments):
@@ -122,21 +122,21 @@ def test_choices(commands, only, cheap, out):
     assert "--num-samples 0" in bound and "--split validation" in bound
     assert "--timesteps 50 --last-step draw" in samples and "--split validation" in samples
     one = result["rows"][keys[1]]
-    assert one["timesteps"] == 60 and one["samples"]["timesteps"] == 50  # bound of the whole chain
+    assert (
+        one["timesteps"] == 60 and one["samples"]["timesteps"] == 50
+    )  # the bound is of the full chain
     assert one["bound"]["images"] > 2
     assert "--seed 1" in one["flags"] and "--data offline" in one["flags"]
     assert {"command", "machine", "torch", "commit"} == one["provenance"].keys()
 
-    commands.clear()  # a row with the same flags is not measured again, one with others is refused
+    commands.clear()  # the same flags are not run again, others are refused
     assert succeed(*flags) == text and not commands
     assert "with other flags" in fail(*flags, "--amp")
     assert "there is no row 'x'" in fail(*flags[:-1], "x")
     assert not commands
 
 
-def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
-    commands, only, cheap, out, monkeypatch
-):
+def test_a_run_is_resumed_but_not_with_other_flags(commands, only, cheap, out, monkeypatch):
     label, step = "uniform, cosine, cross-entropy", Trainer.step
     row = tables.Row(label, ["--num-samples 0 --images 20"], "--steps 6")
 
@@ -158,7 +158,7 @@ def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
         code, _, err = call(*CHOICES)
     assert code == 1 and err.strip().endswith("error: no power")
     assert scripts() == ["train.py", "evaluate.py"] and commands[0].endswith("--resume")
-    assert scripts() == ["evaluate.py"]  # the run is finished
+    assert scripts() == ["evaluate.py"]  # the run itself is finished
     assert scripts(row._replace(train="--steps 2"))[0] == "train.py"
     assert "--resume" not in commands[0]
     steps = {read_checkpoint(file)["step"] for file in out.rglob("last.pth")}
@@ -166,7 +166,7 @@ def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
 
 
 def test_rows_that_are_done_are_kept(out, only, monkeypatch):
-    """When another row fails, and when they are of an older file."""
+    """If another row fails, and from an older file."""
     old = {"provenance": {"command": "old"}, "title": "a", "rows": {"old": report("old", 70)}}
     choices_file(out, json_bytes(old))
     works = ["a"]
@@ -204,7 +204,7 @@ RELEASED = {
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models(name, commands, only, out, tmp_path):
-    """The flags of the tables of released models are those that evaluate.py takes."""
+    """evaluate.py takes the flags in the tables of released models."""
     file = tmp_path / "model.pth"
     untrained(file, timesteps=100, config={"num_labels": 10})
     row = tables.TABLES[name][1]()[RELEASED[name]]
@@ -232,7 +232,7 @@ def test_flags():
         (flags,) = row.evaluate
         dynamic = row.checkpoint == tables.DYNAMIC
         assert dynamic == ("--binarizations 2" in flags) == row.label.startswith("dyn")
-        # The weights are of a few digits, the plain bound is of all of them.
+        # The weights use a few digits, the plain bound all of them.
         assert ("--trajectories" in flags) == ("--weighted-images" in flags)
         assert "--images" not in flags or tables.NO_BOUND in flags
 
@@ -257,7 +257,7 @@ def test_a_command_that_fails(tmp_path, monkeypatch, capfd):
 
 
 def test_from_anywhere(tmp_path):
-    """As a user runs it: python -m, another working directory."""
+    """As users run it: python -m, from another working directory."""
     line = [sys.executable, "-m", "experiments.page", "missing.md"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -333,7 +333,7 @@ def test_headline_by_hand():
 
 
 def test_levels_by_hand():
-    """L_0 is in nats, of which each run has as many to a bit as its bound says."""
+    """L_0 is in nats; each run converts it to bits by its own bound."""
     keys = "bits_per_dimension", "nats_per_image", "L_0"
     runs = [("a", 256, (2, 10, 1)), ("a", 256, (4, 10, 5)), ("b", 8, (1, 1, 1))]
     rows = {
@@ -370,7 +370,7 @@ def test_page(filled_page, tmp_path):
     source = f"\n`python -m experiments.tables choices`: {source}\n"
     assert "| a | 70.00 ± 0.25 |" in filled_page and source in filled_page
     assert filled_page.startswith("# Results\n") and filled_page.endswith("<!-- end -->\nmore\n")
-    assert succeed("experiments.page", "page.md") == filled_page  # filled again, it stays
+    assert succeed("experiments.page", "page.md") == filled_page  # filling again changes nothing
     assert succeed("experiments.page", "page.md", "--check") == ""
     (tmp_path / "page.md").write_text(filled_page.replace("70.0", "69.0"))
     error = fail("experiments.page", "page.md", "--check")
@@ -438,7 +438,7 @@ def test_most_probable_gives_the_posterior_of_the_argmax():
 
 
 def test_usual_trainer_is_plain_adam(monkeypatch):
-    """Two steps against torch's Adam at 1e-4 on the gradients of the same loss."""
+    """Two steps against torch's Adam at 1e-4 with the gradients of the same loss."""
     monkeypatch.setattr(baseline, "PlainUNet", lambda: UNet(channels=(8, 8, 8)))
     torch.manual_seed(0)
     trainer = baseline.usual_trainer(batch_size=4)
@@ -466,7 +466,7 @@ class Tiny(UNet):
 
 
 class Normed(Tiny):
-    """With a batch norm in front of the output, to see what becomes of it."""
+    """With batch norm before the output, to see its statistics."""
 
     def __init__(self):
         super().__init__()
@@ -494,8 +494,8 @@ def test_time_to_quality(tiny, out):
 
 
 @pytest.mark.parametrize("usual", [False, True])
-def test_the_race_judges_what_was_trained(usual, tiny, monkeypatch):
-    """The weights, or their average; the usual way draws by the argmax, but not for its bound."""
+def test_the_race_evaluates_the_trained_weights(usual, tiny, monkeypatch):
+    """The weights or their average; the usual recipe samples by argmax, but not for its bound."""
     drawn_by, bounds_of = [], []
     for method, seen in (("sample", drawn_by), ("bound_terms", bounds_of)):
         original = getattr(DiscreteDiffusion, method)
@@ -506,7 +506,7 @@ def test_the_race_judges_what_was_trained(usual, tiny, monkeypatch):
     figures.compete(trainer, usual, digits, to_levels(digits.images))
     network = trainer.network if usual else trainer.averaged.model
     assert bounds_of[0].model is network and not network.training
-    assert network.unfold[0].num_batches_tracked == 20  # of the weights that are judged alone
+    assert network.unfold[0].num_batches_tracked == 20  # only for the evaluated weights
     assert bounds_of[0].loss_type == ("cross_entropy" if usual else "variational")
     assert bounds_of[0].config["schedule"] == ("linear" if usual else "cosine")
     assert type(trainer.optimizer) is (torch.optim.Adam if usual else Muon)
@@ -525,7 +525,7 @@ def test_noise(out, monkeypatch):
 
 
 class FakeProcess:
-    """Answers each name with 7 weights and the next of these seconds."""
+    """Answers each name with 7 weights and the next of these times."""
 
     def __init__(self, *seconds):
         self.stdin = self.stdout = self
@@ -542,7 +542,7 @@ class FakeProcess:
 
 
 def test_benchmark(out, tmp_path, constants):
-    """All names in turns; ours, the plain network and the other clone in three processes."""
+    """All tasks in turns; ours, the plain network and the other clone in three processes."""
     started = {}
 
     def start(folder, device, script=""):
@@ -563,8 +563,8 @@ def test_benchmark(out, tmp_path, constants):
     assert result["before"] == dict(zip([*names, *drawn], [2, 2, 2, 2, 4, 6], strict=True))
     each = {(REPOSITORY, "train.py"): [*names, *drawn], (REPOSITORY, ""): plain}
     each[tmp_path, "train.py"] = [*names, *drawn]
-    assert {who: p.names for who, p in started.items()} == {
-        who: its * benchmark.ROUNDS for who, its in each.items()
+    assert {key: p.names for key, p in started.items()} == {
+        key: names * benchmark.ROUNDS for key, names in each.items()
     }
     assert "| UNet | 7 | 4 | 2 | 2.00 | 1.0 |" in text
     succeed(*flags)
@@ -584,7 +584,7 @@ def test_benchmark_takes_medians(constants):
 
 
 def test_benchmark_works(monkeypatch, capsys):
-    """What a process of the benchmark does, in here; it starts as the clone's scripts do."""
+    """The program of a benchmark process, run in this one; it starts as the clone's scripts do."""
     started = []
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -617,7 +617,7 @@ def test_benchmark_works(monkeypatch, capsys):
 
 
 def test_fill(out, tmp_path, constants):
-    """A row for each part and N; the real digits are read best."""
+    """A row for each part and N; real digits are classified best."""
     untrained(tmp_path / "model.pth", timesteps=2)
     constants(figures, RELEASED=tmp_path / "model.pth", TIMESTEPS=2, PARTICLES=1)
     constants(figures, COMPLETIONS=2, NUM_DIGITS=20, TRAJECTORIES=(1, 2))
@@ -633,7 +633,7 @@ def test_fill(out, tmp_path, constants):
 
 
 def test_expect(out, constants):
-    """Each mark once, the last ones at the end of the run."""
+    """Each mark once; marks beyond the end of the run coincide."""
     data = {"load_dataset": lambda *_: random_digits(64), "BATCH_SIZE": 16, "UNet": Tiny}
     constants(figures, TIMESTEPS=2, RATE=16 / 60, EPOCHS=2, **data)
     succeed("experiments.figures", "expect", "--minutes", 1, 6, 100, 200)
@@ -648,7 +648,7 @@ def test_expect(out, constants):
 
 
 def test_letters(fresh_directory, tmp_path):
-    """The fonts that come with matplotlib: a dozen of text, several of symbols."""
+    """The fonts that come with matplotlib: a dozen text fonts, several symbol fonts."""
     fonts = tmp_path / "fonts"
     shutil.copytree(Path(matplotlib.get_data_path()) / "fonts" / "ttf", fonts)
     shutil.copy(fonts / "DejaVuSans.ttf", fonts / "again.TTF")

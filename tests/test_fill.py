@@ -48,7 +48,7 @@ def law_of_two(e, known):
 
 
 @pytest.mark.parametrize("name, y, guidance", CASES)
-def test_one_walk_overwrites_two_are_weighed_many_are_right(name, y, guidance):
+def test_laws_of_one_two_and_many_walks(name, y, guidance):
     """N = 1 is overwriting, which is biased; N = 2 has its own law; N = 64 the conditional."""
     e, known = Enumeration(small_chain(name), y=y, guidance=guidance), [0, -1]
     exact, overwriting = conditional(e, known), drawn(e, known, 20_000, 1)
@@ -117,7 +117,7 @@ def test_image_i_does_not_depend_on_the_call(transition):
     )  # known pixels start from noise, too
 
 
-def test_nothing_is_kept_for_gradients():
+def test_no_autograd_graph_is_kept():
     """Else each walk would keep the memory of every network pass until the end."""
 
     class Learnable(torch.nn.Module):
@@ -145,7 +145,7 @@ def test_chains_of_many_levels():
     assert (x_2 == 256).all() and (x_0[..., 0] == 255).all()
 
 
-def test_more_walks_go_on_from_fewer():
+def test_more_walks_extend_fewer():
     """The first N - 1 trajectories stay, so with equal weights (N - 1) / N of the images do."""
     d = DiscreteDiffusion(Constant(2), timesteps=3, transition="absorbing", image_shape=(1, 5, 5))
     known = torch.full((1, 1, 5, 5), -1)
@@ -385,5 +385,5 @@ def test_bad_flags(script, flags, words, checkpoint):
 
 
 @pytest.mark.parametrize("script", ["sample.py", "visualize_denoising.py"])
-def test_particles_without_a_part(script, checkpoint):
+def test_particles_without_fill(script, checkpoint):
     assert "--fill" in fail(script, checkpoint, "--particles", 2)

@@ -51,7 +51,7 @@ def reference(d, x_t, t, logits, reverse):
 
 @pytest.mark.parametrize("reverse", REVERSES)
 @pytest.mark.parametrize("transition, schedule, K", CHAINS)
-def test_p_theta_of_a_sure_network(transition, schedule, K, reverse):
+def test_p_theta_of_a_confident_network(transition, schedule, K, reverse):
     """Logits of +-1e4 in every precision match numpy's log-probabilities, zeros included."""
     names = {"transition": transition, "schedule": schedule, "reverse": reverse}
     d = DiscreteDiffusion(torch.nn.Identity(), K, T, image_shape=SIDE, **names)
@@ -80,7 +80,7 @@ def test_p_theta_of_a_sure_network(transition, schedule, K, reverse):
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("reverse", REVERSES)
 @pytest.mark.parametrize("transition, schedule, K", CHAINS)
-def test_losses_of_a_sure_network(transition, schedule, K, reverse, loss_type):
+def test_losses_of_a_confident_network(transition, schedule, K, reverse, loss_type):
     """Values and gradients in float32 and half precision are finite and match float64."""
     torch.manual_seed(0)
     x_0 = torch.randint(0, K, (4, *SIDE))
@@ -132,7 +132,7 @@ def test_an_unmasked_pixel_is_certain_whatever_the_network_says():
 
 @pytest.mark.parametrize("transition", ["uniform", "absorbing", "gaussian"])
 @pytest.mark.parametrize("reverse", REVERSES)
-def test_256_levels_of_a_sure_network(transition, reverse):
+def test_256_levels_of_a_confident_network(transition, reverse):
     """More than 16 levels are summed differently: still finite, with finite gradients."""
     torch.manual_seed(0)
     network = Logits(1e4 * torch.randn(2, 256, 4, 4))
@@ -146,7 +146,7 @@ def test_256_levels_of_a_sure_network(transition, reverse):
         assert torch.autograd.grad(loss, network.logits)[0].isfinite().all()
 
 
-def test_log_matmul_of_many_is_that_of_few(monkeypatch):
+def test_log_matmul_of_many_and_few_states(monkeypatch):
     """Both algorithms give numpy's sums, and -inf where every term is zero."""
     rng = np.random.default_rng(0)
     M = rng.random((3, 20, 21)) * (rng.random((3, 20, 21)) < 0.5)

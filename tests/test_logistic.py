@@ -65,7 +65,7 @@ def test_extremes_are_finite(K):
             assert gradient.isfinite().all()
 
 
-def test_narrow_and_wrong_costs_much_but_not_everything():
+def test_narrow_and_wrong_has_a_finite_loss():
     """A certain but wrong network has a finite loss in float32, for every transition."""
 
     class Certain(torch.nn.Module):
@@ -109,7 +109,7 @@ def test_the_mean_is_a_correction_to_the_noisy_level():
     torch.testing.assert_close(net(x_t, torch.ones(8)), wanted, rtol=0, atol=1e-4)
 
 
-def test_half_precision_ends_before_the_head():
+def test_the_head_computes_in_float32():
     """Under autocast the head computes in float32."""
     torch.manual_seed(0)
     net = UNet(256, channels=(8, 8, 8), output="logistic")

@@ -164,7 +164,7 @@ def test_one_hot_and_time_features():
     assert features.shape == (1000, 32) and distance.min() > 0.1  # no two timesteps look alike
 
 
-def test_released_weights_mean_what_they_meant():
+def test_bounds_of_the_released_weights():
     """Nats per image depend on every skip, shift and head of the trained network."""
     digits = take(load_dataset("validation", "offline"), 40)
     d, x_0, t = load_checkpoint(RELEASED), to_levels(digits.images), 25 * torch.arange(1, 41)

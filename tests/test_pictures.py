@@ -50,7 +50,7 @@ def test_image_grid_four_levels_in_a_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_all_states_beyond_the_levels_show_the_ground(dtype):
+def test_states_beyond_the_levels_show_the_background(dtype):
     """One mask or two."""
     x = torch.tensor([[[[0, 1, 2], [3, 1, 2]]]]).to(dtype)
     assert np.array(image_grid(x, 2))[4:8:2, 4:10:2].tolist() == [[0, 255, 96], [96, 255, 96]]

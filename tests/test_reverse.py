@@ -177,7 +177,7 @@ def test_joint_form_in_low_precision(dtype):
 # -- the choice itself -----------------------------------------------------------------------------
 
 
-def test_hybrid_weight_stands_beside_one_term_of_the_bound():
+def test_hybrid_loss_is_the_authors_times_T():
     """T (L_{t-1} / D + lambda CE), lambda = 0.001 by default: T times the authors' loss."""
     torch.manual_seed(0)
     logits = torch.randn(1, 2, 8, 8).double()

@@ -90,7 +90,7 @@ def test_sample_writes_picture_and_tensor(checkpoint):
     assert shows(name, image_grid(digits)) and files(Path()) == {name, "new/digits.pt"}
 
 
-def test_completions_have_a_name_of_their_own(checkpoint):
+def test_completions_have_their_own_name(checkpoint):
     half_of_a_picture()
     out = succeed("sample.py", checkpoint, "--fill", "part.png", "--particles", 1, "--n", 1, *CPU)
     assert out == "Wrote d3pm_completions_small.png\n" and Path(out.split()[1]).exists()
@@ -183,7 +183,7 @@ def test_levels_of_grey():
     assert np.array_equal(frames()[0][-1][24:], image_grid(filled, 4))
 
 
-def test_outputs_are_checked_before_the_work(checkpoint, monkeypatch):
+def test_outputs_are_checked_first(checkpoint, monkeypatch):
     """They must be writable, and differ from each other and the checkpoint, by any name."""
     worked = lambda *_, **__: pytest.fail("sampled for nothing")  # noqa: E731
     monkeypatch.setattr(DiscreteDiffusion, "sample", worked)
@@ -206,7 +206,7 @@ def test_output_through_a_link(checkpoint):
     assert Path("link.png").is_symlink() and Path("target.png").stat().st_size > 0
 
 
-def test_an_interrupted_drawing_leaves_nothing(checkpoint, monkeypatch):
+def test_an_interrupted_run_leaves_nothing(checkpoint, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -434,7 +434,7 @@ def test_bad_checkpoint(script, checkpoint):
 
 @BOTH
 @pytest.mark.parametrize("timesteps", [11, 0, -1])
-def test_timesteps_that_training_did_not_have(script, timesteps, checkpoint):
+def test_more_timesteps_than_in_training(script, timesteps, checkpoint):
     line = fail(script, checkpoint, "--timesteps", timesteps, *CPU)
     assert "1..10" in line and str(timesteps) in line
 

@@ -189,7 +189,7 @@ def test_noise_is_a_function_of_seed_and_step(monkeypatch):
     assert all(y is None for *_, y in seen)
 
 
-def test_t_does_not_depend_on_the_place_in_the_batch():
+def test_t_does_not_depend_on_the_position_in_the_batch():
     """And is not sorted: at each position, its mean over 400 steps is that of 1..10."""
     trainer, (x_0, y), drawn = Trainer(small_diffusion(), 10, 8), batch(0), []
     for trainer.steps in range(400):
@@ -241,7 +241,7 @@ def test_validation_is_the_bound_of_the_average(training):
 
 
 @pytest.mark.parametrize("optimizer, dropout", [("adamw", 0.0), ("muon", 0.0), ("muon", 0.3)])
-def test_going_on_is_exact(optimizer, dropout):
+def test_resuming_is_exact(optimizer, dropout):
     """Loading a state into a trainer with other weights continues the run exactly."""
     options = {"lr": 0.01, "optimizer": optimizer, "seed": 3}
 
@@ -265,7 +265,7 @@ def test_going_on_is_exact(optimizer, dropout):
     assert not equal(straight.state_dict()["weights"], straight.state_dict()["averaged_weights"])
 
 
-def test_going_on_after_another_kind_of_device():
+def test_resuming_on_another_device_type():
     """CUDA leaves a capturable flag and a tensor of the rate, which mean nothing elsewhere."""
     straight = Trainer(small_diffusion(), 12, 8, 0.01)
     steps(straight, 5)
@@ -326,7 +326,7 @@ def test_recorded_calls(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recorded_steps_are_the_usual_ones(optimizer, output, loss, dropout):
+def test_recorded_steps_equal_eager_steps(optimizer, output, loss, dropout):
     """Also after loading a state into a trainer with a graph, and on moving between devices."""
 
     def make(device, usual=Recorded.WARMUP):
@@ -644,7 +644,7 @@ def test_variables_of_torchrun(rank, local, size, result, monkeypatch):
             Processes.from_environment()
 
 
-def test_one_process_waits_for_nobody():
+def test_one_process_needs_no_sync():
     alone = Processes()
     assert alone.mean(1, 2.5) == [1, 2.5]
     assert alone.start(torch.device("cpu")) == torch.device("cpu")

@@ -113,7 +113,7 @@ def test_legal_combinations():
         assert "\n" not in str(error.value)
 
 
-def test_chains_that_can_not_reach_noise_are_refused():
+def test_chains_that_cannot_reach_noise_are_refused():
     with pytest.raises(ValueError, match="take more"):
         transition_matrices("gaussian", None, 4, 1)
     with pytest.raises(ValueError, match="masked"):
