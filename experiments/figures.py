@@ -23,14 +23,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 import metrics
-from checkpoint import (
-    PARTICLES,
-    RELEASED,
-    TIMESTEPS,
-    load_checkpoint,
-    save_checkpoint,
-    write_json,
-)
+from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, save_checkpoint, write_json
 from dataset import Dataset, load_dataset, sha256, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.baseline import MostProbable, usual_trainer
@@ -76,16 +69,14 @@ def changed(diffusion: DiscreteDiffusion) -> Tensor:
 
 def noise_figure():
     """The share of pixels that have changed at t, and what x_t still tells of x_0."""
-    figure = new_figure(12.5, 4)
-    left, right = figure.subplots(1, 2)
+    information = "mutual information of $x_t$ and $x_0$, of its maximum"
+    figure, (left, right) = subplots("share of pixels changed", information, xlabel="t")
     for transition, family in FAMILIES.items():
         style = "--" if transition == "absorbing" else "-"
         for schedule in family.schedules:
             diffusion = DiscreteDiffusion(torch.nn.Identity(), LEVELS, 200, transition, schedule)
             left.plot(changed(diffusion), style, label=f"{transition}, {schedule}")
             right.plot(mutual_information(diffusion), style)
-    left.set(xlabel="t", ylabel="share of pixels changed")
-    right.set(xlabel="t", ylabel="mutual information of $x_t$ and $x_0$, of its maximum")
     figure.legend(loc="outside right upper")
     return figure
 
