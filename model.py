@@ -105,7 +105,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if asked for."""
+    """Residual blocks of one resolution, each followed by attention if `attention`."""
 
     def __init__(self, channels: int, blocks: int, emb_dim: int, dropout: float, attention: bool):
         super().__init__()

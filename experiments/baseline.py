@@ -38,7 +38,7 @@ def double_conv(i: int, o: int) -> nn.Sequential:
 
 
 class MostProbable(nn.Module):
-    """The network's argmax: the most probable x_0 has probability 1.
+    """Gives the network's most probable x_0 probability 1.
 
     The mixture of posteriors then becomes the posterior of this x_0, the reverse step of many small
     implementations. Its bound is infinite.

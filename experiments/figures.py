@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 import metrics
-from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, write_json
+from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, save_checkpoint, write_json
 from dataset import Dataset, load_dataset, sha256, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.baseline import MostProbable, usual_trainer
 from experiments.common import endless, experiment_parser, markdown, output, table
 from metrics import judge, load_classifier, rows_of_classes, spread, summarize_bound
 from model import UNet, accelerated
-from pictures import image_grid, new_figure, save_figure, write_picture
+from pictures import image_grid, new_figure, save_figure, subplots, write_picture
 from trainer import Trainer
 from trajectories import fill_in, respaced
 from transitions import FAMILIES
@@ -69,16 +69,14 @@ def changed(diffusion: DiscreteDiffusion) -> Tensor:
 
 def noise_figure():
     """The share of changed pixels and the mutual information of x_t and x_0, by t."""
-    figure = new_figure(12.5, 4)
-    left, right = figure.subplots(1, 2)
+    information = "mutual information of $x_t$ and $x_0$, of its maximum"
+    figure, (left, right) = subplots("share of pixels changed", information, xlabel="t")
     for transition, family in FAMILIES.items():
         style = "--" if transition == "absorbing" else "-"
         for schedule in family.schedules:
             diffusion = DiscreteDiffusion(torch.nn.Identity(), LEVELS, 200, transition, schedule)
             left.plot(changed(diffusion), style, label=f"{transition}, {schedule}")
             right.plot(mutual_information(diffusion), style)
-    left.set(xlabel="t", ylabel="share of pixels changed")
-    right.set(xlabel="t", ylabel="mutual information of $x_t$ and $x_0$, of its maximum")
     figure.legend(loc="outside right upper")
     return figure
 
@@ -101,20 +99,29 @@ def noise(args: argparse.Namespace) -> None:
 # other load on the machine makes no difference.
 
 RATE = 390  # on two cores
+SAVED = 1_000  # steps between checkpoints
 MINUTES = (1, 2, 5, 10, 30, 60, 120)
 EPOCHS = 50
 DIGITS = {"offline": ("offline digits", 2e-3), "mnist": ("full MNIST", 1e-4)}
 
 
 def on_the_way(data: str, args: argparse.Namespace) -> list[dict]:
-    """Loss, bound and samples at each of `args.minutes`, up to the end of the run."""
+    """Loss, bound and samples at each of `args.minutes`, up to the end of the run.
+
+    Continues from its file, if there is one.
+    """
     digits = load_dataset("train", data, args.data_root)
     x_0 = to_levels(load_dataset("validation", data, args.data_root).images)
     total = EPOCHS * (len(digits.images) // BATCH_SIZE)
     marks = {min(total, round(m * 60 * RATE / BATCH_SIZE)) for m in args.minutes}
     torch.manual_seed(0)
     trainer, stream = ours(total, DIGITS[data][1]), endless(digits, BATCH_SIZE)
-    rows, losses = [], []
+    rows, losses, file = [], [], output("expect").with_name(f"{data}.pth")
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        trainer.load_state_dict(state)
+        rows, losses = state["rows"], state["losses"]
+    stream = islice(stream, trainer.steps, None)
     while trainer.steps < max(marks):
         losses = [*losses[-99:], trainer.step(*next(stream)).item()]
         if trainer.steps in marks:
@@ -122,6 +129,8 @@ def on_the_way(data: str, args: argparse.Namespace) -> list[dict]:
             row |= {"train_loss": sum(losses) / len(losses), "bound": trainer.validate(x_0)}
             drawn = respaced(trainer.averaged, TIMESTEPS).sample(8, last_step="mode")
             rows.append(row | {"samples": drawn})
+        if trainer.steps in marks or trainer.steps % SAVED == 0:
+            save_checkpoint(file, trainer.state_dict() | {"rows": rows, "losses": losses})
     return rows
 
 
@@ -252,7 +261,7 @@ def compete(trainer: Trainer, usual: bool, digits: Dataset, x_0: Tensor) -> list
 
 
 def judge_weights(judged: DiscreteDiffusion, usual: bool, x_0: Tensor) -> dict:
-    """Bound and quality of samples. The usual argmax step is for samples: its bound is infinite."""
+    """Bound and quality of samples. The argmax step, whose bound is infinite, is for samples."""
     generator = torch.Generator().manual_seed(0)
     bound = judged.bound_terms(spread(x_0, RACE_SAMPLES), 2, generator)
     drawing = judged.around(MostProbable(judged.model)) if usual else judged
@@ -264,19 +273,16 @@ def judge_weights(judged: DiscreteDiffusion, usual: bool, x_0: Tensor) -> dict:
 
 
 def race_figure(rows: dict[str, dict]):
-    figure = new_figure(10, 4)
-    left, right = figure.subplots(1, 2)
+    ylabels = "bound, nats per image", "Fréchet distance"
+    figure, axes = subplots(*ylabels, xlabel="minutes of training", yscale="log")
     for name, one in rows.items():
         minutes, curve = [point["minutes"] for point in one["curve"]], one["curve"]
         bounds = [point["bound"]["nats_per_image"] for point in curve]
         distances = [point["samples"]["frechet_distance"] for point in curve]
-        left.plot(minutes, bounds, marker="o", label=name)
-        right.plot(minutes, distances, marker="o", label=name)
-    for axis, ylabel in ((left, "bound, nats per image"), (right, "Fréchet distance")):
-        axis.set(xlabel="minutes of training", ylabel=ylabel, yscale="log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.3, which="both")
-    right.legend()
+        for axis, values in zip(axes, (bounds, distances), strict=True):
+            axis.plot(minutes, values, marker="o", label=name)
+            axis.yaxis.set_major_formatter("{x:g}")
+    axes[1].legend()
     return figure
 
 

@@ -1,8 +1,12 @@
 """Make a folder to try `train.py --data FOLDER` on: the letters A to Z of all installed fonts.
 
-    apt-get install --no-install-recommends fonts-aenigma fonts-dustin fonts-lato ...
+    apt-cache search --names-only ^fonts- | cut -d' ' -f1 |
+        grep -vE -- '-(web|otf|docs?|han)$|(loose|tight)$|awesome|cns|glyph|hanaz|icons|ipamj' |
+        grep -vE -- 'kacst|klee|lxgw|mathj|migm|noto|shimen|symbol|-u(kai|mef|ming|nif)|wqy|yozv' |
+        xargs apt-get install --yes --no-install-recommends
     python -m experiments.letters letters
 
+The packages are all of Debian's fonts except symbols, Chinese, Japanese, and duplicates.
 As in notMNIST, each letter is scaled to fit, white on black, 28x28, in a sub-folder of its name.
 Skipped are fonts that lack a letter, symbol fonts, in which few letters look like those of other
 fonts, and duplicate pictures.

@@ -7,8 +7,9 @@ import math
 import shutil
 import subprocess
 import sys
-from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 from cli import REPOSITORY, UserError
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from fontTools import subset
 from PIL import Image
-from scripts import ENVIRONMENT, call, fail, succeed, untrained
+from scripts import ENVIRONMENT, call, fail, spy, succeed, untrained
 
 import dataset
 from checkpoint import json_bytes, read_checkpoint
@@ -89,11 +90,6 @@ def result_of(name, out):
     return json.loads((out / name / f"{name}.json").read_text())
 
 
-def choices_file(out, content: bytes):
-    (out / "choices").mkdir(parents=True)
-    (out / "choices" / "choices.json").write_bytes(content)
-
-
 def random_digits(n=8):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 1, 28, 28), generator=generator, dtype=torch.uint8)
@@ -108,10 +104,8 @@ def test_choices(commands, only, cheap, out):
     label, other = "absorbing, mutual_info, variational", "uniform, cosine, cross-entropy"
     keys = [f"{other}, seed 0", f"{label}, seed 1"]
     rows = {key: tables.choices()[key] for key in keys}
-    few = {
-        k: r._replace(train=r.train.replace("--steps 650", "--steps 2")) for k, r in rows.items()
-    }
-    only("choices", few)
+    short = {key: row.train.replace("--steps 650", "--steps 2") for key, row in rows.items()}
+    only("choices", {key: row._replace(train=short[key]) for key, row in rows.items()})
     flags = *CHOICES, "--rows", label
     text = succeed(*flags)
     result = result_of("choices", out)
@@ -168,7 +162,8 @@ def test_a_run_is_resumed_but_not_with_other_flags(commands, only, cheap, out, m
 def test_rows_that_are_done_are_kept(out, only, monkeypatch):
     """If another row fails, and from an older file."""
     old = {"provenance": {"command": "old"}, "title": "a", "rows": {"old": report("old", 70)}}
-    choices_file(out, json_bytes(old))
+    (out / "choices").mkdir(parents=True)
+    (out / "choices" / "choices.json").write_bytes(json_bytes(old))
     works = ["a"]
 
     def measure(row, folder, every):
@@ -187,29 +182,21 @@ def test_rows_that_are_done_are_kept(out, only, monkeypatch):
     assert list(result["rows"]) == ["old", "a", "b"] and result["rows"]["old"] == old["rows"]["old"]
     only("choices", {"old": tables.Row("old", [])})
     assert "'old' with other flags" in fail(*CHOICES)
-
-
-def test_a_damaged_result(commands, out):
-    choices_file(out, b"{")
+    (out / "choices" / "choices.json").write_text("{")
     assert "choices.json is damaged" in fail(*CHOICES)
-    assert not commands
 
 
-RELEASED = {
-    "headline": "thresholded, class given",
-    "steps": "5 timesteps",
-    "guidance": "--guidance 0.25",
-}
+ROWS = [("headline", "thresholded, class given"), ("steps", "5 timesteps")]
+ROWS.append(("guidance", "--guidance 0.25"))
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_models(name, commands, only, out, tmp_path):
+@pytest.mark.parametrize("name, label", ROWS)
+def test_released_models(name, label, commands, only, out, tmp_path):
     """evaluate.py takes the flags in the tables of released models."""
     file = tmp_path / "model.pth"
     untrained(file, timesteps=100, config={"num_labels": 10})
-    row = tables.TABLES[name][1]()[RELEASED[name]]
-    row = row._replace(evaluate=[f"{row.evaluate[0]} --images 2"], checkpoint=file)
-    only(name, {row.label: row})
+    row = tables.TABLES[name][1]()[label]
+    only(name, {label: row._replace(evaluate=[f"{row.evaluate[0]} --images 2"], checkpoint=file)})
     succeed("experiments.tables", name, *TRIAL)
     (one,) = result_of(name, out)["rows"].values()
     assert ("bound" in one) == (name == "steps")
@@ -307,6 +294,7 @@ def test_table_by_hand():
 def test_cells():
     assert common.cell([-1e-15], 3) == "0.000" and common.cell([], 1) == ""
     assert common.cell(["inf"], 1) == "inf" and common.cell([1, 2, 6], 1) == "3.0 (1.0 to 6.0)"
+    assert json.loads(json_bytes(report("a", math.inf)))["bound"]["nats_per_image"] == "inf"
 
 
 def test_headline_by_hand():
@@ -346,10 +334,6 @@ def test_levels_by_hand():
     assert lines[3] == "| b | 1.000 |  |  |"
 
 
-def test_infinite_bounds_are_strings_in_json():
-    assert json.loads(json_bytes(report("a", math.inf)))["bound"]["nats_per_image"] == "inf"
-
-
 # ------------------------------------------------------------------------------------------------
 # The page
 
@@ -387,12 +371,10 @@ def test_source_says_what_differs():
     assert page.source({"provenance": p}) == line
 
 
-def test_the_front_page_has_the_small_table(tmp_path):
-    (tmp_path / "folder").mkdir()
-    released = REPOSITORY / "results_d3pm" / "released" / "headline.json"
-    (tmp_path / "folder" / "headline.json").write_bytes(released.read_bytes())
-    assert page.filled("folder/headline", tmp_path).splitlines()[0].count("|") == 6
-    assert page.filled("headline", tmp_path / "folder").splitlines()[0].count("|") > 6
+def test_the_front_page_has_the_small_table():
+    released = REPOSITORY / "results_d3pm" / "released"
+    assert page.filled("released/headline", released.parent).splitlines()[0].count("|") == 6
+    assert page.filled("headline", released).splitlines()[0].count("|") > 6
 
 
 def test_our_own_page():
@@ -421,10 +403,6 @@ def test_page_that_cannot_be_filled(text, filled_page, tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # The baseline
-
-
-def test_plain_unet_is_the_common_one():
-    assert sum(p.numel() for p in baseline.PlainUNet().parameters()) == 1_883_074
 
 
 def test_most_probable_gives_the_posterior_of_the_argmax():
@@ -524,21 +502,10 @@ def test_noise(out, monkeypatch):
     assert all(line.get_ydata()[200] < 0.03 for line in lines)
 
 
-class FakeProcess:
+def process(*seconds):
     """Answers each name with 7 weights and the next of these times."""
-
-    def __init__(self, *seconds):
-        self.stdin = self.stdout = self
-        self.seconds, self.names = cycle(seconds), []
-
-    def write(self, text):
-        self.names += text.split("\n")[:1] if text.strip() else []
-
-    def flush(self):
-        pass
-
-    def readline(self):
-        return f"7 {next(self.seconds)}\n"
+    answers = "".join(f"7 {one}\n" for one in seconds)
+    return SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO(answers))
 
 
 def test_benchmark(out, tmp_path, constants):
@@ -546,27 +513,26 @@ def test_benchmark(out, tmp_path, constants):
     started = {}
 
     def start(folder, device, script=""):
-        return started.setdefault((folder, script), FakeProcess(1 if folder == tmp_path else 0.5))
+        started[folder, script] = process(*[1 if folder == tmp_path else 0.5] * 100)
+        return started[folder, script]
 
     constants(benchmark, BATCH_SIZE=2, DRAWN=(1, 2, 3), FEW=2, start=start)
     flags = "experiments.benchmark", "--no-compile", "--device", "cpu"
     text = succeed(*flags, "--before", tmp_path)
     result = result_of("benchmark", out)
     assert text.strip() == benchmark.table(result)
+    assert "| UNet | 7 | 4 | 2 | 2.00 | 1.0 |" in text
     names = ["UNet", "UNet, variational", "UNet, --amp"]
-    drawn = [f"UNet, batch {n}" for n in (1, 2, 3)]
-    plain = ["PlainUNet", "PlainUNet, batch 3"]
+    drawn, plain = [f"UNet, batch {n}" for n in (1, 2, 3)], ["PlainUNet", "PlainUNet, batch 3"]
     networks = result["training"]["networks"]
     assert list(networks) == [*names, "PlainUNet"]
     assert all(one == {"weights": 7, "images_per_second": 4} for one in networks.values())
     assert result["drawing"] == dict(zip([*drawn, plain[1]], [4, 8, 12, 12], strict=True))
     assert result["before"] == dict(zip([*names, *drawn], [2, 2, 2, 2, 4, 6], strict=True))
-    each = {(REPOSITORY, "train.py"): [*names, *drawn], (REPOSITORY, ""): plain}
-    each[tmp_path, "train.py"] = [*names, *drawn]
-    assert {key: p.names for key, p in started.items()} == {
-        key: names * benchmark.ROUNDS for key, names in each.items()
-    }
-    assert "| UNet | 7 | 4 | 2 | 2.00 | 1.0 |" in text
+    asked = {key: one.stdin.getvalue().splitlines() for key, one in started.items()}
+    assert asked.pop((REPOSITORY, "")) == plain * benchmark.ROUNDS
+    assert asked.keys() == {(REPOSITORY, "train.py"), (tmp_path, "train.py")}
+    assert all(theirs == [*names, *drawn] * benchmark.ROUNDS for theirs in asked.values())
     succeed(*flags)
     rates = benchmark.table(result_of("benchmark", out) | {"drawing": {"UNet, batch 3": 90.0}})
     assert "| UNet, batch 3 | 90 | 3.0 |" in rates  # 30 passes an image
@@ -575,43 +541,30 @@ def test_benchmark(out, tmp_path, constants):
 
 def test_benchmark_takes_medians(constants):
     constants(benchmark, ROUNDS=3)
-    rates = benchmark.take_turns([("ours", FakeProcess(1, 5, 3), "UNet")])
+    rates = benchmark.take_turns([("ours", process(1, 5, 3), "UNet")])
     assert rates == {("ours", "UNet"): (7, 128 / 3)}
-    ended = FakeProcess()
-    ended.readline = lambda: ""
     with pytest.raises(UserError, match="'UNet' failed in ours"):
-        benchmark.take_turns([("ours", ended, "UNet")])
+        benchmark.take_turns([("ours", process(1), "UNet")])
 
 
-def test_benchmark_works(monkeypatch, capsys):
-    """The program of a benchmark process, run in this one; it starts as the clone's scripts do."""
-    started = []
+def test_work_of_the_benchmark(monkeypatch, capsys):
+    """In here; its process starts as the clone's scripts do."""
     with monkeypatch.context() as patch:
-        patch.setattr(
-            subprocess, "Popen", lambda *args, **options: started.append((*args, options))
-        )
+        patch.setattr(subprocess, "Popen", Mock())
         patch.setenv("GOMP_SPINCOUNT", benchmark.WAITING["GOMP_SPINCOUNT"])
         patch.setenv("KMP_BLOCKTIME", "other")
         benchmark.start(REPOSITORY, "cpu", "train.py")
-    ((command, options),) = started
+        (command,), options = subprocess.Popen.call_args
     assert "GOMP_SPINCOUNT" not in options["env"] and options["env"]["KMP_BLOCKTIME"] == "other"
-    compile(command[-1], "worker", "exec")
+    assert options["cwd"] == REPOSITORY and compile(command[-1], "worker", "exec")
     assert command[-1].endswith(f"worker({str(REPOSITORY / 'train.py')!r}, 'cpu', 128, 5)")
-    assert options["cwd"] == REPOSITORY
-    main = sys.modules["__main__"]
+    main, names = sys.modules["__main__"], ["UNet", "UNet, variational", "UNet, batch 3"]
+    names += ["PlainUNet", "PlainUNet, batch 1", "UNet"]
     monkeypatch.setattr(main, "__file__", getattr(main, "__file__", None), raising=False)
-    names = [
-        "UNet",
-        "UNet, variational",
-        "UNet, batch 3",
-        "PlainUNet",
-        "PlainUNet, batch 1",
-        "UNet",
-    ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(names)))
     benchmark.worker("train.py", "cpu", 1, 2)
     answers = [line.split() for line in capsys.readouterr().out.splitlines()]
-    weights = {"UNet": 759_308, "PlainUNet": 1_883_074}
+    weights = {"UNet": 759_308, "PlainUNet": 1_883_074}  # of the common one
     assert [int(n) for n, _ in answers] == [weights[name.split(",")[0]] for name in names]
     assert all(float(seconds) > 0 for _, seconds in answers)
 
@@ -632,19 +585,28 @@ def test_fill(out, tmp_path, constants):
     assert Image.open(out / "fill" / "fill.png").size[0] > 100
 
 
-def test_expect(out, constants):
-    """Each mark once; marks beyond the end of the run coincide."""
+def test_expect(out, constants, monkeypatch):
+    """Each mark once, the last ones at the end of the run; a run that was stopped goes on."""
     data = {"load_dataset": lambda *_: random_digits(64), "BATCH_SIZE": 16, "UNet": Tiny}
-    constants(figures, TIMESTEPS=2, RATE=16 / 60, EPOCHS=2, **data)
-    succeed("experiments.figures", "expect", "--minutes", 1, 6, 100, 200)
+    constants(figures, TIMESTEPS=2, RATE=16 / 60, EPOCHS=2, SAVED=5, **data)
+    flags, expect = ("experiments.figures", "expect", "--minutes"), out / "expect"
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "write_json", Mock(side_effect=UserError("no power")))
+        assert "no power" in call(*flags, 1, 6)[2]
+    steps = spy(monkeypatch, Trainer, "step")
+    succeed(*flags, 1, 6, 100, 200)
     rows = result_of("expect", out)["rows"]
-    assert list(rows) == ["offline digits", "full MNIST"]
+    assert list(rows) == ["offline digits", "full MNIST"] and len(steps) == 2 * (8 - 6)
     for points in rows.values():
         assert [point["steps"] for point in points] == [1, 6, 8]
         assert [point["minutes"] for point in points] == pytest.approx([1, 6, 8])
         assert points[0]["bound"] > points[2]["bound"] and 0.5 < points[2]["train_loss"] < 1
-    height, width = Image.open(out / "expect" / "expect.png").size
+    height, width = Image.open(expect / "expect.png").size
     assert min(height, width) > 100
+    for file in expect.glob("*.pth"):
+        file.unlink()
+    succeed(*flags, 1, 6, 100)
+    assert result_of("expect", out)["rows"] == rows  # the same as in one go
 
 
 def test_letters(fresh_directory, tmp_path):
