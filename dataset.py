@@ -316,5 +316,5 @@ def batches(
 
 
 def stream_seed(*key: int) -> int:
-    """A seed for torch.Generator; unrelated for keys of equal length, integers below 2^32."""
+    """A seed for torch.Generator. Keys of equal length, integers below 2^32, give unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
