@@ -316,5 +316,5 @@ def batches(
 
 
 def stream_seed(*key: int) -> int:
-    """A seed for torch.Generator. Keys of equal length, integers below 2^32, give unrelated seeds."""
+    """A seed for torch.Generator, unrelated for different keys: equally many integers < 2^32."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1

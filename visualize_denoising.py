@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--fill", type=path(".png"), metavar="PART.png", help=words)
     words = f"for --fill: choose from N weighted trajectories (default {PARTICLES})"
     add("--particles", type=integer(1), metavar="N", help=words)
-    words = "frames per second, 1 to 50 (default 20), in GIF's hundredths of a second"
+    words = "frames per second, 1 to 50 (default 20), rounded to GIF's hundredths of a second"
     add("--fps", type=number(1, 50), default=20, help=words)
     add("--seed", type=cli.SEED, default=0, help="random seed (default 0)")
     cli.add_device(add)
