@@ -253,7 +253,7 @@ class RunFolder:
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            warning = f"warning: {self.path} can't be locked: start no second run there"
+            warning = f"warning: {self.path} can't be locked: don't start a second run there"
             print(warning, file=sys.stderr)
 
     def holds_a_run(self) -> bool:
@@ -276,7 +276,7 @@ class RunFolder:
         if newest and not message:
             return newest
         if newest:
-            message += f"; go on from the next one with --resume {shlex.quote(str(newest))}"
+            message += f"; continue from the next newest with --resume {shlex.quote(str(newest))}"
         raise UserError(message or f"--resume: there is no checkpoint in {self.checkpoints}")
 
     def clear(self) -> None:

@@ -282,7 +282,7 @@ def take(data: Dataset, n: int | None) -> Dataset:
         return data
     size = len(data.images)
     if not 1 <= n <= size:
-        raise UserError(f"limit must be between 1 and {size}, the images of this split, got {n}")
+        raise UserError(f"limit must be between 1 and {size}, the size of this split, got {n}")
     keep = torch.arange(n) * size // n
     return replace(data, images=data.images[keep], labels=data.labels[keep])
 

@@ -204,8 +204,8 @@ class UNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if x_t.ndim != 4 or x_t.shape[1] != 1 or x_t.shape[2] % 8 or x_t.shape[3] % 8:
-            what = "images must be [B, 1, H, W] with H and W multiples of 8"
-            raise ValueError(f"{what}, got {list(x_t.shape)}")
+            rule = "images must be [B, 1, H, W] with H and W multiples of 8"
+            raise ValueError(f"{rule}, got {list(x_t.shape)}")
         emb = self.embed_t(time_features(t, self.time_dim).to(self.fold.weight))
         if self.num_labels:
             y = torch.full_like(t, -1, dtype=torch.long) if y is None else y.long()

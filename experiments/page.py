@@ -55,11 +55,11 @@ def main() -> None:
     args = p.parse_args()
     text = args.page.read_text()
     if not len(MARKED.findall(text)) == text.count("<!-- table:") == text.count("<!-- end -->"):
-        raise UserError(f"{args.page}: a table has no name of one word, or no end")
+        raise UserError(f"{args.page}: a table has no one-word name or no end")
     for name, old in MARKED.findall(text):
         new = filled(name, args.page.parent)
         if args.check and new != old:
-            raise UserError(f"{args.page}: the table {name} is not what {name}.json gives")
+            raise UserError(f"{args.page}: the table {name} differs from {name}.json")
         text = text.replace(f"<!-- table: {name} -->\n{old}", f"<!-- table: {name} -->\n{new}")
     if not args.check:
         print(text, end="")

@@ -189,7 +189,7 @@ def command(script: str, *flags) -> None:
     """Run a script of the repository. Raises UserError if it fails."""
     code = subprocess.run([sys.executable, REPOSITORY / script, *map(str, flags)]).returncode
     if code:
-        raise UserError(f"{script} ended with code {code}: finished rows are kept")
+        raise UserError(f"{script} failed with code {code}; finished rows are kept")
 
 
 def measure(row: Row, folder: Path, every: list) -> dict:

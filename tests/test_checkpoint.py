@@ -575,7 +575,7 @@ def test_the_newest_checkpoint():
         save_checkpoint(folder.checkpoints / f"{name}.pth", fake_checkpoint(step))
         os.utime(folder.checkpoints / f"{name}.pth", (1e9 - age, 1e9 - age))
     assert folder.newest().name == "last.pth"
-    hint = f"; go on from the next one with --resume '{folder.checkpoints}/"
+    hint = f"; continue from the next newest with --resume '{folder.checkpoints}/"
     for name, following in (("last", "model_epoch_20"), ("model_epoch_20", "constant")):
         (folder.checkpoints / f"{name}.pth").write_bytes(b"")  # left by a full disk
         with pytest.raises(UserError, match=f"{name}.pth is damaged") as error:
