@@ -1,4 +1,4 @@
-"""Files: atomic writes, checkpoints that describe themselves, the folder of a training run.
+"""Files: atomic writes, self-describing checkpoints, the folder of a training run.
 
 A checkpoint is a dict of plain values and tensors. Sampling needs the configurations `network` and
 `diffusion`, and `averaged_weights`. train.py adds `dataset` (Dataset.description), `binarize`,
@@ -31,30 +31,30 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-# Defaults of the scripts; the results page says why
+# Defaults of the scripts; the results page explains them
 RELEASED = REPOSITORY / "results_d3pm" / "released" / "d3pm_mnist.pth"
 TIMESTEPS = 30  # or fewer, if training had fewer
 PARTICLES = 16  # trajectories to choose from when filling in
 
 
 def default_last_step(diffusion: DiscreteDiffusion) -> str:
-    """The default of --last-step: the paper's joint form has no mode in its last step."""
+    """The default of --last-step: "draw" for the joint form, as in the paper."""
     return "mode" if diffusion.reverse == "mixture" else "draw"
 
 
 # --------------------------------------------------------------------------------------------------
 # Outputs
 
-UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # by some network disks
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # on some network disks
 
 
 @contextmanager
 def atomic_writes(*paths: str | Path, inputs: Iterable = ()) -> Iterator[list[io.BytesIO]]:
-    """Yield buffers that become the files `paths` when the block ends without an error.
+    """Yield buffers that become the files `paths` if the block ends without an error.
 
-    After an error the older files are still there. Folders are created, links followed, modes kept.
-    Raises OSError before the block if a path can't be written, and UserError if two of the paths
-    and `inputs` are the same file; OSError after the block, for a full disk, say.
+    After an error, older files are unchanged. Creates folders, follows links, keeps modes. Raises
+    OSError before the block if a path can't be written, or after it (a full disk, say); UserError
+    before the block if two of `paths` and `inputs` are the same file.
     """
     targets = [Path(path).expanduser().resolve() for path in paths]
     taken = [(Path(path).resolve(), "read") for path in inputs]
@@ -63,7 +63,7 @@ def atomic_writes(*paths: str | Path, inputs: Iterable = ()) -> Iterator[list[io
             if target == other or (target.exists() and other.exists() and target.samefile(other)):
                 raise UserError(f"can't write {target}: the same file is {use} by this command")
         taken.append((target, "written"))
-    # Cut, because the target's name may have all the 255 bytes that file systems allow.
+    # Shortened, as the target's name may already have the maximum of 255 bytes.
     names = [f".{target.name[:32]}.{secrets.token_hex(4)}" for target in targets]
     files = [(t, t.parent / name, io.BytesIO()) for t, name in zip(targets, names, strict=True)]
     try:
@@ -94,7 +94,7 @@ def atomic_write(path: str | Path) -> Iterator[io.BytesIO]:
 
 @contextmanager
 def naming(target: Path) -> Iterator[None]:
-    """Name `target` in an OSError: the system names no file, or the temporary one."""
+    """Name `target` in an OSError; the system names the temporary file or none."""
     try:
         yield
     except OSError as error:
@@ -113,7 +113,7 @@ def write_to_disk(path: Path, buffer: io.BytesIO) -> None:
 
 
 def replace(temporary: Path, target: Path) -> None:
-    """os.replace that keeps the mode. Windows refuses while a virus scanner reads the target."""
+    """os.replace that keeps the mode, and retries while a virus scanner blocks it on Windows."""
     with suppress(OSError):  # no older file, or no modes on this file system
         shutil.copymode(target, temporary)
     for seconds in (0.1, 0.2, 0.4, 0.8):
@@ -125,7 +125,7 @@ def replace(temporary: Path, target: Path) -> None:
 
 
 def json_bytes(value: dict) -> bytes:
-    """The dict as JSON after its `provenance`; infinities, NaN and paths become strings."""
+    """The dict as JSON, `provenance` first; infinities, NaN and paths become strings."""
     text = json.dumps({"provenance": provenance()} | value, default=os.fspath)
     finite = json.loads(text, parse_constant=lambda constant: str(float(constant)))
     return json.dumps(finite, indent=2).encode() + b"\n"
@@ -143,7 +143,7 @@ def write_json(path: str | Path, value: dict) -> None:
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a checkpoint atomically.
 
-    Raises OSError, or ValueError if it could not be read back (a NumPy number in it, say).
+    Raises OSError, or ValueError if it can't be read back (a NumPy number in it, say).
     """
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
@@ -156,12 +156,12 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The dict that `save_checkpoint` wrote, on the CPU, read with `weights_only=True`.
+    """Read a checkpoint onto the CPU with `weights_only=True`; older layouts are converted.
 
     Raises OSError, or UserError if it is damaged or not a checkpoint of this repository.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is not a regular file")  # opening a named pipe would wait
+        raise UserError(f"{path} is not a regular file")  # opening a named pipe would hang
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -174,7 +174,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path} is not a checkpoint of this repository")
     if "num_classes" in parts[1]:  # the name in the first released models
         parts[1]["num_levels"] = parts[1].pop("num_classes")
-    if "dataset" not in checkpoint:  # from when all images were digits
+    if "dataset" not in checkpoint:  # from when there were only digits
         known = {"classes": [*"0123456789"], "size": [28, 28], "palette": None}
         checkpoint["dataset"] = {"source": checkpoint.get("data", "mnist")} | known
     return checkpoint
@@ -189,21 +189,21 @@ def load_checkpoint(path: str | Path, device="cpu", timesteps=None) -> DiscreteD
 
 
 def build_diffusion(checkpoint: dict, path, device="cpu", timesteps=None) -> DiscreteDiffusion:
-    """`load_checkpoint` of what `read_checkpoint` returned; `path` is for messages."""
+    """`load_checkpoint` for the dict of `read_checkpoint`; `path` is for messages."""
     config, weights = checkpoint["network"], checkpoint["averaged_weights"]
     try:
         sizes = [n for v in config.values() for n in (v if isinstance(v, list | tuple) else [v])]
         limit = max(len(weights), *(n for p in weights.values() for n in p.shape))
         if any(isinstance(n, int) and n > limit for n in sizes):
-            raise ValueError("it describes a larger network than its weights are of")
+            raise ValueError("it describes a larger network than its weights")
         diffusion = DiscreteDiffusion(build_network(config), **checkpoint["diffusion"])
         diffusion.model.load_state_dict(weights)
-    except Exception as error:  # whatever a broken configuration leads to
+    except Exception as error:  # a broken configuration may raise anything
         reason = " ".join(str(error).split())[:300]
         message = f"{path} does not fit this version of the repository: {reason}"
         raise UserError(message) from error
     if not all(p.isfinite().all() for p in weights.values()):
-        raise UserError(f"{path} holds weights that are not finite: its training has diverged")
+        raise UserError(f"{path} has weights that are not finite: its training diverged")
     if timesteps is not None:
         with user_errors():
             diffusion = respaced(diffusion, timesteps)
@@ -228,9 +228,10 @@ class RunFolder:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Own the folder until the block ends or the process dies, where the disk has locks.
+        """Lock the folder until the block ends or the process dies.
 
-        Raises UserError if another process owns it, OSError if it can't be written.
+        Raises UserError if another process holds the lock, OSError if the folder can't be written.
+        Only warns if the disk has no locks.
         """
         with ExitStack() as stack:
             with naming(self.path):
@@ -259,9 +260,9 @@ class RunFolder:
         return bool(self._files(*self.RUN))
 
     def newest(self) -> Path:
-        """last.pth, or else the checkpoint of the highest step.
+        """last.pth, else the checkpoint with the highest step.
 
-        Raises UserError if there is none, or if a checkpoint that may be the newest is damaged.
+        Raises UserError if there is none, or if one that may be the newest is damaged.
         """
         steps, message = {}, ""
         for path in self._files(*self.RESUMABLE):
@@ -279,7 +280,7 @@ class RunFolder:
         raise UserError(message or f"--resume: there is no checkpoint in {self.checkpoints}")
 
     def clear(self) -> None:
-        """Delete what a run writes, and nothing else."""
+        """Delete the files of a run, and nothing else."""
         for path in self._files(*self.RUN, *self.REPORTS):
             path.unlink()
 

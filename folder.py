@@ -1,4 +1,4 @@
-"""A folder of pictures as bytes: grey values, or the colours themselves as levels."""
+"""Read a folder of pictures as bytes: grey values, or indices into a palette."""
 
 import functools
 import hashlib
@@ -14,15 +14,15 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SPLITS = ("train", "validation", "test")
-USUAL_SIDE = 128  # larger pictures: say first what they cost
+USUAL_SIDE = 128  # of a picture; announce what larger ones cost
 MAX_COLOURS = 256
 
 
 def load_folder(folder: Path, split: str, size=None, palette: bool = False) -> tuple:
-    """Images uint8 [N, h, w], labels int64 [N], names of the classes, (h, w), palette or None.
+    """Images uint8 [N, h, w], labels int64 [N], class names, (h, w), palette or None.
 
-    The images are grey or, with `palette`, indices into it: the colours of all pictures in the
-    order of their RGB values. `size` is a side or (h, w).
+    The images are grey or, with `palette`, indices into the palette: the colours of all pictures,
+    sorted by RGB value. `size`: a side or (h, w) to resize to.
 
     Raises UserError if a picture can't be used, OSError if a sub-folder can't be read.
     """
@@ -35,9 +35,9 @@ def load_folder(folder: Path, split: str, size=None, palette: bool = False) -> t
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The files below `folder` with an ending that Pillow reads, sorted; links are followed.
+    """The files below `folder` with an extension that Pillow reads, sorted; follows links.
 
-    Raises UserError if there are none, or if only some of them are in sub-folders; OSError.
+    Raises UserError if there are none or only some are in sub-folders; OSError.
     """
 
     def refuse(error: OSError):
@@ -47,11 +47,11 @@ def find_pictures(folder: Path) -> list[Path]:
     endings = {ending for ending, kind in known if kind in Image.OPEN}
     files: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        here = Path(parent)
-        above = {here.resolve(), *here.resolve().parents}  # links to these would have no end
+        parent = Path(parent)
+        above = {parent.resolve(), *parent.resolve().parents}  # links to these would never end
         shown = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        folders[:] = [name for name in shown if (here / name).resolve() not in above]
-        shown = [here / name for name in names if not name.startswith(".")]
+        folders[:] = [name for name in shown if (parent / name).resolve() not in above]
+        shown = [parent / name for name in names if not name.startswith(".")]
         files += [file for file in shown if file.suffix.lower() in endings]
     if not files:
         raise UserError(f"there are no pictures that Pillow can read in {folder}")
@@ -63,14 +63,14 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def open_picture(file: Path, palette: bool) -> Image.Image:
-    """The picture in RGB, turned as its EXIF data say, transparency over black.
+    """The picture in RGB, rotated by its EXIF tag, transparency over black.
 
-    Raises ValueError if it is refused, and whatever Pillow raises.
+    Raises ValueError if the picture is unsupported, and whatever Pillow raises.
     """
-    if not file.is_file():  # opening a named pipe would wait
+    if not file.is_file():  # opening a named pipe would hang
         raise ValueError("it is a broken link or not a regular file")
     with Image.open(file) as opened:
-        # Cameras put a preview into the JPEG files that Pillow calls MPO.
+        # Pillow calls a camera's JPEG with a preview MPO.
         if getattr(opened, "is_animated", False) and opened.format != "MPO":
             raise ValueError("it is animated or has several pages")
         picture = ImageOps.exif_transpose(opened)
@@ -86,19 +86,19 @@ def open_picture(file: Path, palette: bool) -> Image.Image:
 
 
 def number_colours(rgb: Image.Image, numbers: dict[int, int]) -> np.ndarray:
-    """The picture with each colour's number, uint8 [h, w]; new colours 0xRRGGBB are numbered."""
+    """Each pixel's colour number, uint8 [h, w]; new colours 0xRRGGBB are added to `numbers`."""
     packed = np.asarray(rgb).astype(np.int64) @ [1 << 16, 1 << 8, 1]
-    found, where = np.unique(packed, return_inverse=True)
-    here = [numbers.setdefault(colour, len(numbers)) for colour in found.tolist()]
+    found, inverse = np.unique(packed, return_inverse=True)
+    found = [numbers.setdefault(colour, len(numbers)) for colour in found.tolist()]
     if len(numbers) > MAX_COLOURS:
         problem = f"the pictures have more than {MAX_COLOURS} colours"
         raise UserError(f"{problem}: use --levels K, which makes them grey")
-    return np.array(here, np.uint8)[where].reshape(packed.shape)
+    return np.array(found, np.uint8)[inverse].reshape(packed.shape)
 
 
-@functools.lru_cache(maxsize=1)  # a run asks for two splits: its pictures are read once
+@functools.lru_cache(maxsize=1)  # a run loads two splits; pictures are read once
 def read_all(folder: Path, files: tuple, times: tuple, size: tuple | None, palette: bool) -> dict:
-    """What `load_folder` returns, by split, from files that were changed at `times`."""
+    """`load_folder` for every split. `times`, when the files changed, are for the cache only."""
     images, shares, refused, numbers = [], [], [], {}
     for file in tqdm(files, desc="reading", unit=" pictures", leave=False, disable=None):
         try:
@@ -143,7 +143,7 @@ def read_all(folder: Path, files: tuple, times: tuple, size: tuple | None, palet
 
 
 def announce(n: int, h: int, w: int) -> None:
-    memory = max(1, 2e-6 * n * h * w)  # twice the bytes, while they are divided into splits
+    memory = max(1, 2e-6 * n * h * w)  # two copies, while splitting
     text = f"Reading {n:,} pictures, {h}x{w}, which takes {memory:,.0f} MB of memory"
     if h * w > USUAL_SIDE**2:
         text += f"\nTraining takes {h * w / 32**2:.0f} times as long as with 32x32: try --size"
@@ -151,10 +151,10 @@ def announce(n: int, h: int, w: int) -> None:
 
 
 def split_by(shares: np.ndarray) -> np.ndarray:
-    """The index into SPLITS of each picture: 90, 5 and 5 %, but at least one picture each.
+    """Each picture's index into SPLITS: 90, 5 and 5 %, at least one picture each.
 
-    `shares` are hashes of the contents in [0, 1): copies of a picture are in one split, and a new
-    picture moves no other. Raises UserError for fewer than 3 different pictures.
+    `shares` are hashes of the contents in [0, 1), so copies share a split and a new picture moves
+    no other. Raises UserError for fewer than 3 different pictures.
     """
     distinct = np.unique(shares)
     if len(distinct) < 3:

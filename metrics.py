@@ -1,4 +1,4 @@
-"""The numbers of evaluate.py: bounds with errors, and how similar samples are to real digits."""
+"""Metrics of evaluate.py: bounds with standard errors, and the quality of samples."""
 
 import math
 from itertools import pairwise
@@ -27,10 +27,10 @@ def summarize_bound(*draws: BoundTerms, label_cost: float = 0.0, pixels: int = 2
     """Means in nats per image, their standard error over images, and bits per dimension.
 
     Args:
-        draws: the terms of the same images, for one or several random binarizations.
-        label_cost: -log p(label) in nats, for terms that are given the label. With it the sum
-            bounds p(image), too.
-        pixels: for bits per dimension, without the padding, which counts in the bound.
+        draws: bound terms of the same images, one for each random binarization.
+        label_cost: -log p(label) in nats, added if the terms are conditional on the label, so
+            that the sum still bounds -log p(image).
+        pixels: for bits per dimension, without padding. The bound includes padding.
     """
 
     def mean(part: str) -> float:
@@ -57,12 +57,12 @@ def summarize_bound(*draws: BoundTerms, label_cost: float = 0.0, pixels: int = 2
 
 
 def summarize_gain(log_w: Tensor, bound: dict) -> dict:
-    """How far the bound falls with k weights inside the logarithm, for k = 1, 2, 4, ..., N.
+    """The gain from averaging k weights inside the logarithm, for k = 1, 2, 4, ..., N.
 
     Args:
-        log_w: log-weights, float64 [B, N]; the gain is a mean over groups of k of N trajectories.
-        bound: the plain one of `summarize_bound`, possibly of more images. The importance-weighted
-            bound is the plain one minus the gain; its standard error includes both.
+        log_w: log-weights, float64 [B, N], split into groups of k trajectories.
+        bound: from `summarize_bound`, possibly of more images. Subtracting the gain gives the
+            importance-weighted bound, whose standard error combines both.
     """
     N, rows = log_w.shape[1], []
     for k in [*(2**i for i in range(N.bit_length()) if 2**i < N), N]:
@@ -106,7 +106,7 @@ def load_classifier(device: torch.device | str = "cpu") -> Classifier:
     classifier = Classifier()
     try:
         classifier.load_state_dict(torch.load(CLASSIFIER, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises half a dozen types
+    except Exception as error:  # torch raises many types
         reason = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         remedy = "restore it, or train it with evaluate.py --train-classifier"
         raise UserError(f"{CLASSIFIER} is {reason}: {remedy}") from None
@@ -114,7 +114,7 @@ def load_classifier(device: torch.device | str = "cpu") -> Classifier:
 
 
 def train_classifier(data_root, out, epochs: int = 12, batch_size: int = 128) -> None:
-    """Train on digits that are shifted, half of them binarized at random; print the accuracy."""
+    """Train on shifted digits, half of them randomly binarized, and print the test accuracy."""
     torch.manual_seed(0)
     digits, test = (load_dataset(split, "mnist", data_root) for split in ("train", "test"))
     classifier = Classifier().to(memory_format=torch.channels_last)
@@ -156,19 +156,19 @@ def judge(classifier: Classifier, x: Tensor, num_levels: int) -> tuple[Tensor, T
 
 
 def spread(x: Tensor, n: int | None) -> Tensor:
-    """n rows of x, evenly spaced: the digits may be sorted by class."""
+    """n evenly spaced rows of x (all for None), since digits may be sorted by class."""
     return x if n is None or n >= len(x) else x[torch.arange(n) * len(x) // n]
 
 
 def rows_of_classes(labels: Tensor, counts: Tensor) -> Tensor:
-    """The rows of counts[c] digits of each class c (or all there are), evenly spaced: int64."""
+    """Indices, int64, of counts[c] evenly spaced digits of each class c, or all of them."""
     return torch.cat([spread((labels == c).nonzero()[:, 0], int(n)) for c, n in enumerate(counts)])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features [N, D] (Heusel 2017)."""
     C_a, C_b = a.T.cov(), b.T.cov()
-    # The trace of a square root sums the roots of the eigenvalues, here real and not negative.
+    # The root's trace is the sum of the eigenvalues' roots, here real and non-negative.
     root = torch.linalg.eigvals(C_a @ C_b).real.clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + C_a.trace() + C_b.trace() - 2 * root).item()
 
@@ -177,7 +177,7 @@ def share_within(points: Tensor, reference: Tensor, k: int = 3) -> float:
     """Share of `points` [N, D] within the k-th neighbour distance of a point of `reference` [M, D].
 
     Precision for samples among test digits, recall for test digits among samples (Kynkaanniemi
-    2019). In blocks: all distances of 50,000 points would take 20 GB.
+    2019). In blocks, as all distances between 50,000 points would take 20 GB.
     """
     # k + 1, since each point is its own nearest neighbour
     distances = (torch.cdist(block, reference) for block in reference.split(1000))
@@ -196,10 +196,10 @@ def isolated(x: Tensor) -> Tensor:
 def quality(
     x: Tensor, reference: Tensor, classifier: Classifier, num_levels: int, asked=None
 ) -> dict:
-    """How similar the images x [N, 1, 32, 32] are to real digits with the features `reference`.
+    """Compare images x, levels [N, 1, 32, 32], with real digits by their features `reference`.
 
-    `asked` are the labels that the images were drawn for, int64 [N]. Isolated pixels, and ink in
-    the border of 2 pixels that is empty in every digit, are shares of images.
+    `asked`: the labels that the images were drawn for, int64 [N]. For isolated pixels, and for ink
+    in the 2-pixel border, which is empty in real digits, report the share of images that have any.
     """
     features, logits = judge(classifier, x, num_levels)
     predicted, same_size = logits.argmax(1), spread(reference, len(x))
@@ -226,7 +226,7 @@ def quality(
 
 def nearest_digits(samples: Tensor, train: Tensor, k: int = 7, p: int = 1) -> tuple[Tensor, Tensor]:
     """Each sample and its k nearest training images, [n (k + 1), 1, H, W]; smallest distances [n].
-    They are sums of absolute differences of levels, or for p = 0 numbers of pixels that differ."""
+    p = 1 sums absolute differences of levels, p = 0 counts pixels that differ."""
     distance = torch.cdist(samples.flatten(1).float(), train.flatten(1).float(), p=p)
     nearest = distance.topk(min(k, len(train)), largest=False)
     rows = torch.cat([samples[:, None], train[nearest.indices]], dim=1)

@@ -5,11 +5,11 @@
     y        labels, int64 [B] in 0..num_labels-1, -1 for none; only if num_labels > 0
     output   float [B, num_levels, H, W]
 
-For a network of your own, write a class that keeps to this, add it to `NETWORKS`, and name it with
-train.py --network. It is built with the keyword arguments of `UNet`, and keeps those that rebuild
-it, and its `name`, as `config`. `hidden_matrices()` lists the weights that Muon may orthogonalise;
-without it, train with --optimizer adamw. On CUDA the training step is recorded: forward must not
-wait for the device (no `.item()`).
+For your own network, write a class with this interface, add it to `NETWORKS`, and select it with
+train.py --network. It is built with the keyword arguments of `UNet`; its `config` holds its `name`
+and the arguments that rebuild it. `hidden_matrices()` lists the weights for Muon to orthogonalize;
+without it, train with --optimizer adamw. On CUDA the training step becomes a CUDA graph: forward
+must not sync (no `.item()`).
 """
 
 import math
@@ -39,7 +39,7 @@ def one_hot(x: Tensor, num_states: int) -> Tensor:
 
 def as_numbers(x: Tensor, num_levels: int) -> Tensor:
     """Levels as float numbers from -1 to 1, a mask as 0."""
-    x = x.float()  # first: bytes can't be compared with 256
+    x = x.float()  # first, as bytes can't be compared with 256
     return torch.where(x < num_levels, 2 * x / (num_levels - 1) - 1, 0.0)
 
 
@@ -50,9 +50,9 @@ def logistic_logits(mean: Tensor, log_scale: Tensor, num_levels: int) -> Tensor:
 
         log(sigmoid(b) - sigmoid(a)) = log sigmoid(b) + log sigmoid(-a) + log(1 - exp(a - b)).
 
-    The last term is the same for every bin, and the softmax, which truncates, drops it. A log-scale
-    of 0 stands for exp(-2), as in the authors' code. FLOOR of the mass is uniform: a very narrow
-    logistic would call all other levels impossible and make the bound infinite.
+    The last term is the same for every bin, so the softmax, which truncates, cancels it. A
+    log-scale of 0 means a scale of exp(-2), as in the authors' code. FLOOR of the mass is uniform:
+    otherwise a very narrow logistic rules out all other levels and makes the bound infinite.
     """
     centres = torch.linspace(-1, 1, num_levels, dtype=mean.dtype, device=mean.device)
     centres, half_bin = centres.view(1, -1, 1, 1), 1 / (num_levels - 1)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks of one resolution, each followed by attention if it is affordable."""
+    """Residual blocks of one resolution, each followed by attention if asked for."""
 
     def __init__(self, channels: int, blocks: int, emb_dim: int, dropout: float, attention: bool):
         super().__init__()
@@ -123,9 +123,9 @@ class UNet(nn.Module):
     """The default network, made for CPUs. `UNet()` is for two grey levels.
 
     The input folds 2x2 pixels into channels and the output unfolds them, so all work is done at
-    1/2, 1/4 and 1/8 of the resolution, with attention at the two lower ones. The way up adds the
-    features of the way down. A learned table by t and by the pixel's own noisy state is added to
-    the output: how far to trust x_t at t is the first thing to know about x_0.
+    1/2, 1/4 and 1/8 of the resolution, with attention at the two lower ones. Skip connections add
+    the features of the way down on the way up. The output adds a learned table by t and the pixel's
+    noisy state, since x_0 depends most on how far x_t can be trusted at t.
 
     Args:
         num_levels, num_states: K, the values of x_0; S, those of x_t, K by default.
@@ -133,10 +133,10 @@ class UNet(nn.Module):
         blocks: residual blocks at each resolution, on the way down and again on the way up.
         num_labels: the number of classes; 0 for none.
         output: "softmax", or "logistic" for ordered levels: a discretized logistic, whose mean is
-            the noisy level plus a correction (without the authors' tanh, 0 says that x_0 is x_t).
-        ordinal: show x_t as a number from -1 to 1, too, as the authors do, so that neighbouring
+            the noisy level plus a correction (no tanh, unlike the authors: 0 means x_0 = x_t).
+        ordinal: also input x_t as a number from -1 to 1, as the authors do, so that neighbouring
             levels look alike from the start.
-        dropout: the share of each residual block's activations that training drops.
+        dropout: probability of dropout in the residual blocks.
 
     Raises:
         ValueError: for arguments out of range; by `forward` for sides that are not multiples of 8.
@@ -197,7 +197,7 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The weights between embeddings and output: what Muon orthogonalises."""
+        """The weights between embeddings and output, which Muon orthogonalizes."""
         edges = ("embed_t.", "embed_y.", "fold.", "fold_level.", "unfold.", "own_state.")
         named = self.named_parameters()
         return [p for name, p in named if p.ndim > 1 and not name.startswith(edges)]
@@ -245,12 +245,12 @@ def build_network(config: dict) -> nn.Module:
     name = arguments.pop("name", None)
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}: choose from {', '.join(NETWORKS)}")
-    # Channels last: convolutions on the CPU are 5 to 10 % faster for it.
+    # Channels last makes convolutions on the CPU 5 to 10 % faster.
     return NETWORKS[name](**arguments).to(memory_format=torch.channels_last)
 
 
 class Autocast(nn.Module):
-    """A network that computes in bfloat16 where that is safe, and returns float32 logits."""
+    """Run a network under bfloat16 autocast and return float32 logits."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -265,9 +265,9 @@ class Autocast(nn.Module):
 
 
 def accelerated(network: nn.Module, amp: bool, compiled: bool) -> nn.Module:
-    """The same network and weights, in bfloat16 if `amp`, and compiled if asked.
+    """The same network and weights, under bfloat16 autocast if `amp`, and compiled if asked.
 
-    Warns of bfloat16 on an x86 processor without instructions for it.
+    Warns if an x86 CPU has no bfloat16 instructions.
     """
     if amp and next(network.parameters()).device.type == "cpu":
         level = torch.backends.cpu.get_cpu_capability()  # "DEFAULT" on ARM

@@ -1,4 +1,4 @@
-"""Pictures of images and of numbers."""
+"""Image grids, partly transparent images, and figures."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ BACKGROUND = 96  # the grey between images, also for masks and for unknown pixel
 
 
 def style_of(checkpoint: dict) -> dict:
-    """How the images of a checkpoint are shown: keyword arguments of the functions here."""
+    """How to show a checkpoint's images: keyword arguments of the functions below."""
     dataset, num_levels = checkpoint["dataset"], checkpoint["diffusion"]["num_levels"]
     size = None if dataset["source"] in NAMES else tuple(dataset["size"])
     return {"num_levels": num_levels, "palette": dataset["palette"], "size": size}
 
 
 def without_padding(x: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """[n, 1, H, W] -> a copy [n, 1, h, w], or x itself where the padding is shown, too."""
+    """[n, 1, H, W] -> a copy [n, 1, h, w], or x itself if `size` is None."""
     return x if size is None else unpadded(x, size).contiguous()
 
 
 def image_grid(
     x: Tensor, num_levels: int = 2, columns: int | None = None, palette=None, size=None
 ) -> Image.Image:
-    """One picture of the images [n, 1, H, W], integers, row by row; level 0 is black.
+    """Tile integer images [n, 1, H, W] row by row; level 0 is black.
 
-    States that are not levels (-1, or a mask) get the colour of the background. `palette` has the
-    (r, g, b) of each level, `size` is (h, w) without the padding, which is then left out.
+    States that are not levels (-1 or a mask) get the background colour. `palette` has the (r, g, b)
+    of each level. `size`, (h, w), crops the padding.
     """
     x = without_padding(x, size)
     n, _, H, W = x.shape
@@ -68,9 +68,9 @@ def image_grid(
 def read_partial_digit(path: str | Path, num_levels: int = 2, palette=None, size=None) -> Tensor:
     """The known pixels of an image, int64 [1, 1, H, W]: levels, or -1 where they are unknown.
 
-    The file is a PNG of the size that the model's images have: `size`, or MNIST's, 28x28 or 32x32.
-    Pixels are unknown where it is at least half transparent. Colours become levels as in training,
-    and the padding is known.
+    The file is a PNG of the model's image size: `size`, or 28x28 or 32x32 for MNIST. Pixels that
+    are at least half transparent are unknown. Colours become levels as in training. Padding is
+    known.
 
     Raises:
         OSError: if the file can't be read.
@@ -82,7 +82,7 @@ def read_partial_digit(path: str | Path, num_levels: int = 2, palette=None, size
             picture = Image.open(file, formats=["PNG"])
             width, height = picture.size
             rgba = picture.convert("RGBA") if (height, width) in sizes else None
-        except Exception as error:  # Pillow raises half a dozen types
+        except Exception as error:  # Pillow raises many types
             reason = type(error).__name__
             raise UserError(f"{path} is damaged or is not a PNG ({reason})") from None
     if rgba is None:
@@ -100,7 +100,7 @@ def read_partial_digit(path: str | Path, num_levels: int = 2, palette=None, size
         foreign = given & ~same.any(-1)
         if foreign.any():
             colour = tuple(colours[foreign][0, 0].tolist())
-            raise UserError(f"{path} has the colour {colour}, which no picture in training had")
+            raise UserError(f"{path} has the colour {colour}, which no training picture has")
     return padded(torch.where(given, levels, -1)[None])
 
 
@@ -113,8 +113,8 @@ def titled_frame(x_t: Tensor, title: str, **style) -> Image.Image:
 
 
 def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
-    """Write what `draw` writes into a buffer. False after a failure, which is only a warning:
-    a picture must not end a program that has trained or measured for hours."""
+    """Write a picture; `draw` writes it to a buffer. A failure is only a warning, and returns
+    False: it must not end a program that has trained or measured for hours."""
     try:
         with atomic_write(path) as file:
             draw(file)
@@ -131,12 +131,12 @@ def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Matplotlib's default settings, whatever a user's matplotlibrc says. Usable as a decorator."""
+    """Use Matplotlib's defaults and ignore the user's matplotlibrc. Also a decorator."""
     with mock.patch.dict(os.environ):
-        # A notebook's shells inherit MPLBACKEND. Where that backend is missing, matplotlib can't be
-        # imported. We need none: PNGs are always Agg's.
+        # Shells in notebooks inherit MPLBACKEND. If that backend is missing, matplotlib can't be
+        # imported. PNGs don't need it.
         os.environ.pop("MPLBACKEND", None)
-        import matplotlib  # takes half a second, so only for figures
+        import matplotlib  # takes half a second, and only figures need it
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         yield
@@ -177,7 +177,7 @@ def plot_history(history: list[dict]) -> Figure:
 
 @default_style()
 def plot_terms(network_t: Tensor, t: Tensor, terms: Tensor) -> Figure:
-    """The mean of the bound's terms by t: flat `t` and `terms`, of a chain with `network_t`."""
+    """The mean bound term at each t, from flat `t` and `terms` of a chain with `network_t`."""
     sums = terms.new_zeros(len(network_t)).index_add_(0, t, terms)
     counts = t.bincount(minlength=len(network_t))
     seen, labels = counts > 0, {"title": "Where the bound comes from", "xlabel": "t"}
@@ -188,7 +188,7 @@ def plot_terms(network_t: Tensor, t: Tensor, terms: Tensor) -> Figure:
 
 @default_style()
 def plot_gains(bounds: dict[str, tuple[float, list[dict]]]) -> Figure:
-    """By name, the plain bound and the rows of `metrics.summarize_gain`."""
+    """Plot {name: (plain bound, rows of `metrics.summarize_gain`)}."""
     labels = {"title": "Averaging weights before the logarithm", "xlabel": "trajectories"}
     figure, (axis,) = subplots("bound, nats per image", **labels)
     for i, (name, (plain, rows)) in enumerate(bounds.items()):

@@ -8,7 +8,7 @@
     python sample.py CHECKPOINT --class all               # a row of each class
     python sample.py --fill part.png --n 15               # complete a partly transparent digit
 
-Image i of a seed is the same for any --n, --first and --batch-size.
+Image i of a seed does not depend on --n, --first or --batch-size.
 """
 
 import argparse
@@ -35,31 +35,31 @@ def parse_arguments() -> argparse.Namespace:
     add = p.add_argument
     words = "a .pth file written by train.py (default: the released model)"
     add("checkpoint", nargs="?", type=path(), default=RELEASED, help=words)
-    add("--n", type=integer(1), help="how many images (default 16; 10 for each of --class all)")
-    words = f"how many steps, at most those of training (default {TIMESTEPS})"
+    add("--n", type=integer(1), help="number of images (default 16; 10 per class for --class all)")
+    words = f"number of steps, at most as many as in training (default {TIMESTEPS})"
     add("--timesteps", type=int, metavar="N", help=words)
     words = "the picture (default d3pm_generated_samples_CHECKPOINT.png, or d3pm_completions_...)"
     add("--out", type=path(".png"), help=words)
     words = "also write the images as a uint8 tensor [n, 1, H, W]"
     add("--save-tensor", type=path(), metavar="FILE.pt", help=words)
     add("--seed", type=cli.SEED, default=0, help="random seed (default 0)")
-    words = "number of the first image (default 0)"
+    words = "index of the first image (default 0)"
     add("--first", type=integer(0, 2**62), default=0, metavar="I", help=words)
     group = p.add_mutually_exclusive_group()
-    words = """draw --n images of this class, of each one (all) or without a class (none). For
-        checkpoints of train.py --conditional, where image i has class i mod their number by
-        default"""
+    words = """draw --n images of this class, of every class (all) or without a class (none), if the
+        model was trained with --conditional; by default image i has class i mod the number of
+        classes"""
     group.add_argument("--class", dest="label", metavar="NAME|NUMBER", help=words)
-    words = f"the same for digits; {DIGITS} for all"
+    words = f"the same for digits; {DIGITS}: all"
     group.add_argument("--digit", choices=[*DIGITS, DIGITS, "none"], metavar="D", help=words)
     words = "strength of classifier-free guidance (default 0)"
     add("--guidance", type=number(0), metavar="W", help=words)
     cli.add_last_step(add, LAST_STEPS)
-    words = """draw the transparent pixels of this picture, which has the size of the model's images
-        (digits: 28x28 or 32x32, white on black); without a class unless --class gives one"""
+    words = """fill in the transparent pixels of this picture of the model's image size (digits:
+        28x28 or 32x32, white on black); without a class unless --class gives one"""
     add("--fill", type=path(".png"), metavar="PART.png", help=words)
-    words = f"""choose each --fill from N weighted trajectories (default {PARTICLES}): more take
-        longer and are closer to the model's distribution; 1 is plain replacement"""
+    words = f"""for --fill: choose each image from N weighted trajectories (default {PARTICLES}).
+        More are slower and closer to the model's distribution; 1 is plain replacement"""
     add("--particles", type=integer(1), metavar="N", help=words)
     add("--batch-size", type=integer(1), help="images at a time (default 64; on CUDA up to 512)")
     cli.add_device(add)
@@ -69,14 +69,14 @@ def parse_arguments() -> argparse.Namespace:
     args.out = args.out or default_sheet(args)
     unlabelled = args.label == "none" or (args.fill and args.label is None)
     if args.guidance is not None and unlabelled:
-        p.error("--guidance needs a class: with --fill, or instead of none, give --class")
+        p.error("--guidance needs a class: give --class, and not none")
     if args.particles and not args.fill:
         p.error("--particles needs --fill")
     return args
 
 
 def default_sheet(args: argparse.Namespace) -> Path:
-    """Completions have a name of their own. A file name has at most 255 bytes."""
+    """The default --out, which stays below the 255 bytes that a file name may have."""
     stem = os.fsencode(args.checkpoint.stem)[:200].decode(errors="ignore")
     return Path(f"d3pm_{'completions' if args.fill else 'generated_samples'}_{stem}.png")
 
@@ -84,7 +84,7 @@ def default_sheet(args: argparse.Namespace) -> Path:
 def labels_to_draw(
     diffusion: DiscreteDiffusion, names: list[str], args: argparse.Namespace
 ) -> tuple[Tensor | None, int | None]:
-    """The labels [n] or None, and the columns of the picture or None for a square."""
+    """The labels, int64 [n] or None, and the columns of the picture (None: a square)."""
     last, label = diffusion.num_labels - 1, args.label
     if last < 0 and (label is not None or args.guidance is not None):
         flag = "--digit" if args.digit else "--guidance" if label is None else "--class"
@@ -120,10 +120,10 @@ def main() -> None:
     request |= {"seed": args.seed, "first": args.first, "batch_size": args.batch_size}
     inputs = [file for file in (args.checkpoint, args.fill) if file]
     outputs = [file for file in (args.out, args.save_tensor) if file]
-    with files.atomic_writes(*outputs, inputs=inputs) as opened:  # errors come before the work
+    with files.atomic_writes(*outputs, inputs=inputs) as opened:  # fails before the work
         if known is None:
             sheet = images = diffusion.sample(n, **request)
-        else:  # the picture itself is in front of each row
+        else:  # each row starts with the given picture
             particles = args.particles or PARTICLES
             images = fill_in(diffusion, known, n, particles=particles, **request)
             rows = images.long().unflatten(0, (-1, columns or n))

@@ -1,12 +1,11 @@
-"""Train a D3PM on binarized MNIST.
+"""Train a D3PM on binarized MNIST, or on your own pictures.
 
     python train.py                                  # 50 epochs, into results_d3pm/
     python train.py --data offline --epochs 5        # a first look in two minutes, no download
-    python train.py --resume                         # go on after Ctrl-C or a crash
-    python train.py --resume --epochs 80             # train a finished run for longer
+    python train.py --data FOLDER --conditional      # your pictures; sub-folders are the classes
+    python train.py --resume --epochs 80             # go on after Ctrl-C, or for longer
     python train.py --lr 2e-3 --steps 4000           # good digits soon on full MNIST
     python train.py --recipe bound --amp --compile --steps 12400    # the same time, 4 nats better
-    python train.py --recipe paper                   # the paper's own configuration for images
     python train.py --init other.pth --out-dir new   # a new run from another one's weights
     torchrun --nproc_per_node=2 train.py             # two processes share each batch
 
@@ -42,134 +41,21 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from dataset import Dataset, batches, load_dataset, take, to_levels
-from diffusion import LOSSES, REVERSES, DiscreteDiffusion
-from model import NETWORKS, OUTPUTS, build_network
-from pictures import image_grid, plot_history, save_figure, write_picture
-from trainer import DECAYS, OPTIMIZERS, Processes, Trainer, decay_start, learning_rate
+from dataset import DIGITS, NAMES, Dataset, batches, load_dataset, take, to_levels
+from diffusion import DiscreteDiffusion
+from model import build_network
+from options import MANY, merge_settings, parse_arguments
+from pictures import image_grid, plot_history, save_figure, style_of, write_picture
+from trainer import Processes, Trainer, decay_start, learning_rate
 from trajectories import respaced
-from transitions import FAMILIES, SCHEDULES
+from transitions import FAMILIES
 
-RECIPES = {
-    "bound": "--loss variational --optimizer muon --lr 1e-3 --timesteps 1000 --channels 64 128 192",
-    "paper": "--reverse joint --loss hybrid --hybrid-weight 0.001 --optimizer adam --lr 2e-4 "
-    "--decay constant --timesteps 1000 --dropout 0.1 --batch-size 128",
-}
-OLD_NAMES = {"released": "bound"}  # of recipes
-LEARNING_RATE = {"mnist": 1e-4, "offline": 2e-3}  # few digits are few steps per epoch
 NETWORK_OPTIONS = ("channels", "blocks", "output", "dropout")  # default: the network's own
+LIKE_MNIST = Dataset(torch.zeros(1, 1, 32, 32), torch.zeros(1), "mnist")
 EVERY = 5  # epochs between kept checkpoints and their samples
 SAVE_SECONDS = 600  # between saves
 REPORT_SECONDS = 60  # between lines in a log without a progress bar
 CHECK_STEPS = 20  # between checks of the loss: each is a device sync
-
-# --------------------------------------------------------------------------------------------------
-# Settings
-
-
-def add_group(p: argparse.ArgumentParser, title: str, defaults: dict) -> Callable:
-    """A function that adds an option to a new group, its default to the help and to `defaults`."""
-    group = p.add_argument_group(title)
-
-    def add(*flags, help, default=None, **options):
-        help += " (default %(default)s)" if default and "default" not in help else ""
-        action = group.add_argument(*flags, help=help, default=default, **options)
-        defaults[action.dest] = default
-
-    return add
-
-
-def make_parser() -> tuple[argparse.ArgumentParser, dict, dict]:
-    """The parser, the defaults of what --resume may change, and of what it may not."""
-    p, free, fixed = cli.parser(__doc__), {}, {}
-    share, number, count = cli.number(0, 1), cli.number(0), cli.integer(1)
-    file = {"type": cli.path(), "metavar": "CHECKPOINT"}
-    add = add_group(p, "where a run starts", {})
-    recipes = "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items())
-    words = f"several flags in one; a flag of your own wins; {recipes}"
-    add("--recipe", type=lambda name: OLD_NAMES.get(name, name), choices=RECIPES, help=words)
-    add("--init", **file, help="start from this model's averaged weights; it may lack classes")
-    words = "go on from this checkpoint or the newest one; if for longer, from before the decay"
-    add("--resume", **file, nargs="?", const=True, help=words)
-    add("--overwrite", action="store_true", help="delete the run in --out-dir and start anew")
-
-    add = add_group(p, "how it runs", free)
-    add("--epochs", type=count, default=50, help="passes over the training digits")
-    add("--steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
-    cli.add_data(add)
-    cli.add_device(add)
-    cli.add_speed(add)
-    add("--validate-every", type=count, default=1, metavar="N", help="epochs per validation")
-    add("--out-dir", type=cli.path(), default=Path("results_d3pm"), help="for all that is written")
-
-    add = add_group(p, "what is trained, which --resume does not change", fixed)
-    add("--batch-size", type=count, default=128, help="images per step")
-    add("--timesteps", type=count, default=200, help="T, the length of the chain")
-    add("--transition", choices=FAMILIES, default="uniform", help="how noise acts")
-    schedules = "; ".join(f"{name}: {', '.join(f.schedules)}" for name, f in FAMILIES.items())
-    add("--schedule", choices=SCHEDULES, help=f"of the noise (default: the first of {schedules})")
-    add("--loss", choices=LOSSES, default="cross_entropy", help="objective")
-    add("--hybrid-weight", type=number, default=0.001, metavar="W", help="the hybrid loss's lambda")
-    words = "p(x_(t-1) | x_t) as the mixture of posteriors, or in the paper's joint form"
-    add("--reverse", choices=REVERSES, default="mixture", help=words)
-    add("--levels", type=cli.integer(2, 256), default=2, metavar="K", help="grey levels")
-    words = "dynamic: every epoch draws each pixel anew from Bernoulli(grey level)"
-    add("--binarize", choices=["threshold", "dynamic"], default="threshold", help=words)
-    add("--conditional", action="store_true", default=False, help="give the network the class")
-    words = "share of images whose class --conditional hides, to sample without one, too"
-    add("--label-dropout", type=share, default=0.1, metavar="P", help=words)
-    add("--optimizer", choices=OPTIMIZERS, default="muon", help="the others need twice the steps")
-    words = f"peak learning rate, after a warm-up (default by digits: {LEARNING_RATE})"
-    add("--lr", type=cli.number(0, above=True), help=words)
-    add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
-    add("--network", choices=NETWORKS, default="unet", help="from model.py")
-    add("--output", choices=OUTPUTS, help="logistic: a mean and a scale, for many grey levels")
-    add("--channels", type=count, nargs=3, metavar="C", help="widths, multiples of 8")
-    add("--blocks", type=cli.integer(1, 16), help="residual blocks per resolution")
-    add("--dropout", type=share, metavar="P", help="share of activations to drop")
-    add("--limit", type=count, metavar="N", help="train on N digits only")
-    add("--seed", type=cli.SEED, default=0, help="of weights, batches and noise (default 0)")
-    return p, free, fixed
-
-
-def parse_arguments() -> tuple[argparse.Namespace, dict, dict]:
-    """What was given, None for the rest; and the two kinds of defaults of `make_parser`."""
-    p, free, fixed = make_parser()
-
-    def parse(flags: list[str]) -> argparse.Namespace:
-        # argparse sets no default where the namespace has a value, and None is one.
-        return p.parse_args(flags, argparse.Namespace(**dict.fromkeys([*free, *fixed])))
-
-    recipe = RECIPES.get(parse(sys.argv[1:]).recipe, "")
-    args = parse([*recipe.split(), *sys.argv[1:]])
-    if args.epochs and args.steps:
-        p.error("--epochs and --steps exclude each other")
-    if args.label_dropout is not None and not (args.conditional or args.resume):
-        p.error("--label-dropout goes with --conditional")
-    if args.resume and (args.overwrite or args.init):
-        p.error(f"--resume and {'--overwrite' if args.overwrite else '--init'} exclude each other")
-    return args, free, fixed
-
-
-def merge_settings(
-    args: argparse.Namespace, free: dict, fixed: dict, checkpoint: dict | None
-) -> dict:
-    """The settings of the run: flags first, then the checkpoint's, then the defaults."""
-    given = {name: v for name in free | fixed if (v := getattr(args, name)) is not None}
-    settings = free | fixed
-    if checkpoint:
-        settings |= {"optimizer": "adamw", "decay": "cosine"}  # of runs from before these settings
-        settings |= {name: v for name, v in checkpoint["settings"].items() if name in settings}
-        settings["out_dir"] = free["out_dir"]
-        for name in given.keys() & fixed:
-            if given[name] != settings[name]:
-                flag = f"--{name.replace('_', '-')} {given[name]}"
-                saved = "the default" if settings[name] is None else settings[name]
-                raise UserError(f"{flag} disagrees with the run to resume: {saved}")
-    if "epochs" in given:
-        settings["steps"] = None
-    return settings | given
-
 
 # --------------------------------------------------------------------------------------------------
 # Building a run
@@ -199,22 +85,26 @@ def find_checkpoint(args: argparse.Namespace, folder: RunFolder) -> dict | None:
     return checkpoint
 
 
-def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
-    """The diffusion around a new network, or one with the weights of `init`. Raises ValueError.
+def num_levels(settings: dict, data: Dataset) -> int:
+    return len(data.palette) if data.palette else settings["levels"]
 
-    Where a setting is None, it becomes the default of the network or the transition.
+
+def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion:
+    """The diffusion around a new network for `data`, or one with the weights of `init`.
+
+    Where a setting is None, it becomes the default of the network or the transition. Raises
+    ValueError.
     """
-    K, transition = settings["levels"], settings["transition"]
-    to_levels(torch.zeros(1, dtype=torch.uint8), K, settings["binarize"])  # fails before a download
+    K, transition = num_levels(settings, data), settings["transition"]
     states = K + FAMILIES[transition].extra_states
     config = {"name": settings["network"], "num_levels": K, "num_states": states}
     config |= {name: v for name in NETWORK_OPTIONS if (v := settings[name]) is not None}
-    config |= {"num_labels": 10} if settings["conditional"] else {}
-    config |= {"ordinal": True} if K > 2 else {}
+    config |= {"num_labels": len(data.classes)} if settings["conditional"] else {}
+    config |= {"ordinal": True} if K > 2 and not data.palette else {}
     torch.manual_seed(settings["seed"])
     network = build_network(config)
     names = ("timesteps", "transition", "schedule", "hybrid_weight", "reverse")
-    options = {name: settings[name] for name in names}
+    options = {name: settings[name] for name in names} | {"image_shape": data.images.shape[1:]}
     diffusion = DiscreteDiffusion(network, K, loss_type=settings["loss"], **options)
     settings["schedule"] = diffusion.config["schedule"]
     settings |= {name: network.config.get(name) for name in NETWORK_OPTIONS}
@@ -234,24 +124,31 @@ def build(settings: dict, init: Path | None) -> DiscreteDiffusion:
 def load_data(
     settings: dict, checkpoint: dict | None, processes: Processes
 ) -> tuple[Dataset, torch.Tensor]:
-    """The training digits, and the validation images as levels. Raises UserError."""
+    """The training images, and the validation images as levels. Raises UserError."""
     if processes.local_rank > 0:  # one process of each machine downloads, the others wait
         processes.mean(0)
-    digits = load_dataset("train", settings["data"], settings["data_root"])
+    options = settings["data_root"], settings["size"], settings["levels"] == "palette"
+    data = load_dataset("train", settings["data"], *options)
     if processes.local_rank == 0:
         processes.mean(0)
-    if processes.mean(digits.source == "mnist")[0] not in (0, 1):
+    if processes.mean(data.source == "mnist")[0] not in (0, 1):
         raise UserError("some machines have MNIST and some only the offline digits: use --data")
-    if checkpoint and checkpoint["data"] != digits.source:
-        trained = f"the run was trained on {checkpoint['data']} digits"
-        raise UserError(f"{trained}, but these are {digits.source} digits")
-    limit = 200 if settings["levels"] > 32 else None  # one image of 256 levels takes 0.1 seconds
-    grey = take(load_dataset("validation", digits.source, settings["data_root"]), limit).images
+    trained_on = checkpoint["dataset"] if checkpoint else data.description
+    for key in (key for key, value in data.description.items() if value != trained_on[key]):
+        these = f"these images ({data.source}) differ in {key} from those"
+        raise UserError(f"{these} that the run was trained on ({trained_on['source']})")
+    settings["lr"] = settings["lr"] or (1e-4 if len(data.images) >= MANY else 2e-3)
+    if settings["conditional"] and len(data.classes) < 2:
+        needed = f"two sub-folders, which are the classes; {data.source} has {len(data.classes)}"
+        raise UserError(f"--conditional needs at least {needed}")
+    K = num_levels(settings, data)
+    limit = 200 if K > 32 else None  # one image of 256 levels takes 0.1 seconds
+    grey = take(load_dataset("validation", data.source, *options), limit).images
     generator = torch.Generator().manual_seed(0)  # whatever --seed, so that bounds compare
-    validation = to_levels(grey, settings["levels"], settings["binarize"], generator)
-    digits = take(digits, settings["limit"])
-    next(batches(digits, settings["batch_size"]))  # fails now if the batch is too large
-    return digits, validation
+    validation = to_levels(grey, K, settings["binarize"], generator)
+    data = take(data, settings["limit"])
+    next(batches(data, settings["batch_size"]))  # fails now if the batch is too large
+    return data, validation
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,10 +158,10 @@ def load_data(
 class Run:
     """The loop over epochs, with validation, checkpoints and reports."""
 
-    def __init__(self, trainer: Trainer, digits: Dataset, validation: torch.Tensor, settings: dict):
-        self.trainer, self.digits, self.validation = trainer, digits, validation
+    def __init__(self, trainer: Trainer, data: Dataset, validation: torch.Tensor, settings: dict):
+        self.trainer, self.data, self.validation = trainer, data, validation
         self.settings, self.folder = settings, RunFolder(settings["out_dir"])
-        self.steps_per_epoch = len(digits.images) // settings["batch_size"]
+        self.steps_per_epoch = len(data.images) // settings["batch_size"]
         self.losses: list[torch.Tensor] = []  # since the last check
         self.history: list[dict] = []  # the rows of metrics.csv
         self.loss_sum = 0.0  # of the epoch
@@ -281,10 +178,11 @@ class Run:
     def train(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the last step, or until `stop_requested()`. Returns whether steps are left."""
         trainer, s, size, stop = self.trainer, self.settings, self.settings["batch_size"], False
+        K = trainer.averaged.num_levels
         while trainer.steps < trainer.total_steps and not stop:
             epoch, done = divmod(trainer.steps, self.steps_per_epoch)
             self.loss_sum = self.loss_sum if done else 0.0
-            data = batches(self.digits, size, s["seed"], epoch, done, s["levels"], s["binarize"])
+            data = batches(self.data, size, s["seed"], epoch, done, K, s["binarize"])
             bar = {"total": self.steps_per_epoch, "initial": done, "unit": "img", "leave": False}
             bar["disable"] = True if trainer.processes.rank else None  # None: only on a terminal
             for x_0, y in tqdm(data, desc=f"epoch {epoch + 1}", unit_scale=size, **bar):
@@ -365,7 +263,8 @@ class Run:
             model = respaced(averaged, min(TIMESTEPS, averaged.timesteps))
             options = {"y": model.labels(64), "last_step": default_last_step(model)}
             images = model.sample(64, self.settings["seed"], **options)
-            options = {"num_levels": self.settings["levels"], "columns": 8}
+            known = {"diffusion": averaged.config, "dataset": self.data.description}
+            options = {"columns": 8} | style_of(known)
             path = self.folder.path / "samples" / f"sample_epoch_{row['epoch']}.png"
             write_picture(path, lambda file: image_grid(images, **options).save(file, format="png"))
             path = self.folder.path / "loss_curve.png"
@@ -377,8 +276,8 @@ class Run:
         if trainer.processes.rank:
             return
         state = {"network": trainer.network.config, "diffusion": trainer.averaged.config}
-        state |= {"data": self.digits.source, "binarize": settings["binarize"]}
-        state |= trainer.state_dict()
+        state |= {"data": self.data.source, "dataset": self.data.description}
+        state |= {"binarize": settings["binarize"]} | trainer.state_dict()
         if name == "weights.pth":
             del state["weights"], state["optimizer"]
             weights = state["averaged_weights"].items()
@@ -427,7 +326,7 @@ def catch_signals() -> list[int]:
 
 
 def main() -> int:
-    args, free, fixed = parse_arguments()
+    args, free, fixed = parse_arguments(__doc__)
     with user_errors():
         processes = Processes.from_environment()
     folder = RunFolder(args.out_dir or free["out_dir"])
@@ -448,22 +347,24 @@ def make_run(
 ) -> Run:
     """Build everything, and go on from the checkpoint if there is one. Raises UserError."""
     with user_errors():
-        processes.share(settings["batch_size"])  # fails before a download
-        diffusion = build(settings, init)
+        processes.share(settings["batch_size"])
+        known = settings["data"] in NAMES and settings["levels"] != "palette"
+        # Bad flags fail before a download, of which the shape is known.
+        diffusion = build(settings, init, LIKE_MNIST) if known else None
     device = processes.start(cli.pick_device(settings["device"]))
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    digits, validation = load_data(settings, checkpoint, processes)
+    data, validation = load_data(settings, checkpoint, processes)
     step = checkpoint["step"] if checkpoint else 0
-    settings["lr"] = settings["lr"] or LEARNING_RATE[digits.source]
-    total = settings["steps"] or settings["epochs"] * (len(digits.images) // settings["batch_size"])
+    total = settings["steps"] or settings["epochs"] * (len(data.images) // settings["batch_size"])
     if step >= total:
         advice = "give more with --epochs or --steps"
         raise UserError(f"the run to resume has all its {total} steps: {advice}")
     names = ("batch_size", "lr", "optimizer", "decay", "label_dropout", "seed", "amp")
     options = {name: settings[name] for name in names} | {"compiled": settings["compile"]}
     with user_errors():
+        diffusion = diffusion or build(settings, init, data)
         trainer = Trainer(diffusion.to(device), total, **options, processes=processes)
-        run = Run(trainer, digits.to(trainer.source), validation, settings)
+        run = Run(trainer, data.to(trainer.source), validation, settings)
         if checkpoint:
             run.load_state_dict(checkpoint)
             planned = checkpoint.get("total_steps", total)
@@ -480,9 +381,11 @@ def train(run: Run) -> int:
     processes, total = trainer.processes, trainer.total_steps
     weights = sum(p.numel() for p in trainer.network.parameters())
     shared = f", {processes.size} processes" if processes.size > 1 else ""
-    images, held_out = len(run.digits.images), len(run.validation)
+    images, held_out, source = len(run.data.images), len(run.validation), run.data.source
+    noun = "digits" if source in DIGITS else "pictures"
+    name = f"{source} digits" if source in DIGITS else f"pictures of {source}"
     print(
-        f"{images:,} {run.digits.source} digits for training, {held_out:,} for validation\n"
+        f"{images:,} {name} for training, {held_out:,} for validation\n"
         f"{weights:,} weights on {trainer.device}{shared}; T = {s['timesteps']}\n"
         f"{total} steps of {s['batch_size']}, {total / run.steps_per_epoch:.3g} epochs; "
         f"{s['optimizer']} with peak learning rate {s['lr']:g}"
@@ -502,7 +405,7 @@ def train(run: Run) -> int:
             print(f"{line}; go on with --resume", file=sys.stderr)
         return 128 + number
     command = shlex.join(["python", "sample.py", str(run.folder.checkpoints / "weights.pth")])
-    print(f"Done. Draw digits: {command}")
+    print(f"Done. Draw {noun}: {command}")
     run.say_if_overfit()
     return 0
 

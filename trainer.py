@@ -1,4 +1,4 @@
-"""The training step and its state: weights, their average, the optimizer, the noise."""
+"""The training step and its state: weights and their average, optimizer, noise."""
 
 import copy
 import math
@@ -20,14 +20,14 @@ from model import accelerated
 OPTIMIZERS = ("muon", "adamw", "adam")
 DECAYS = ("late", "cosine", "constant")
 WARMUP_STEPS = 100
-LATE = 0.3  # the late decay takes this share of the steps
+LATE = 0.3  # share of the steps in the late decay
 ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0.01}
 MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank, its rank on this machine, and how many torchrun started."""
+    """The rank of this process, its rank on this machine, and the number of processes."""
 
     rank: int = 0
     local_rank: int = 0
@@ -35,7 +35,7 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> "Processes":
-        """Read torchrun's variables. Raises ValueError if only some are set or one is no number."""
+        """Read torchrun's variables. Raises ValueError if some are missing or invalid."""
         text = [os.environ.get(name) or "" for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
         if not any(text):
             return cls()
@@ -56,7 +56,7 @@ class Processes:
         return device
 
     def mean(self, *values: float) -> list[float]:
-        """The mean of each value over all processes. Waits until each of them has called this."""
+        """The mean of each value over all processes. A sync point: all must call it."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -64,11 +64,11 @@ class Processes:
         return (sums / self.size).tolist()
 
     def share(self, batch_size: int) -> slice:
-        """This process's part of a batch. Raises ValueError if the parts would not be equal."""
+        """This rank's slice of a batch. Raises ValueError if the slices would not be equal."""
         part, rest = divmod(batch_size, self.size)
         if rest:
-            what = f"the batch of {batch_size} can't be shared equally"
-            raise ValueError(f"{what} by {self.size} processes")
+            problem = f"the batch of {batch_size} can't be shared equally"
+            raise ValueError(f"{problem} by {self.size} processes")
         return slice(self.rank * part, (self.rank + 1) * part)
 
 
@@ -76,21 +76,21 @@ class Trainer:
     """Trains the network of a diffusion.
 
     Args:
-        diffusion: around the network, which is on its device already.
-        total_steps: the number of steps that the learning rate is planned for.
-        batch_size: images per step, all processes together.
-        lr, decay: the peak learning rate, and how it goes down; see `learning_rate`.
-        label_dropout: hide this share of the labels from a network that takes labels.
+        diffusion: its network is trained, and already on the right device.
+        total_steps: the length of the learning rate schedule.
+        batch_size: images per step, over all processes.
+        lr, decay: the peak learning rate and its decay; see `learning_rate`.
+        label_dropout: the share of labels that is hidden from a network that takes labels.
         seed: seed of the noise.
         amp, compiled: run the network in bfloat16; compile it.
 
     Attributes:
         network, averaged: the network in training; the diffusion around its averaged weights.
-        steps: how many steps are done.
-        source: the device on which noise is drawn. Batches from there save a copy.
+        steps: the number of steps done.
+        source: the device where noise is drawn. Batches that are already there save a copy.
 
     Raises:
-        ValueError: for Muon without `hidden_matrices`, or a batch that can't be shared.
+        ValueError: for Muon without `hidden_matrices`, or a batch that can't be shared equally.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class Trainer:
         self.network.train()
         self.device = next(self.network.parameters()).device
         self.source = self.device if self.device.type == "cuda" else torch.device("cpu")
-        # A network that does not say that it has no dropout may draw random numbers.
+        # Unless its config says that it has no dropout, a network may draw random numbers.
         self.draws = getattr(self.network, "config", {}).get("dropout", 1) > 0
         self.records = self.device.type == "cuda" and processes.size == 1
         if self.records:
             torch.cuda.set_device(self.device)
-        # A recorded step reads the rate from the place in memory where it was during the recording.
+        # A CUDA graph reads the rate from where it was in memory during the capture.
         self.rate = torch.tensor(lr, device=self.device) if self.records else lr
         options = {"lr": self.rate, "capturable": self.records, "foreach": True}
         parameters = self.network.parameters()
@@ -136,26 +136,26 @@ class Trainer:
         self.update = Recorded(self._update) if self.records else self._update
 
     def step(self, x_0: Tensor, y: Tensor | None = None) -> Tensor:
-        """Learn from one batch of all processes, x_0 [B, 1, H, W] with labels y [B].
+        """Train on one batch, x_0 [B, 1, H, W] with labels y [B]; every rank passes all of it.
 
-        Returns the loss, a detached scalar. (seed, step) alone decide the noise, also in a resumed
-        run or where processes share a batch. CUDA draws other numbers than the CPU does.
+        Returns the loss, a detached scalar. The noise depends on (seed, step) alone, also in a
+        resumed run and for any number of processes. CUDA and CPU draw different numbers.
         """
-        inputs = self._add_noise(x_0, y)
+        inputs = self._draw_noise(x_0, y)
         rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.fill_(rate) if self.records else rate
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=self.draws):  # what dropout draws from
-            if self.draws:  # each process has masks of its own, for its part of the batch
+        with torch.random.fork_rng(devices, enabled=self.draws):  # for dropout
+            if self.draws:  # each rank draws its own masks
                 torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))
             loss = self.update(*inputs)
         move_average(self.averaged.model, self.network, self.steps)
         self.steps += 1
         return loss
 
-    def _add_noise(self, x_0: Tensor, y: Tensor | None) -> list[Tensor]:
-        """This process's part of x_0, t, uniforms, and labels if any, on the network's device."""
+    def _draw_noise(self, x_0: Tensor, y: Tensor | None) -> list[Tensor]:
+        """This rank's slices of x_0, t, uniforms and labels (if any), on the network's device."""
         seed = stream_seed(self.seed, 0, self.steps)
         generator = torch.Generator(self.source).manual_seed(seed)
         t = self.diffusion.draw_t(len(x_0), generator)
@@ -168,7 +168,7 @@ class Trainer:
         return [v[self.shard].to(self.device) for v in inputs]
 
     def _update(self, *inputs: Tensor) -> Tensor:
-        """Loss, gradient, optimizer. CUDA records this: no sync with the device is allowed."""
+        """Loss, gradient, optimizer. Captured in a CUDA graph, so it must not sync."""
         loss = self.diffusion.loss(*inputs)
         self.optimizer.zero_grad()
         loss.backward()
@@ -177,7 +177,7 @@ class Trainer:
         return loss.detach()
 
     def validate(self, x_0: Tensor) -> float:
-        """The averaged network's mean bound, in nats per image; the noise is always the same."""
+        """The averaged network's mean bound, in nats per image, always with the same noise."""
         generator = torch.Generator().manual_seed(0)
         return self.averaged.variational_bound(x_0, 1, generator).mean().item()
 
@@ -190,11 +190,11 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict()`. Raises ValueError if the network or optimizer is another."""
+        """Continue from `state_dict()`. Raises ValueError if network or optimizer differ."""
         try:
             self.network.load_state_dict(state["weights"])
             self.averaged.model.load_state_dict(state["averaged_weights"])
-            saved = state["optimizer"]  # perhaps from another kind of device, or an older version
+            saved = state["optimizer"]  # maybe from another device type or an older version
             ours = {"capturable": self.records, "foreach": True}
             groups = [group | ours for group in saved["param_groups"]]
             self.optimizer.load_state_dict(saved | {"param_groups": groups})
@@ -204,14 +204,14 @@ class Trainer:
             raise ValueError(f"{message}: {reason}") from None
         self.steps = state["step"]
         if self.records:
-            self.update = Recorded(self._update)  # the old recording uses the old state's memory
+            self.update = Recorded(self._update)  # the old graph uses the old state's memory
 
 
 def learning_rate(peak: float, step: int, total: int, decay: str = "late") -> float:
-    """The rate of a step, 0..total-1: a warm-up of 100 steps (or total // 10), then by `decay`.
+    """The rate at `step`, 0..total-1: a warm-up of 100 steps (at most total // 10), then `decay`.
 
-    late: the peak, then a straight line to 0 over the last 30 % of the steps. cosine: half a cosine
-    from the start. constant: the peak.
+    late: constant, then linear to 0 over the last 30 % of the steps. cosine: half a cosine over all
+    steps. constant: no decay.
     """
     rate = peak * min(1.0, (step + 1) / max(1, min(WARMUP_STEPS, total // 10)))
     if decay == "cosine":
@@ -234,10 +234,10 @@ def move_average(averaged: nn.Module, current: nn.Module, n: int) -> None:
 
 
 class Recorded:
-    """A function of CUDA tensors, recorded as a CUDA graph and then replayed.
+    """Captures a function of CUDA tensors as a CUDA graph and replays it.
 
-    A step's thousand kernels take longer to launch than to run. The first WARMUP calls run as
-    usual: they compile and allocate. All calls must have the same shapes.
+    A step's thousand kernels take longer to launch than to run. The first WARMUP calls run without
+    the graph, to compile and allocate. All calls must have the same shapes.
     """
 
     WARMUP = 3
@@ -250,7 +250,7 @@ class Recorded:
         if self.calls <= self.WARMUP:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream), warnings.catch_warnings():
-                # torch warns about a capturable optimizer outside a recording.
+                # torch warns about a capturable optimizer outside a graph.
                 warnings.filterwarnings("ignore", ".*capturable=True")
                 result = self.function(*inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
@@ -269,9 +269,9 @@ class Recorded:
 class Muon(torch.optim.AdamW):
     """AdamW, but hidden matrices step along their orthogonalized momentum (Jordan et al. 2024).
 
-    The update has AdamW's typical size, so that one learning rate serves both (Liu et al. 2025,
-    arXiv:2502.16982). torch.optim.Muon takes no convolutions. Raises ValueError if the network has
-    no `hidden_matrices()`.
+    Updates have AdamW's typical size, so that one learning rate fits both (Liu et al. 2025,
+    arXiv:2502.16982). torch.optim.Muon does not support convolutions. Raises ValueError if the
+    network has no `hidden_matrices()`.
     """
 
     MOMENTUM = 0.95
@@ -279,9 +279,9 @@ class Muon(torch.optim.AdamW):
     def __init__(self, network: nn.Module, **options):
         if not hasattr(network, "hidden_matrices"):
             name = type(network).__name__
-            raise ValueError(f"muon needs a network with hidden_matrices(), which {name} has not")
+            raise ValueError(f"muon needs a network with hidden_matrices(), which {name} lacks")
         super().__init__(network.parameters(), **options)
-        self.by_side: dict[int, list[nn.Parameter]] = defaultdict(list)  # one batch each
+        self.by_side: dict[int, list[nn.Parameter]] = defaultdict(list)  # one batch per side
         for p in network.hidden_matrices():
             self.by_side[min(p.flatten(1).shape)].append(p)
 
@@ -290,7 +290,7 @@ class Muon(torch.optim.AdamW):
         (group,) = self.param_groups
         for matrices in self.by_side.values():
             for p in matrices:
-                if p not in self.state:  # AdamW wants "step" in each state that it loads
+                if p not in self.state:  # AdamW expects "step" in each state that it loads
                     self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
             gradients = [p.grad for p in matrices]
             momenta = [self.state[p]["momentum"] for p in matrices]
@@ -310,11 +310,11 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
-    """Approximate U V^T of each matrix U S V^T by five steps of Newton-Schulz.
+    """Approximate U V^T of each matrix U S V^T by five Newton-Schulz steps.
 
-    The singular values of the results are between 0.7 and 1.2. The shorter sides must be equal.
-    Each step is X <- p(X X^T) X, with a polynomial p. So the steps act on the small X X^T alone,
-    and only the product of their polynomials is multiplied with X.
+    The results have singular values between 0.7 and 1.2. The shorter sides must be equal. Each step
+    is X <- p(X X^T) X with a polynomial p, so we iterate on the small X X^T alone and multiply X
+    only once, by the product of the polynomials.
     """
 
     def polynomial(square: Tensor) -> Tensor:

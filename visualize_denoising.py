@@ -4,7 +4,7 @@
     python visualize_denoising.py results_d3pm/checkpoints/last.pth --timesteps 200 --out x.gif
     python visualize_denoising.py --fill part.png    # complete a partly transparent digit
 
-The images are those of sample.py with the same seed and as many timesteps.
+sample.py draws the same images with the same seed and number of timesteps.
 """
 
 import argparse
@@ -28,16 +28,15 @@ def parse_arguments() -> argparse.Namespace:
     add = p.add_argument
     words = "a .pth file written by train.py (default: the released model)"
     add("checkpoint", nargs="?", type=path(), default=RELEASED, help=words)
-    add("--timesteps", type=int, metavar="N", help="how many steps (default: those of training)")
+    add("--timesteps", type=int, metavar="N", help="number of steps (default: as in training)")
     gif = Path("denoising_process.gif")
     add("--out", type=path(".gif"), default=gif, help=f"the GIF (default {gif})")
-    add("--n", type=integer(1, 256), default=16, help="how many images, 1 to 256 (default 16)")
-    words = "draw the transparent pixels of this picture, as sample.py does"
+    add("--n", type=integer(1, 256), default=16, help="number of images, 1 to 256 (default 16)")
+    words = "fill in the transparent pixels of this picture, as sample.py does"
     add("--fill", type=path(".png"), metavar="PART.png", help=words)
     words = f"for --fill: choose from N weighted trajectories (default {PARTICLES})"
     add("--particles", type=integer(1), metavar="N", help=words)
-    words = """frames per second, 1 to 50 (default 20). GIF counts hundredths of a second, so the
-        nearest possible rate is used"""
+    words = "frames per second, 1 to 50 (default 20), in GIF's hundredths of a second"
     add("--fps", type=number(1, 50), default=20, help=words)
     add("--seed", type=cli.SEED, default=0, help="random seed (default 0)")
     cli.add_device(add)
@@ -60,7 +59,7 @@ def main() -> None:
     known = read_partial_digit(args.fill, **style) if args.fill else None
     request = {"n": args.n, "seed": args.seed, "last_step": files.default_last_step(diffusion)}
     inputs = [file for file in (args.checkpoint, args.fill) if file]
-    with files.atomic_writes(args.out, inputs=inputs) as (file,):  # errors come before the work
+    with files.atomic_writes(args.out, inputs=inputs) as (file,):  # fails before the work
         if known is None:
             chain = diffusion.reverse_process(y=diffusion.labels(args.n), **request)
         else:

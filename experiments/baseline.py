@@ -1,4 +1,4 @@
-"""What this repository is compared with: the network and training of many small implementations."""
+"""The baseline: network and training recipe of many small implementations."""
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,10 @@ def double_conv(i: int, o: int) -> nn.Sequential:
 
 
 class MostProbable(nn.Module):
-    """The network's answer with all doubt removed: the most probable x_0 has probability 1.
+    """The network's argmax: the most probable x_0 has probability 1.
 
-    The mixture of posteriors is then the posterior of this x_0: the "argmax" reverse step of many
-    small implementations. Its bound is infinite.
+    The mixture of posteriors then becomes the posterior of this x_0, the reverse step of many small
+    implementations. Its bound is infinite.
     """
 
     def __init__(self, network: nn.Module):
@@ -55,11 +55,11 @@ class MostProbable(nn.Module):
 
 
 def usual_trainer(batch_size: int, device: torch.device | str = "cpu") -> Trainer:
-    """PlainUNet as usual: linear schedule, cross-entropy, Adam at 1e-4.
+    """PlainUNet with the usual recipe: linear schedule, cross-entropy, Adam at 1e-4.
 
-    What it learns is in `trainer.network`; the trainer's average is not part of this recipe.
+    Use `trainer.network`: this recipe has no averaged weights.
     """
     network = PlainUNet().to(device, memory_format=torch.channels_last)
     diffusion = DiscreteDiffusion(network, schedule="linear")
-    # A plan of one step has no warm-up.
+    # A schedule of one step has no warm-up.
     return Trainer(diffusion, 1, batch_size, 1e-4, "adam", "constant")

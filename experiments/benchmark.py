@@ -1,11 +1,10 @@
-"""How fast this repository trains and draws on this machine, beside the plain network.
+"""Compare the speed of training and sampling with the plain network on this machine.
 
     python -m experiments.benchmark
-    python -m experiments.benchmark --before FOLDER     # beside another clone, an older one say
+    python -m experiments.benchmark --before FOLDER     # also with another clone
 
-All contestants take turns in one run, so all of them see the same machine; medians of nine rounds.
-Each clone works in a process of its own. So does the plain network, whose threads wait as torch has
-it by itself.
+Contestants take turns, so that all see the same machine; results are medians of nine rounds. Each
+clone runs in its own process. So does the plain network, with torch's default thread settings.
 """
 
 import argparse
@@ -23,17 +22,17 @@ from checkpoint import TIMESTEPS, write_json
 from experiments.common import markdown, output, render
 
 BATCH_SIZE = 128
-DRAWN = (1, 16, 64, 256)  # batches
-FEW = 5  # timesteps to draw in: all of them cost the same
+DRAWN = (1, 16, 64, 256)  # batch sizes
+FEW = 5  # timesteps of sampling; all cost the same
 ROUNDS = 9
 TRAINED = ("UNet", "UNet, variational", "UNet, --amp", "UNet, --compile")
 
 
 def worker(script: str, device: str, batch_size: int, few: int) -> None:
-    """The program of a process in a clone's folder: reads what to do, prints the seconds it took.
+    """The program of a process in a clone: reads names of tasks, prints the seconds of each.
 
-    Work has names such as "UNet, --amp" (a training step) or "UNet, batch 64" (drawing). The first
-    calls warm up. With a `script` of the clone, threads wait as they do there.
+    Names are such as "UNet, --amp" (a training step) or "UNet, batch 64" (sampling). The first
+    calls are the warm-up. If `script` is one of the clone, cli.py adjusts the threads for it.
     """
     import sys
     import time
@@ -70,17 +69,17 @@ def worker(script: str, device: str, batch_size: int, few: int) -> None:
     for name in map(str.strip, sys.stdin):
         new = name not in works
         network, work = works[name] = prepare(name) if new else works[name]
-        for _ in range(6 if new else 1):  # a step on CUDA is recorded in its first calls
+        for _ in range(6 if new else 1):  # the first calls on CUDA capture a graph
             start = time.perf_counter()
             work()
-            if place.type != "cpu":  # which may still be working
+            if place.type != "cpu":  # it may still be running
                 getattr(torch, place.type).synchronize()
             seconds = time.perf_counter() - start
         print(sum(p.numel() for p in network.parameters()), seconds, flush=True)
 
 
 def start(folder: Path, device: str, script: str = "") -> subprocess.Popen:
-    """A process that runs `worker`, without the variables that cli.py has set for this one."""
+    """A process that runs `worker`, without the environment variables that cli.py has set here."""
     env = {name: value for name, value in os.environ.items() if WAITING.get(name) != value}
     call = f"worker({str(folder / script)!r}, {device!r}, {BATCH_SIZE}, {FEW})"
     command = [sys.executable, "-W", "ignore", "-c", f"{inspect.getsource(worker)}\n{call}"]
@@ -89,10 +88,10 @@ def start(folder: Path, device: str, script: str = "") -> subprocess.Popen:
 
 
 def take_turns(contestants: list[tuple]) -> dict[tuple, tuple[int, float]]:
-    """{(whose, name of the work): (weights, images or network passes per second)}.
+    """{(whose, task): (weights, images or network passes per second)}.
 
     Args:
-        contestants: (whose, process, name of the work) of each.
+        contestants: (whose, process, task) of each.
 
     Raises:
         UserError: if a process fails.
@@ -133,11 +132,11 @@ def table(result: dict) -> str:
 
 def main() -> None:
     p = parser(__doc__)
-    words = "another clone of this repository, measured in turns with this one"
+    words = "another clone of this repository to compare with"
     p.add_argument("--before", type=path(), metavar="FOLDER", help=words)
-    p.add_argument("--no-compile", action="store_true", help="without the compiled network")
+    p.add_argument("--no-compile", action="store_true", help="skip the compiled network")
     add_device(p.add_argument)
-    for name in ("--data", "--data-root"):  # of older versions
+    for name in ("--data", "--data-root"):  # ignored flags of older versions
         p.add_argument(name, help=argparse.SUPPRESS)
     args = p.parse_args()
     device = str(pick_device(args.device))

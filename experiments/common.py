@@ -1,4 +1,4 @@
-"""What the experiments share: flags, files, tables."""
+"""Shared by the experiments: flags, files, tables."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from cli import REPOSITORY, UserError, parser, path
 from dataset import Dataset, batches
 
 OUT = REPOSITORY / "results_d3pm" / "experiments"
-# The columns that are measured on samples, and their digits after the point
+# The columns that are measured on samples, and their decimals
 QUALITY = {
     "frechet_distance": ("Fréchet distance", 3),
     "precision": ("precision", 2),
@@ -47,7 +47,7 @@ def endless(digits: Dataset, batch_size: int) -> Iterator[tuple]:
 
 
 def render(make: Callable[[dict], Any], file: Path) -> Any:
-    """What `make` makes of a result. Raises UserError if the file is damaged."""
+    """`make` of the result in `file`. Raises UserError if the file is damaged."""
     try:
         result = json.loads(file.read_text())
     except ValueError as error:
@@ -60,14 +60,14 @@ def render(make: Callable[[dict], Any], file: Path) -> Any:
 
 
 def markdown(heading: list[str], rows: list[list[str]]) -> str:
-    """A table with text in the first column and numbers in the others, less its empty columns."""
+    """A table of text in the first column and numbers in the others, without empty columns."""
     used = [i for i in range(len(heading)) if i == 0 or any(row[i] for row in rows)]
     lines = [heading, ["---"] + ["---:"] * (len(heading) - 1), *rows]
     return "\n".join("| " + " | ".join(line[i] for i in used) + " |" for line in lines)
 
 
 def cell(values: list, digits: int) -> str:
-    """The mean; of several values also the range. JSON holds infinite values as strings."""
+    """The mean, and the range of several values. JSON holds infinite values as strings."""
     if not values:
         return ""
     values = [float(value) for value in values]
@@ -77,7 +77,7 @@ def cell(values: list, digits: int) -> str:
 
 
 def nats(bounds: list[dict], digits: int = 2) -> str:
-    """A bound with its standard error; of several seeds the mean and the range."""
+    """A bound with its standard error, or mean and range over several seeds."""
     if len(bounds) != 1:
         return cell([bound["nats_per_image"] for bound in bounds], 1)
     value, error = (float(bounds[0][key]) for key in ("nats_per_image", "standard_error"))
@@ -85,13 +85,13 @@ def nats(bounds: list[dict], digits: int = 2) -> str:
 
 
 def weighted(bounds: list[dict]) -> list[dict]:
-    """The importance-weighted bounds beside plain ones, of the most trajectories."""
+    """The importance-weighted bounds with the most trajectories, where there are any."""
     weights = [bound["importance_weighted"] for bound in bounds if "importance_weighted" in bound]
     return [one["by_trajectories"][-1] for one in weights]
 
 
 def measured(samples: list[dict], key: str, digits: int = 3) -> str:
-    """A number of samples; a share of images with its standard error."""
+    """A metric of samples; `isolated_white` with its standard error."""
     values = [one[key] for one in samples if key in one]
     error = ""
     if key == "isolated_white" and len(values) == 1:
@@ -100,7 +100,7 @@ def measured(samples: list[dict], key: str, digits: int = 3) -> str:
 
 
 def by_label(result: dict) -> dict[str, list[dict]]:
-    """The rows by label: runs with other seeds share it."""
+    """The rows by label, which runs with different seeds share."""
     groups: dict[str, list[dict]] = {}
     for one in result["rows"].values():
         groups.setdefault(one["row"], []).append(one)
@@ -108,7 +108,7 @@ def by_label(result: dict) -> dict[str, list[dict]]:
 
 
 def table(result: dict) -> str:
-    """What evaluate.py reports, a line for each label. Real digits come last."""
+    """The reports of evaluate.py, a line per label, real digits last."""
     groups, lines = by_label(result), []
     for one in result["rows"].values():
         groups |= {name: [{"samples": one[key]}] for key, name in REAL.items() if key in one}

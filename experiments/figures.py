@@ -1,9 +1,9 @@
-"""The pictures of the results page, and the tables that belong to them.
+"""The figures of the results page and their tables.
 
     python -m experiments.figures noise                   # the noise that the network sees
     python -m experiments.figures expect                  # samples after minutes of training
     python -m experiments.figures fill --amp --compile    # filling in: hours on a CPU
-    python -m experiments.figures time_to_quality         # beside a plain network: 15 minutes
+    python -m experiments.figures time_to_quality         # against a plain network: 15 minutes
 
 They go to results_d3pm/experiments/NAME/.
 """
@@ -62,13 +62,13 @@ def mutual_information(diffusion: DiscreteDiffusion) -> Tensor:
 
 
 def changed(diffusion: DiscreteDiffusion) -> Tensor:
-    """The share of pixels that no longer have the level of x_0: float64 [T+1]."""
+    """The share of pixels whose level differs from x_0: float64 [T+1]."""
     K = diffusion.num_levels
     return 1 - diffusion.bar_Q[:, :K, :K].diagonal(dim1=1, dim2=2).mean(1)
 
 
 def noise_figure():
-    """The share of pixels that have changed at t, and what x_t still tells of x_0."""
+    """The share of changed pixels and the mutual information of x_t and x_0, by t."""
     information = "mutual information of $x_t$ and $x_0$, of its maximum"
     figure, (left, right) = subplots("share of pixels changed", information, xlabel="t")
     for transition, family in FAMILIES.items():
@@ -95,8 +95,8 @@ def noise(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# What to expect of `python train.py`. A minute is as many steps as RATE images a second make, so
-# other work on the machine makes no difference.
+# What to expect of `python train.py`. Minutes are counted in steps, at RATE images a second, so
+# other load on the machine makes no difference.
 
 RATE = 390  # on two cores
 SAVED = 1_000  # steps between checkpoints
@@ -106,9 +106,9 @@ DIGITS = {"offline": ("offline digits", 2e-3), "mnist": ("full MNIST", 1e-4)}
 
 
 def on_the_way(data: str, args: argparse.Namespace) -> list[dict]:
-    """Loss, bound and samples after each of the minutes, up to the end of the run.
+    """Loss, bound and samples at each of `args.minutes`, up to the end of the run.
 
-    A run that was stopped goes on from its file, as does one that ended before the last minute.
+    Continues an interrupted run, or one that ended before the last of the minutes.
     """
     digits = load_dataset("train", data, args.data_root)
     x_0 = to_levels(load_dataset("validation", data, args.data_root).images)
@@ -135,7 +135,7 @@ def on_the_way(data: str, args: argparse.Namespace) -> list[dict]:
 
 
 def expect(args: argparse.Namespace) -> None:
-    """A panel for each kind of digits, a row of samples for each time."""
+    """A panel for each data set, a row of samples for each time."""
     rows = {name: on_the_way(data, args) for data, (name, _) in DIGITS.items()}
     figure = new_figure(13, 5)
     for axis, (name, points) in zip(figure.subplots(1, len(rows)), rows.items(), strict=True):
@@ -161,7 +161,7 @@ NUMBERS = {"read_as_true_class": "true class", "frechet_distance": "Fréchet dis
 
 
 def given_parts() -> dict[str, Tensor]:
-    """The pixels that are given, bool [32, 32]. Digits are 28x28, in a border of 2."""
+    """Masks of known pixels, bool [32, 32]. Digits are 28x28 with a border of 2."""
     upper, left, around = (torch.zeros(32, 32, dtype=torch.bool) for _ in range(3))
     upper[:16] = left[:, :16] = around[:] = True
     around[11:21, 11:21] = False
@@ -227,16 +227,16 @@ def fill(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Time to quality: this repository beside the plain network. They train one after the other, on all
-# cores of the CPU. The clock stops while they are judged, on validation digits.
+# Time to quality: this repository against the plain network, one after the other, on all cores of
+# the CPU. The clock stops for the evaluation on validation digits.
 
 RACE_MINUTES = 5
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the training, after which it is judged
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the training, after which to evaluate
 RACE_TIMESTEPS, RACE_SAMPLES = 20, 500
 
 
 def compete(trainer: Trainer, usual: bool, digits: Dataset, x_0: Tensor) -> list[dict]:
-    """The curve of one contestant. The usual way has no averaged weights."""
+    """Train one contestant; return its curve. The usual recipe has no averaged weights."""
     stream, seconds, curve = endless(digits, BATCH_SIZE), [], []
 
     def train(steps: int) -> None:
@@ -248,7 +248,7 @@ def compete(trainer: Trainer, usual: bool, digits: Dataset, x_0: Tensor) -> list
 
     train(5)
     total = max(5, round(60 * RACE_MINUTES / statistics.median(seconds[1:])))
-    trainer.total_steps = total  # for the course of the learning rate
+    trainer.total_steps = total  # the length of the learning rate schedule
     for share in SHARES:
         train(round(share * total))
         point = {"minutes": sum(seconds) / 60, "steps": trainer.steps}
@@ -261,7 +261,7 @@ def compete(trainer: Trainer, usual: bool, digits: Dataset, x_0: Tensor) -> list
 
 
 def judge_weights(judged: DiscreteDiffusion, usual: bool, x_0: Tensor) -> dict:
-    """Bound and quality of samples. The usual reverse step is argmax; its bound is infinite."""
+    """Bound and quality of samples. The usual argmax step is for samples: its bound is infinite."""
     generator = torch.Generator().manual_seed(0)
     bound = judged.bound_terms(spread(x_0, RACE_SAMPLES), 2, generator)
     drawing = judged.around(MostProbable(judged.model)) if usual else judged
@@ -313,7 +313,7 @@ def main() -> None:
     add_device(p.add_argument)
     add_speed(p.add_argument)
     args = p.parse_args()
-    # The linear schedule is here on purpose.
+    # The linear schedule is deliberate.
     warnings.filterwarnings("ignore", "bar_Q.T. is far from stationary")
     pictures[args.picture](args)
 

@@ -1,4 +1,4 @@
-"""A folder of pictures to try `train.py --data FOLDER` on: A to Z of the fonts that are installed.
+"""Make a folder to try `train.py --data FOLDER` on: the letters A to Z of all installed fonts.
 
     apt-cache search --names-only ^fonts- | cut -d' ' -f1 |
         grep -vE -- '-(web|otf|docs?|han)$|(loose|tight)$|awesome|cns|glyph|hanaz|icons|ipamj' |
@@ -6,10 +6,10 @@
         xargs apt-get install --yes --no-install-recommends
     python -m experiments.letters letters
 
-The packages are all of Debian but those of symbols, of Chinese or Japanese, and second copies.
-Made the way notMNIST was: each letter is scaled to fit, white on black, 28x28, in a sub-folder of
-its name. Fonts that lack a letter are left out, and those of symbols, where few letters look like
-those of other fonts. Each picture is written once.
+The packages are all of Debian's but symbols, Chinese and Japanese, and duplicates. As in notMNIST,
+each letter is scaled to fit, white on black, 28x28, in a sub-folder of its name. Skipped are fonts
+that lack a letter, symbol fonts, in which few letters look like those of other fonts, and duplicate
+pictures.
 """
 
 import shlex
@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 SIZE, FIT = 28, 24  # of a picture, and of the letter in it, in pixels
-MISSING = "\U0010fffe"  # a code point that no font has, drawn as what is not there
-LIKE_OTHERS = 8  # letters of 26 that have to look like their own letter in other fonts
+MISSING = "\U0010fffe"  # no font has this code point: draws the missing glyph
+LIKE_OTHERS = 8  # of 26 letters must look like the same letter in other fonts
 
 
 def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
@@ -58,9 +58,9 @@ def letters_of(file: Path) -> np.ndarray | None:
 
 
 def legible(fonts: np.ndarray) -> np.ndarray:
-    """Which fonts, [N, 26, 28, 28], have letters that look like the mean of their letter.
+    """Which fonts, of [N, 26, 28, 28], have enough letters that look like that letter's mean.
 
-    Judged in black and white, so that hairlines count as broken.
+    Judged in black and white, which breaks hairlines.
     """
     x = (fonts >= 128).reshape(len(fonts), 26, -1).astype(np.float32)
     x = x - x.mean(2, keepdims=True)

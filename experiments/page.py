@@ -1,11 +1,11 @@
 """Fill the tables of the results page from the JSON files beside it.
 
-    python -m experiments.page > page.md            # the page with its tables written anew
-    python -m experiments.page --check              # an error if a table differs from its JSON file
+    python -m experiments.page > page.md            # the page with new tables
+    python -m experiments.page --check              # fail if a table differs from its JSON file
     python -m experiments.page README.md --check    # the same for the front page
 
-A table stands between <!-- table: NAME --> and <!-- end -->. It is made from NAME.json, and NAME
-may start with a folder. Below it stands its command, and where the numbers were measured.
+A table stands between <!-- table: NAME --> and <!-- end -->. It is made from NAME.json, where NAME
+may start with a folder. Its command and its source follow.
 """
 
 import re
@@ -25,7 +25,7 @@ MAKERS["time_to_quality"] = "figures time_to_quality", common.table
 
 
 def source(result: dict) -> str:
-    """Where the numbers were measured; with names, where rows were measured elsewhere."""
+    """Where the numbers were measured; rows that were measured elsewhere are named."""
     labels: dict[str, list[str]] = {}
     for one in result.get("rows", {"": {"row": ""}}).values():
         origin = one.get("provenance") or result["provenance"]
@@ -42,7 +42,7 @@ def filled(name: str, folder: Path) -> str:
     if file.stem not in MAKERS:
         raise UserError(f"there is no experiment {file.stem!r} with a table")
     command, make = MAKERS[file.stem]
-    if "/" in name:  # of the front page, which shows less
+    if "/" in name:  # on the front page, which shows less
         return common.render(partial(make, small=True), file) + "\n"
     below = f"`python -m experiments.{command}`: {common.render(source, file)}"
     return f"{common.render(make, file)}\n\n{below}\n"

@@ -1,13 +1,13 @@
-"""Tables of what evaluate.py reports, each row trained and evaluated with flags of its own.
+"""Tables of evaluate.py's reports. Each row has its own flags for training and evaluation.
 
     python -m experiments.tables choices --data-root data      # minutes a run
     python -m experiments.tables choices --data-root data --rows "the paper's configuration"
     python -m experiments.tables levels --data-root data       # 256 levels: up to 15 minutes, 2 GB
     python -m experiments.tables headline --data-root data --amp         # minutes on a GPU
 
-Choices, levels and guidance are judged on validation digits, the other tables on test digits. Rows
-go to results_d3pm/experiments/NAME/NAME.json, each as soon as it is measured. A table that was
-stopped goes on with the missing rows.
+Choices, levels and guidance use validation digits, the other tables test digits. Each row is saved
+to results_d3pm/experiments/NAME/NAME.json as soon as it is measured. An interrupted table continues
+with the missing rows.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ from experiments.common import by_label, cell, markdown, measured, nats, weighte
 DYNAMIC = RELEASED.with_name("d3pm_mnist_dynamic.pth")
 BOUNDS = ("bound", "bound_with_labels")
 KEPT = ("sha256", "levels", "timesteps", *BOUNDS, "samples", *common.REAL)
-# evaluate.py always measures a bound. Where only samples are wanted: of two digits, and dropped.
+# evaluate.py always measures a bound. For samples alone, it is of two digits, and dropped.
 NO_BOUND = "--images 2 --repeats 1"
 
 
 class Row(NamedTuple):
-    """Flags of train.py, or a checkpoint; and flags for each call of evaluate.py."""
+    """Flags of train.py or a checkpoint, and the flags of each call of evaluate.py."""
 
     label: str
     evaluate: list[str]
@@ -81,7 +81,7 @@ def choices() -> dict[str, Row]:
 
 
 def levels() -> dict[str, Row]:
-    """The loss is the bound. Two seeds for the first four rows of 256 levels, else one."""
+    """Trained on the bound. Two seeds for the first four rows of 256 levels, else one."""
     rows, every = {}, "--timesteps 200 --loss variational --optimizer muon --lr 2e-3"
     sizes = dict.fromkeys((8, 32), ("--steps 400 --batch-size 64", 1000))
     for K, (size, images) in (sizes | {256: ("--steps 800 --batch-size 16", 200)}).items():
@@ -94,7 +94,7 @@ def levels() -> dict[str, Row]:
 
 
 def levels_table(result: dict) -> str:
-    """Bits per dimension by the number of levels; their part L_0 for the last number."""
+    """Bits per dimension by number of levels, and the part L_0 for the most levels."""
     every, lines = sorted({one["levels"] for one in result["rows"].values()}), []
     for label, runs in by_label(result).items():
         bounds = [[one["bound"] for one in runs if one["levels"] == K] for K in every]
@@ -109,7 +109,7 @@ def levels_table(result: dict) -> str:
 
 
 def released(flags: dict[str, str]) -> dict[str, Row]:
-    """One call of evaluate.py for each label, which names the model first."""
+    """One call of evaluate.py per label, whose first word selects the model."""
     models = {label: DYNAMIC if label.startswith("dynamic") else RELEASED for label in flags}
     return {label: Row(label, [flags[label]], checkpoint=models[label]) for label in flags}
 
@@ -138,7 +138,7 @@ def likelihood() -> dict[str, Row]:
 
 
 def headline() -> dict[str, Row]:
-    """Each way to draw. Bound and samples of a row are of the same chain (`--last-step draw`)."""
+    """One row per way to sample. Rows with a bound sample from its chain (`--last-step draw`)."""
     draw, weighted = "--num-samples 5000", "--trajectories 64 --weighted-images 100"
     chain = f"{draw} --timesteps 100 --last-step draw"
     flags = {
@@ -151,7 +151,7 @@ def headline() -> dict[str, Row]:
 
 
 def headline_table(result: dict, small: bool = False) -> str:
-    """In brackets: as many real digits of the same classes. `small` is for the front page."""
+    """In brackets: as many real digits of the same classes. `small`: for the front page."""
     quality = ["frechet_distance", "label_accuracy"]
     if not small:
         quality[1:1] = ["precision", "recall", "isolated_white"]
@@ -193,11 +193,11 @@ def command(script: str, *flags) -> None:
 
 
 def measure(row: Row, folder: Path, every: list) -> dict:
-    """Train and evaluate in the folder. A run that was stopped there goes on."""
+    """Train and evaluate in the folder, resuming an interrupted run."""
     checkpoint, result = row.checkpoint, {"row": row.label}
     if row.train:
         checkpoint = folder / "checkpoints" / "last.pth"
-        if not checkpoint.with_name("weights.pth").exists():  # written at the end
+        if not checkpoint.with_name("weights.pth").exists():  # written last
             resume = ["--resume"] * checkpoint.exists()
             command("train.py", *row.train.split(), *every, "--out-dir", folder, *resume)
     for flags in row.evaluate:
@@ -211,7 +211,7 @@ def measure(row: Row, folder: Path, every: list) -> dict:
 
 
 def complete(name: str, rows: dict[str, Row], every: list, data_root: Path) -> dict:
-    """The result with these rows. Raises UserError if it holds one of them with other flags."""
+    """Measure missing rows; return the result. Raises UserError if a row has other flags there."""
     file, result, flags = common.output(name), {"title": TABLES[name][0], "rows": {}}, {}
     if file.exists():
         result = common.render(dict, file)
@@ -223,7 +223,7 @@ def complete(name: str, rows: dict[str, Row], every: list, data_root: Path) -> d
         if key in done and done[key].get("flags") != flags[key]:
             raise UserError(f"{file} holds {key!r} with other flags: move it away")
     for key in tqdm([key for key in rows if key not in done], desc=name, disable=None):
-        # The flags name the folder, so a run with other flags is never used again.
+        # The folder is named by the flags, so a run with other flags is not reused.
         digest = hashlib.sha256(flags[key].encode()).hexdigest()[:8]
         folder = file.with_name(f"{rows[key].label.replace(' ', '_')}-{digest}")
         row = measure(rows[key], folder, [*every, "--data-root", data_root.resolve()])
@@ -244,7 +244,7 @@ def main() -> None:
     if unknown := set(args.rows or ()) - set(labels):
         p.error(f"--rows: there is no row {min(unknown)!r}: choose from {'; '.join(labels)}")
     rows = {key: row for key, row in rows.items() if row.label in (args.rows or labels)}
-    load_dataset("validation", args.data, args.data_root)  # if there are none, the error comes now
+    load_dataset("validation", args.data, args.data_root)  # fails now if there are none
     every = ["--data", args.data, *["--amp"] * args.amp, *["--compile"] * args.compile]
     print(show(complete(args.table, rows, every, args.data_root)))
 

@@ -1,4 +1,4 @@
-"""Chains small enough to enumerate in numpy, and networks for them. No test is in here."""
+"""Small chains to enumerate in numpy, and networks for them. Contains no tests."""
 
 import itertools
 from itertools import pairwise
@@ -9,7 +9,7 @@ import torch
 from diffusion import DiscreteDiffusion
 from trajectories import respaced
 
-# Every legal combination, in full: test_transitions.py compares transitions.FAMILIES with it.
+# All legal combinations; test_transitions.py compares transitions.FAMILIES with them.
 LEGAL = [
     (transition, schedule, K)
     for transition, schedules, Ks in [
@@ -23,7 +23,7 @@ LEGAL = [
 
 
 class Constant(torch.nn.Module):
-    """A network without knowledge: the same float64 logits everywhere. `seen` is its last input."""
+    """A network that knows nothing: constant float64 logits. `seen` is its last input."""
 
     def __init__(self, K, logits=None):
         super().__init__()
@@ -35,7 +35,7 @@ class Constant(torch.nn.Module):
 
 
 class Labelled(torch.nn.Module):
-    """A network for five labels: its logits are (y + 1, -2 (y + 1)), and zero without a label."""
+    """A network for five labels: logits (y + 1, -2 (y + 1)), or zeros without a label."""
 
     num_labels = 5
 
@@ -54,7 +54,7 @@ def make(K=2, T=20, schedule=None, model=None, **kwargs):
 
 
 # --------------------------------------------------------------------------------------------------
-# Transition matrices that come from nowhere else, float64 numpy [T+1, S, S], and their products
+# Transition matrices independent of the product, float64 numpy [T+1, S, S], and their products
 
 
 def products(Q):
@@ -77,7 +77,7 @@ def random_chain(K, S, T, seed=0, zeros=False):
 
 
 def absorbing_chain(K, T):
-    """Levels 0..K-1 and a mask K that nothing leaves; all masked at T. Full of exact zeros."""
+    """Levels 0..K-1 and an absorbing mask K; all masked at T. Has many exact zeros."""
     Q = np.stack([np.eye(K + 1)] * (T + 1))
     for t in range(1, T + 1):
         beta = 1 / (T - t + 1)
@@ -87,7 +87,7 @@ def absorbing_chain(K, T):
 
 
 def two_masks_chain(K, T):
-    """Two extra states: levels become the first mask, the first the second, where all end."""
+    """Two extra states: levels turn into the first mask, the first into the second."""
     Q = np.stack([np.eye(K + 2)] * (T + 1))
     for t in range(1, T + 1):
         lost = 1 if t == T else 0.3
@@ -99,11 +99,11 @@ def two_masks_chain(K, T):
 
 
 # --------------------------------------------------------------------------------------------------
-# A perfect network, and all that follows from it
+# A perfect network and its consequences
 
 
 class ExactPosterior(torch.nn.Module):
-    """log p(x_0^i | x_t) for each pixel i, by enumeration: what cross-entropy converges to."""
+    """log p(x_0^i | x_t) of each pixel i, by enumeration: the optimum of cross-entropy."""
 
     def __init__(self, images, probs, bar_Q):
         super().__init__()
@@ -139,7 +139,7 @@ def toy(name, K):
 
 
 class ExactChain:
-    """A toy data set, the perfect network for it, and every state x of the image space."""
+    """A toy data set, its perfect network, and every state x of the image space."""
 
     def __init__(self, name, K=2, T=20, kept=None, **kwargs):
         self.images, self.probs, self.shape = toy(name, K)
@@ -152,7 +152,7 @@ class ExactChain:
         reference = make(K, T, **kwargs)
         self.bar_Q, self.Q = reference.bar_Q.numpy(), reference.Q.numpy()
         self.d = make(K, T, model=ExactPosterior(self.images, self.probs, self.bar_Q), **kwargs)
-        if kept is not None:  # the network stays the one of the T original timesteps
+        if kept is not None:  # the network still takes the T original timesteps
             self.d, T = respaced(self.d, kept), len(kept)
             identity = np.eye(self.Q.shape[-1])
             steps = [
@@ -171,7 +171,7 @@ class ExactChain:
         return self.probs @ self.likelihood(t)
 
     def reverse_kernel(self, t):
-        """p_theta between all states, [x_t, x_{t-1}]; zero where x_t cannot occur."""
+        """p_theta between all states, [x_t, x_{t-1}]; zero where x_t is impossible."""
         possible = self.marginal(t) > 0
         x_t = torch.from_numpy(self.states[possible]).view(-1, *self.shape)
         p = self.d.p_theta(x_t, torch.full((len(x_t),), t)).flatten(2).numpy()  # [N, S, D]
@@ -180,14 +180,14 @@ class ExactChain:
         return kernel
 
     def final_distribution(self):
-        """Of x_0, when the reverse process starts from the true q(x_T)."""
+        """The distribution of x_0 if the reverse process starts from the true q(x_T)."""
         distribution = self.marginal(self.T)
         for t in range(self.T, 0, -1):
             distribution = distribution @ self.reverse_kernel(t)
         return distribution
 
     def mean_terms(self):
-        """The expected L_T, sum of L_{t-1} over t = 2..T, and L_0, as the class computes them."""
+        """The expected L_T, sum of L_{t-1} over t = 2..T, and L_0 of the class."""
         terms = np.zeros(self.T + 1)
         for n, (image, prob) in enumerate(zip(self.images, self.probs, strict=True)):
             x_0 = torch.from_numpy(image).view(1, *self.shape)

@@ -1,6 +1,6 @@
-"""Fixtures. One thread in each of pytest's processes (pyproject.toml): the tensors are small, and
-runs in here agree bit for bit with those of the subprocesses that tests/scripts.py starts, on one
-machine: with one thread, torch adds in one order."""
+"""Fixtures. Each pytest process uses one thread (pyproject.toml): the tensors are small, and torch
+then adds in one order, so that runs agree bit for bit with those in subprocesses on the same
+machine (tests/scripts.py)."""
 
 import functools
 import shutil
@@ -17,7 +17,7 @@ from checkpoint import atomic_write, read_checkpoint
 
 torch.set_num_threads(1)
 read_offline = functools.cache(dataset.load_offline)  # a quarter of a second each time
-# nohup and background jobs ignore signals, and so would the programs that are tested here.
+# nohup and background jobs ignore signals, which the tested programs would inherit.
 for number in SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -32,7 +32,7 @@ def fresh_directory(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """The directory of one finished run of four epochs. To be read only."""
+    """The folder of a finished run of four epochs. Read-only."""
     folder = tmp_path_factory.mktemp("run") / "run"
     succeed("train.py", *TRAIN, "--epochs", 4, "--out-dir", folder)
     return folder
@@ -40,21 +40,21 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def my_run(run, tmp_path) -> Path:
-    """A copy of that run to do things to."""
+    """A copy of that run that a test may change."""
     shutil.copytree(run, tmp_path / "run")
     return Path("run")
 
 
 @pytest.fixture
 def offline_once(monkeypatch):
-    """The offline digits are read once for all tests."""
+    """Read the offline digits once for all tests."""
     monkeypatch.setattr("dataset.load_offline", lambda: tuple(v.clone() for v in read_offline()))
 
 
 @pytest.fixture
 def cheap(monkeypatch, offline_once):
-    """Training in this process without what takes most of its time here: validation, samples, plot,
-    and reading each checkpoint back. Same weights."""
+    """Train in this process, with the same weights, but skip the slow parts: validation, samples,
+    plots, and reading checkpoints back."""
 
     def save(path, checkpoint):
         with atomic_write(path) as file:
@@ -71,7 +71,7 @@ def cheap(monkeypatch, offline_once):
 
 @pytest.fixture(scope="session")
 def bad_files_once(run, tmp_path_factory) -> Path:
-    """A directory of things that are not checkpoints; and a good one."""
+    """A folder with a good checkpoint and files that are not checkpoints."""
     folder = tmp_path_factory.mktemp("bad")
     good = (run / "checkpoints" / "last.pth").read_bytes()
     (folder / "good.pth").write_bytes(good)

@@ -1,4 +1,4 @@
-"""Chains small enough to sum over every trajectory, in numpy code of its own."""
+"""Small chains to sum over all trajectories, in numpy and without diffusion.py's mathematics."""
 
 import itertools
 
@@ -21,7 +21,7 @@ NAMES = (
 
 
 class TableNetwork(torch.nn.Module):
-    """Arbitrary float32 logits for every x_t of D pixels in a row, every t and every label."""
+    """Arbitrary float32 logits for each x_t (D pixels in a row), t and label."""
 
     def __init__(self, K, S, T, D, num_labels=0):
         super().__init__()
@@ -36,7 +36,7 @@ class TableNetwork(torch.nn.Module):
 
 
 def random_chain(K, S, T):
-    """Matrices without structure, a good part of them zeros; every state can stay."""
+    """Unstructured matrices with many zeros; every state can stay."""
     rng = np.random.default_rng(0)
     Q = rng.random((T + 1, S, S)) * (rng.random((T + 1, S, S)) < 0.6) + 0.2 * np.eye(S)
     Q[0] = np.eye(S)
@@ -44,7 +44,7 @@ def random_chain(K, S, T):
 
 
 def small_chain(name, D=2):
-    """One chain of three steps for each family, and others."""
+    """A chain of three steps (respaced: of seven) by name."""
     T, K = (
         (7 if name == "respaced" else 3),
         (3 if name in ("gaussian", "uniform-mutual_info") else 2),
@@ -52,7 +52,7 @@ def small_chain(name, D=2):
     S = K + (name in ("absorbing", "zeros"))
     network = TableNetwork(K, S, T, D, num_labels=2 if name == "labels" else 0)
     kwargs = {"num_levels": K, "timesteps": T, "image_shape": (1, 1, D)}
-    if name == "gaussian":  # three steps of the family can't reach noise: wide kernels as they are
+    if name == "gaussian":  # three steps can't reach noise, so take wide kernels
         steps = gaussian_transitions(K, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
         kwargs["Q"] = torch.cat([torch.eye(K, dtype=torch.float64)[None], steps])
     elif name == "zeros":
@@ -68,7 +68,7 @@ def small_chain(name, D=2):
 
 
 class Enumeration:
-    """Every state [N, D] and the transition probabilities, given a label or guidance if any."""
+    """All states [N, D] and transition probabilities, given a label or guidance if any."""
 
     def __init__(self, d, D=2, y=None, guidance=0.0):
         self.d, self.D, self.y, self.guidance, self.T, self.K = (
@@ -88,7 +88,7 @@ class Enumeration:
         self.images = [n for n, state in enumerate(self.states) if max(state) < self.K]
 
     def posterior(self, t, x_t, w):
-        """q(x_{t-1} | x_t) of one pixel, [S], under w(x_0), by Bayes' rule for each x_0."""
+        """q(x_{t-1} | x_t) of a pixel, [S], under w(x_0), by Bayes' rule for each x_0."""
         mixed, mass = np.zeros(len(self.prior)), 0.0
         for x_0 in range(self.K):
             if self.bar_Q[t][x_0, x_t] > 0:
@@ -104,7 +104,7 @@ class Enumeration:
         ]
 
     def kernel(self, t, known=None):
-        """p(x_{t-1} | x_t) between states, [x_t, x_{t-1}], zero where x_t cannot occur.
+        """p(x_{t-1} | x_t) between states, [x_t, x_{t-1}]; zero where x_t is impossible.
 
         The pixels of `known` that are not -1 follow the forward process towards them.
         """
@@ -120,7 +120,7 @@ class Enumeration:
             for i, s in enumerate(self.states[n]):
                 given = known is not None and known[i] >= 0
                 if given and self.bar_Q[t][known[i], s] == 0:
-                    break  # not on its way to what is given
+                    break  # it can't reach the given pixel
                 rows.append(self.posterior(t, s, np.eye(self.K)[known[i]] if given else w[:, i]))
             else:
                 kernel[n] = np.prod([row[self.states[:, i]] for i, row in enumerate(rows)], axis=0)
@@ -133,16 +133,16 @@ class Enumeration:
         return np.prod([row[self.states[:, i]] for i, row in enumerate(rows)], axis=0)
 
     def law(self, known=None):
-        """The distribution of x_0 that the model draws, or that overwriting does, [N]."""
+        """The distribution of x_0, [N], of the model, or of overwriting `known` pixels."""
         p = self.start(known)
         for t in range(self.T, 0, -1):
             p = p @ self.kernel(t, known)
         return p
 
     def walks(self, known):
-        """Every possible trajectory towards `known`, [n, T+1] indices of states; its q; its p / q.
+        """All possible trajectories towards `known`, [n, T+1] state indices; their q; their p / q.
 
-        At pixels that are not given, both p and q are the model's.
+        Both p and q are the model's at pixels that are not given.
         """
         p_0, q_0 = self.start(), self.start(known)
         walks = [([n], p_0[n], q_0[n]) for n in range(len(self.states)) if q_0[n] > 0]
@@ -157,12 +157,12 @@ class Enumeration:
         return paths, q, p / q
 
 
-# Exceeded by chance once in 10,000, by degrees of freedom
+# Exceeded by chance once in 10,000; by degrees of freedom
 LIMITS = {0: 1e-9, 1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7, 7: 29.9, 8: 31.8}
 
 
 def chi_square(counts, probs):
-    """Pearson's statistic; impossible states must not occur."""
+    """Pearson's statistic. Fails if an impossible state occurs."""
     counts, expected = np.asarray(counts, float), np.asarray(probs, float) * float(sum(counts))
     assert (counts[expected == 0] == 0).all()
     seen = expected > 0
@@ -170,5 +170,5 @@ def chi_square(counts, probs):
 
 
 def fits(counts, probs):
-    """Whether the counts can be draws from these probabilities."""
+    """Whether the counts are plausible for these probabilities."""
     return chi_square(counts, probs) < LIMITS[np.count_nonzero(probs) - 1]

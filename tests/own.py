@@ -1,4 +1,4 @@
-"""A folder of small pictures in five colours and two classes, and a model of them."""
+"""A folder of small pictures with five colours and two classes, and a model of them."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ SIZE = (10, 6)  # padded to 16x8
 
 
 def palette_image(states: np.ndarray) -> Image.Image:
-    """uint8 [h, w], indices into COLOURS."""
+    """A picture from uint8 [h, w], indices into COLOURS."""
     picture = Image.fromarray(states.astype(np.uint8), "P")
     picture.putpalette([value for colour in COLOURS for value in colour])
     return picture
 
 
 def own_folder(n: int = 60) -> Path:
-    """The folder `own` with sub-folders "hill" and "lake" of n pictures together."""
+    """Write n pictures to the folder `own`, with the sub-folders "hill" and "lake"."""
     generator = np.random.default_rng(0)
     for i in range(n):
         file = Path("own", ("hill", "lake")[i % 2], f"{i}.png")
@@ -33,7 +33,7 @@ def own_folder(n: int = 60) -> Path:
 
 
 def own_model(path: str = "own.pth", num_labels: int = 0, **options) -> DiscreteDiffusion:
-    """Write a checkpoint of random weights for the pictures of `own_folder`."""
+    """Write a checkpoint with random weights for the pictures of `own_folder`."""
     options = {"size": SIZE, "palette": True} | options
     data = load_dataset("test", own_folder(), **options)
     levels = len(data.palette) if data.palette else 2

@@ -1,4 +1,4 @@
-"""Running the scripts, inside this process or as real ones; looking at what they write."""
+"""Run the scripts, in this process or as real ones, and inspect their files."""
 
 import csv
 import importlib
@@ -31,7 +31,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def call(script, *arguments, out=None) -> tuple[int, str, str]:
-    """What `python script arguments` does, inside this process: exit code, stdout, stderr."""
+    """Run `python script arguments` in this process: exit code, stdout, stderr."""
     module = importlib.import_module(script.removesuffix(".py"))
     out, err = out or io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -52,15 +52,15 @@ def call(script, *arguments, out=None) -> tuple[int, str, str]:
 
 
 def succeed(script, *arguments) -> str:
-    """stdout of a call that has to succeed."""
+    """stdout of a call that must succeed."""
     code, out, err = call(script, *arguments)
     assert code == 0, err
     return out
 
 
 def fail(script, *arguments) -> str:
-    """The last line of stderr of a call that has to fail cleanly and change nothing in the working
-    directory."""
+    """The last line of stderr of a call that must fail cleanly and leave the working directory
+    unchanged."""
     before = snapshot(Path())
     code, _, err = call(script, *arguments)
     assert code in (1, 2)
@@ -75,7 +75,7 @@ def fail(script, *arguments) -> str:
 
 
 def trained(flags="", out="out") -> str:
-    """stdout of a small run of train.py that has to succeed."""
+    """stdout of a small run of train.py that must succeed."""
     return succeed("train.py", *TRAIN, *flags.split(), "--out-dir", out)
 
 
@@ -84,7 +84,7 @@ def resumed(flags="", out="out") -> str:
 
 
 def start(script, *arguments, cwd, launcher=(), **options) -> subprocess.Popen:
-    """A real process."""
+    """Start a real process."""
     command = [sys.executable, *launcher, *map(str, [REPOSITORY / script, *arguments])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, **{"env": ENVIRONMENT} | pipes | options)
@@ -95,7 +95,7 @@ def snapshot(folder: Path) -> dict:
 
 
 def files(folder: Path) -> set[str]:
-    """The files under a folder, less the lock that a run leaves."""
+    """The files under a folder, without a run's lock."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return names - {".lock"}
 
@@ -110,8 +110,8 @@ def checkpoint_of(folder, name="last") -> dict:
 
 
 def same_weights(a: Path | str, b: Path | str) -> bool:
-    """Whether two checkpoints are of the same step and agree bit for bit, the optimizer's state
-    included. Only for runs of one machine with as many threads: others add in another order."""
+    """Whether two checkpoints have the same step and agree bit for bit, optimizer state included.
+    Only for runs on one machine and with as many threads, as others add in another order."""
 
     def tensors(c: dict) -> list[torch.Tensor]:
         states = [v for state in c["optimizer"]["state"].values() for v in state.values()]
@@ -122,7 +122,7 @@ def same_weights(a: Path | str, b: Path | str) -> bool:
 
 
 def same_run(a, b, name="last", but_for=()) -> bool:
-    """Whether two runs have the same weights and tell the same of every epoch, less the seconds."""
+    """Whether two runs have the same weights and history, apart from the timing."""
     but_for = dict.fromkeys(("images_per_second", "seconds", *but_for))
     rows = ([row | but_for for row in checkpoint_of(x, name)["history"]] for x in (a, b))
     path = f"checkpoints/{name}.pth"
@@ -144,8 +144,8 @@ def signal_at_step(monkeypatch, at, *signals):
 
 
 def spy(monkeypatch, owner, name) -> list[tuple]:
-    """The calls of owner.name from now on, as (arguments, keyword arguments); a method's start with
-    its object."""
+    """Record the calls of owner.name as (arguments, keyword arguments); a method's arguments start
+    with its object."""
     original, calls = getattr(owner, name), []
 
     def called(*args, **kwargs):
@@ -159,8 +159,8 @@ def spy(monkeypatch, owner, name) -> list[tuple]:
 def untrained(
     path: Path, timesteps: int = 60, config: dict | None = None, **entries
 ) -> DiscreteDiffusion:
-    """Write the checkpoint of a small network of random weights, which answers to t and labels; its
-    diffusion."""
+    """Write a checkpoint of a small network with random weights, which depends on t and labels;
+    return its diffusion."""
     torch.manual_seed(0)
     network = {"name": "unet", "num_levels": 2, "num_states": 2, "channels": [8, 8, 8]} | (
         config or {}

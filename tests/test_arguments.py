@@ -1,4 +1,4 @@
-"""What the Python interface takes, and what it refuses: a ValueError of one line."""
+"""What the Python interface accepts and rejects, with a ValueError of one line."""
 
 import numpy as np
 import pytest
@@ -131,7 +131,7 @@ def test_images_that_the_network_can_not_fold_are_refused():
 
 
 class Neighbours(torch.nn.Module):
-    """Exact logits that depend on the pixel above and on the pixel to the left."""
+    """Exact logits that depend on the pixels above and to the left."""
 
     def forward(self, x_t, t):
         above, left = x_t.roll(1, 2).double(), x_t.roll(1, 3).double()
@@ -149,7 +149,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("transition", ["uniform", "absorbing"])
 def test_layout_in_memory_does_not_matter(layout, transition):
-    """Images, probabilities and uniforms that are not contiguous: the results are the same."""
+    """Non-contiguous images, probabilities and uniforms give the same results."""
     shape = (1, 4, 6)
     d = make(2, 4, None, Neighbours(), transition=transition, image_shape=shape)
     generator = torch.Generator().manual_seed(0)
@@ -176,7 +176,7 @@ def test_layout_in_memory_does_not_matter(layout, transition):
 
 @pytest.mark.parametrize("num_t", [None, 3])
 def test_nothing_to_do(num_t):
-    """Of no images there is no bound and no weight, and there is no loss."""
+    """An empty batch has empty bounds and weights, and its loss is an error."""
     none, y = X[:0], T_1[:0]
     assert DOOR.variational_bound(none, num_t, y=y).shape == (0,)
     assert DOOR.bound_terms(none, num_t).terms.shape == (0, (num_t or 9) + 1)
@@ -186,7 +186,7 @@ def test_nothing_to_do(num_t):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_posterior_computes_in_float32(dtype):
-    """At small t a level flips too rarely for half precision, which would return certainty."""
+    """At small t levels flip too rarely for half precision, which would be certain."""
     d = make(2, 1000)
     x_t, t = torch.tensor([0, 1]).view(1, 1, 1, 2).expand(3, -1, -1, -1), torch.tensor([1, 2, 9])
     probs = torch.tensor([0.3, 0.7]).view(1, 2, 1, 1).expand(3, -1, 1, 2).to(dtype)
@@ -202,7 +202,7 @@ def test_the_posterior_computes_in_float32(dtype):
     "t", [[0, 1], [11, 1], [-1, 1], [1.0, 2.0], [1], [1, 1, 1], [[1], [1]], 1], ids=str
 )
 def test_other_timesteps_are_refused(t):
-    """1..T, one for each image; 0 is clean data, which only q(x_t | x_0) takes."""
+    """t is in 1..T, one per image; only q(x_t | x_0) takes t = 0, clean data."""
     t = torch.tensor(t)
     methods = [
         lambda: DOOR.q_posterior(X, HALF, t),
@@ -221,7 +221,7 @@ def test_other_timesteps_are_refused(t):
 
 
 def with_labels(y, guidance=0.0, d=DOOR):
-    """Every method that takes labels; with guidance, those that take it."""
+    """All methods that take labels or, with guidance, those that take it."""
     methods = [
         lambda: d.x_0_logits(X, T_1, y, guidance),
         lambda: d.p_sample(X, T_1, torch.full(X.shape, 0.3), y, guidance),
@@ -243,7 +243,7 @@ def with_labels(y, guidance=0.0, d=DOOR):
 
 @pytest.mark.parametrize("y", [[0, 5], [-2, 0], [0], [0, 1, 2], [0.0, 1.0], [[0], [1]]], ids=str)
 def test_other_labels_are_refused(y):
-    """0..4 or -1, one for each image."""
+    """Labels are 0..4 or -1, one per image."""
     for method in (*with_labels(torch.tensor(y)), *with_labels(y, 1.0)):
         refused(r"^y must be", method)
 
@@ -308,7 +308,7 @@ def test_other_numbers_are_refused(function, kwargs):
 
 
 def test_shapes_that_do_not_go_together():
-    """No broadcasting in silence, and no error about singleton dimensions."""
+    """No silent broadcasting, and no error about singleton dimensions."""
     for x_0, x_t in ((X[:1], X), (X, X[:1]), (X, X[..., :4])):
         with pytest.raises(ValueError, match=r"^(x_t|t) must be integers"):
             DOOR.L_t_minus_1(x_0, x_t, torch.ones(len(x_t), dtype=torch.long))

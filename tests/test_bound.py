@@ -1,4 +1,4 @@
-"""Bound and losses, against the likelihood of whole chains by enumeration."""
+"""The bound and the losses against likelihoods of whole chains, by enumeration."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# -- the bound of a network that is not perfect, against the likelihood of its whole chain ---------
+# -- the bound of an imperfect network, against the likelihood of its whole chain ------------------
 
 
 @pytest.mark.parametrize("transition, schedule, K", [c for c in LEGAL if c[2] < 5])
@@ -41,7 +41,7 @@ def test_bound_and_losses_against_all_trajectories(transition, schedule, K):
     network = RandomNetwork(K, S, T)
     kwargs = {"model": network, "image_shape": (1, 1, 2)}
     names = {"transition": transition, "schedule": schedule}
-    if transition == "gaussian":  # three steps can't reach noise: wide kernels as they are
+    if transition == "gaussian":  # three steps can't reach noise, so take wide kernels
         steps = gaussian_transitions(K, torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64))
         names = {"Q": torch.cat([torch.eye(K, dtype=torch.float64)[None], steps])}
     kwargs |= names
@@ -55,7 +55,7 @@ def test_bound_and_losses_against_all_trajectories(transition, schedule, K):
     ]
     back = [np.zeros((N, N))]  # back[t][x_t, x_{t-1}]
     for t in range(1, T + 1):
-        possible = d.bar_Q[t, :K].numpy().max(0) > 0  # states that some level can have led to
+        possible = d.bar_Q[t, :K].numpy().max(0) > 0  # states reachable from some level
         x_t_possible = [n for n in range(N) if possible[list(states[n])].all()]
         p = d.p_theta(x[x_t_possible], torch.full((len(x_t_possible),), t))[:, :, 0].numpy()
         kernel = np.zeros((N, N))
@@ -105,7 +105,7 @@ def test_bound_and_losses_against_all_trajectories(transition, schedule, K):
 
 
 class Fixed(torch.nn.Module):
-    """float32 logits that depend on t alone, and a record of what was asked."""
+    """float32 logits that depend only on t; `asked` records the inputs."""
 
     def __init__(self, K, T):
         super().__init__()
@@ -123,7 +123,7 @@ class Fixed(torch.nn.Module):
 def test_bound_terms_are_the_float64_sums_at_the_noise_that_was_drawn(
     transition, schedule, K, T, num_t
 ):
-    """KL(q || p) of every pixel by Bayes' rule in float64, at the network's (x_t, t)."""
+    """KL(q || p) of every pixel by Bayes' rule in float64, at the (x_t, t) that the network saw."""
     network = Fixed(K, T)
     d = make(K, T, schedule, network, transition=transition, image_shape=(1, 4, 8))
     x_0 = torch.randint(0, K, (3, 1, 4, 8), generator=seeded(2))
@@ -168,7 +168,7 @@ def test_bound_terms_are_the_float64_sums_at_the_noise_that_was_drawn(
 def test_variational_bound_is_unbiased(num_t):
     """Each part is within 4 standard errors of the enumerated mean, and L_T is exact.
 
-    The chain ends short of noise, so that L_T is not zero.
+    The chain stops short of noise, so L_T > 0.
     """
     Q = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64).repeat(9, 1, 1)
     Q[0] = torch.eye(2)
@@ -194,7 +194,7 @@ def test_variational_bound_is_unbiased(num_t):
 
 @pytest.mark.parametrize("T, N, num_t", [(11, 20, 3), (11, 20, 1), (1000, 37, 27), (2, 3, 2)])
 def test_bound_terms_spread_t_evenly(T, N, num_t):
-    """Where 2..T can share the draws equally they do, so the weight of the terms is right."""
+    """If the draws can cover 2..T equally, they do, so the terms are weighted correctly."""
     d = make(2, T, model=Fixed(2, T), image_shape=(1, 2, 2))
     x_0 = torch.randint(0, 2, (N, 1, 2, 2), generator=seeded(1))
     bound = d.bound_terms(x_0, num_t, seeded(4))
@@ -214,7 +214,7 @@ def test_bound_terms_spread_t_evenly(T, N, num_t):
 
 
 def test_every_image_sees_every_t():
-    """An image's own t are uniform on 2..T, one in each of num_t equal parts."""
+    """Each image's t is uniform on 2..T, one in each of num_t equal parts."""
     d, x_0 = make(2, 13, image_shape=(1, 1, 1)), torch.zeros(4, 1, 1, 1, dtype=torch.long)
     generator = seeded()
     t = torch.stack([d.bound_terms(x_0, 3, generator).t[:, 1:] for _ in range(500)])  # [500, 4, 3]
@@ -237,7 +237,7 @@ def test_bound_is_decided_by_its_generator():
 
 
 def test_bound_of_one_timestep():
-    """L_0 alone: a network that knows nothing pays log 2 for each pixel, by hand."""
+    """Only L_0: a network that knows nothing pays log 2 per pixel."""
     x_0 = torch.randint(0, 2, (3, 1, 4, 4), generator=seeded())
     for num_t in (None, 1):
         bound = make(2, 1, image_shape=(1, 4, 4)).bound_terms(x_0, num_t)
@@ -282,7 +282,7 @@ def test_kl_divergence_and_its_gradient_at_zeros():
 
 
 def test_loss_is_cross_entropy():
-    """Against -log softmax by hand, at random t and noise; it is the default loss."""
+    """The default loss is -log softmax, by hand, at random t and noise."""
     x_0 = torch.randint(0, 3, (4, 1, 2, 2), generator=seeded())
     scores = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
     log_probs = [s - math.log(sum(math.exp(x) for x in scores.tolist())) for s in scores.tolist()]
@@ -300,8 +300,8 @@ def test_loss_sees_what_it_is_given():
         torch.full((3, 1, 2, 2), 0.4),
     )
     d.loss(x_0, t, u)
-    x_t, told = d.model.seen
-    assert torch.equal(told, t)
+    x_t, seen_t = d.model.seen
+    assert torch.equal(seen_t, t)
     # u = 0.4 flips a 1 to 0 exactly where bar_Q_t[1, 0] > 0.4
     assert x_t[:, 0, 0, 0].tolist() == [int(d.bar_Q[s, 1, 0] <= 0.4) for s in t]
     labelled = make(2, model=Labelled(), image_shape=(1, 2, 2))
@@ -318,13 +318,13 @@ def test_t_is_uniform_and_reaches_both_ends(T, n):
     assert counts[0] == 0 and len(counts) == T + 1 and (counts[1:] > 0).all()
     expected = draws.numel() / T
     assert (counts[1:] - expected).abs().max() < 5 * expected**0.5
-    # Every place in the batch sees every t, and places in a batch are in no order.
+    # Every position in the batch sees every t, and batches are not sorted.
     error = len(draws) ** -0.5
     assert (draws.double().mean(0) - (T + 1) / 2).abs().max() < 5 * T / 12**0.5 * error
     assert draws.amin(0).max() <= max(1, T // 50) and draws.amax(0).min() >= T - T // 50
     for other in (draws[:, :1], draws.roll(1, 1)):
         assert (draws - other).sign().double().mean(0).abs().max() < 5 * error
-    # Within one batch t is spread: half of 1..T gets half of the batch, rounded up or down.
+    # Within a batch t is stratified: half of 1..T gets half of the batch, rounded.
     lower = (draws <= T // 2).sum(1)
     assert (lower - n * (T // 2) / T).abs().max() <= 1
     assert torch.equal(d.draw_t(n, seeded(5)), d.draw_t(n, seeded(5)))

@@ -1,4 +1,4 @@
-"""Atomic writes, whatever happens; checkpoints that load as they were saved or are refused."""
+"""Atomic writes under all conditions; checkpoints load as saved or are rejected."""
 
 import errno
 import fcntl
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("fresh_directory")
 
 
 def failing(number, at=0, function=lambda *_: None):
-    """A system call that fails with this errno, all calls or the one that is numbered `at`."""
+    """Make a system call fail with this errno, always or only at call number `at`."""
     calls = []
 
     def call(*args):
@@ -61,7 +61,7 @@ def files_below(folder) -> set[str]:
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, ValueError])
 def test_failing_block_writes_nothing(error):
-    """Old files stay as they were, new ones stay absent, and no temporary file is left."""
+    """Old files are unchanged, new ones absent, and no temporary file remains."""
     Path("old").write_bytes(b"old")
     with pytest.raises(error), atomic_writes("old", "new") as files:
         for file in files:
@@ -80,7 +80,7 @@ def test_failing_block_writes_nothing(error):
 @pytest.mark.parametrize("function", ["open", "fsync", "replace"])
 @pytest.mark.parametrize("at", [1, 2])
 def test_failing_end_writes_none_of_several(function, at, monkeypatch):
-    """A full disk at the second file costs the first, too; the error names its file."""
+    """A full disk at the second file prevents the first, too; the error names the full one."""
     for name in ("a", "b"):
         Path(name).write_bytes(b"old")
     where, real = (os, getattr(os, function)) if function != "open" else (checkpoint, open)
@@ -96,7 +96,7 @@ def test_failing_end_writes_none_of_several(function, at, monkeypatch):
 
 @pytest.mark.parametrize("name", ["EINVAL", "ENOTSUP", "ENOSYS", "EIO"])
 def test_file_system_without_fsync(name, monkeypatch):
-    """Its answer is no reason to lose the file; an error of the disk is one."""
+    """A file system without fsync must not lose the file; a disk error must be reported."""
     monkeypatch.setattr(os, "fsync", failing(getattr(errno, name)))
     if name == "EIO":
         with pytest.raises(OSError, match="x: Input/output error"):
@@ -109,7 +109,7 @@ def test_file_system_without_fsync(name, monkeypatch):
 
 @pytest.mark.parametrize("times", [1, 4, 5])
 def test_file_that_another_program_reads(times, monkeypatch):
-    """Windows refuses to replace it for a while: tried again for a second or two, then an error."""
+    """If Windows refuses to replace it, retry for a second or two, then fail."""
     waits, replace = [], os.replace
 
     def refused(*args):
@@ -173,7 +173,7 @@ def test_data_reach_the_disk_before_the_name_does(monkeypatch):
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_two_names_of_one_file(exists, tmp_path):
-    """By another spelling, a symbolic link, a linked folder, a hard link."""
+    """Through another spelling, a symbolic link, a linked folder or a hard link."""
     if exists:
         Path("x").write_bytes(b"old")
         os.link("x", "hard")
@@ -209,7 +209,7 @@ def test_links_are_followed(monkeypatch, tmp_path):
 
 
 def test_modes(monkeypatch):
-    """A new file has what the umask gives, a replaced one keeps its own; a FAT stick has none."""
+    """New files follow the umask, replaced ones keep their mode; a FAT stick has none."""
     Path("old").touch()
     os.chmod("old", 0o604)
     before = os.umask(0o027)
@@ -227,7 +227,7 @@ def test_modes(monkeypatch):
 
 
 def test_json():
-    """Infinities and NaN are strings, so that every reader can read it; provenance is first."""
+    """Infinities and NaN become strings, for any JSON reader; provenance comes first."""
     value = {"a": [1, 2.5, math.inf, (-math.inf,)], "b": {"c": math.nan, 3: None}}
     write_json("x.json", value | {"p": Path("x"), "é": True})
 
@@ -251,20 +251,20 @@ def fake_checkpoint(i):
 
 
 def state_of(network, diffusion):
-    """What a checkpoint needs to be loaded."""
+    """The parts of a checkpoint that loading needs."""
     state = {"network": network.config, "diffusion": diffusion.config}
     return state | {"averaged_weights": network.state_dict()}
 
 
 def step_of(path) -> int:
-    """The step of a fake checkpoint, after a look at whether it is whole."""
+    """The step of a fake checkpoint, after checking that it is complete."""
     state = read_checkpoint(path)
     assert (state["averaged_weights"]["w"] == state["step"]).all()
     return state["step"]
 
 
 def save_and_die(path, where, when):
-    """Save over `path`, but be killed before or after the first call of os.`where`."""
+    """Save to `path`, but be killed before or after the first call of os.`where`."""
     real = getattr(os, where)
 
     def deadly(*args):
@@ -282,7 +282,7 @@ STAGES += [("replace", "before", 1), ("replace", "after", 2)]
 
 @pytest.mark.parametrize("where, when, step", STAGES)
 def test_kill_9_at_each_stage_of_a_save(where, when, step):
-    """The file is the old one or the new one, whole."""
+    """The file is the complete old one or the complete new one."""
     path = Path("last.pth")
     save_checkpoint(path, fake_checkpoint(1))
     fork = multiprocessing.get_context("fork")
@@ -297,7 +297,7 @@ def test_kill_9_at_each_stage_of_a_save(where, when, step):
 
 @pytest.mark.parametrize("value", [np.int64(20), np.float64(0.5), Path("x"), len])
 def test_what_could_not_be_read_back_is_not_saved(value):
-    """The old file stays; the message names the new one."""
+    """The old file stays, and the message names the new one."""
     save_checkpoint("x.pth", fake_checkpoint(1))
     before = snapshot(Path())
     with pytest.raises(ValueError, match=r"x\.pth: this checkpoint could not be read back"):
@@ -318,14 +318,14 @@ def test_numbers_of_numpy_in_a_diffusion_can_be_saved():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The checkpoint of a small network. To be read only."""
+    """The checkpoint of a small network. Read-only."""
     path = tmp_path_factory.mktemp("saved") / "x.pth"
     untrained(path, 10, weights={"fold.weight": torch.zeros(1)})
     return path
 
 
 def test_what_is_loaded_is_what_was_saved(saved):
-    """The averaged weights, not the current ones, in eval mode, with the diffusion's numbers."""
+    """Loads the averaged weights in eval mode, with the diffusion's settings."""
     d, state = load_checkpoint(saved), read_checkpoint(saved)
     assert not d.training and d.timesteps == 10 and d.config == state["diffusion"]
     assert d.model.state_dict().keys() == state["averaged_weights"].keys()
@@ -344,7 +344,7 @@ def test_the_default_of_the_last_step():
 
 
 def test_own_transition_matrices_and_a_shorter_chain_come_back():
-    """Q with more states than levels, and what the network is told for t."""
+    """Q with more states than levels, and the t that the network sees."""
     torch.manual_seed(0)
     network = UNet(2, 3, channels=(8, 8, 8))
     mask = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
@@ -363,7 +363,7 @@ DIGITS = {"source": "mnist", "classes": [*"0123456789"], "size": [28, 28], "pale
 
 
 def test_what_old_checkpoints_were_trained_on():
-    """They say only "data". New ones keep what they say."""
+    """Old ones say only "data"; new ones are unchanged."""
     for data in ("mnist", "offline"):
         save_checkpoint("x.pth", fake_checkpoint(1) | {"data": data})
         assert read_checkpoint("x.pth")["dataset"] == DIGITS | {"source": data}
@@ -382,7 +382,7 @@ def test_released_models_load():
 
 
 def test_the_first_released_models_load():
-    """Their configurations, as they are in the commits 77d7e85 and 0766d4b."""
+    """With their configurations of commits 77d7e85 and 0766d4b."""
     network = {"name": "unet", "num_levels": 2, "num_states": 2, "channels": [24, 64, 96]}
     network |= {"blocks": 1, "num_labels": 10}
     model = UNet(2, 2, (24, 64, 96), num_labels=10)
@@ -422,7 +422,7 @@ CLAIMS = [
 
 @pytest.mark.parametrize("part, key, value, words", CLAIMS)
 def test_claims_that_its_weights_do_not_bear_out(part, key, value, words, saved, monkeypatch):
-    """Refused in one line, before anything of that size is asked for."""
+    """Rejected in one line, before anything that large is allocated."""
     state = read_checkpoint(saved)
     state[part][key] = value
     build = checkpoint.build_network
@@ -447,7 +447,7 @@ def test_weights_that_are_none_or_not_finite(saved):
             build_diffusion(state | {"averaged_weights": weights}, "x.pth")
     for value in (math.nan, math.inf):
         state["averaged_weights"]["fold.bias"][3] = value
-        words = r"x\.pth holds weights that are not finite: its training has diverged"
+        words = r"x\.pth has weights that are not finite: its training diverged"
         with pytest.raises(UserError, match=words):
             build_diffusion(state, "x.pth")
 
@@ -512,7 +512,7 @@ def make(*names):
 
 
 def assert_owned():
-    """a/run can't be owned a second time: neither by this program nor by a lock of the system."""
+    """Neither this program nor a system lock can take a/run again."""
     with (
         pytest.raises(UserError, match="another run is alive in a/run"),
         RunFolder("a/run").owned(),
@@ -523,7 +523,7 @@ def assert_owned():
 
 
 def test_a_folder_is_owned_by_one():
-    """Its lock is released and stays, so that all who try lock the same file."""
+    """Its lock is released but not deleted, so that all processes lock the same file."""
     with pytest.raises(UserError, match="bad flag"), RunFolder("a/run").owned():
         assert_owned()
         raise UserError("bad flag")
@@ -537,7 +537,7 @@ def test_a_folder_is_owned_by_one():
 
 @pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "ENOTSUP", "EIO"])
 def test_file_system_without_locks(name, monkeypatch, capsys):
-    """A warning, as on some network disks; an error of the disk is one."""
+    """Only a warning, as on some network disks; a disk error is an error."""
     monkeypatch.setattr(fcntl, "flock", failing(getattr(errno, name)))
     if name == "EIO":
         with pytest.raises(OSError, match="run: Input/output error"), RunFolder("run").owned():
@@ -568,7 +568,7 @@ def test_what_a_run_is_known_by():
 
 
 def test_the_newest_checkpoint():
-    """last.pth; else that of the highest step, whatever the times of the files say."""
+    """last.pth, else the one with the highest step, whatever the file times."""
     folder, steps = RunFolder("my run"), {"constant": 40, "model_epoch_5": 30, "model_epoch_20": 80}
     steps |= {"last": 50, "weights": 90, "best": 99}
     for age, (name, step) in enumerate(steps.items()):
@@ -577,7 +577,7 @@ def test_the_newest_checkpoint():
     assert folder.newest().name == "last.pth"
     hint = f"; go on from the next one with --resume '{folder.checkpoints}/"
     for name, following in (("last", "model_epoch_20"), ("model_epoch_20", "constant")):
-        (folder.checkpoints / f"{name}.pth").write_bytes(b"")  # a full disk of long ago
+        (folder.checkpoints / f"{name}.pth").write_bytes(b"")  # left by a full disk
         with pytest.raises(UserError, match=f"{name}.pth is damaged") as error:
             folder.newest()
         assert str(error.value).endswith(f"{hint}{following}.pth'")
@@ -590,7 +590,7 @@ def test_the_newest_checkpoint():
 
 
 def test_clearing_and_tidying():
-    """By the names that this program writes, in its own folders."""
+    """Only the names that this program writes, in its own folders."""
     names = ("last", "constant", "weights", "model_epoch_5", "model_epoch_10")
     ours = [f"run/checkpoints/{name}.pth" for name in names]
     names = ("metrics.csv", "loss_curve.png", "evaluation.json")

@@ -1,4 +1,4 @@
-"""What all scripts share: arguments, the device, errors in one line, streams that may break."""
+"""Shared by all scripts: arguments, the device, one-line errors, streams that may break."""
 
 import argparse
 import errno
@@ -36,7 +36,7 @@ from scripts import ENVIRONMENT, REPOSITORY
 # --------------------------------------------------------------------------------------------------
 # Arguments
 
-# The value, or a part of the message; ValueError where argparse says: invalid integer value
+# The value or part of the message; ValueError: argparse says "invalid integer value"
 ARGUMENTS = [
     (integer(1), "1", 1),
     (integer(1), "2147483647", 2**31 - 1),
@@ -120,7 +120,7 @@ def test_shared_flags():
     "cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
 )
 def test_the_best_device(cuda, mps, best, monkeypatch):
-    """Found by asking torch, and tried before the work."""
+    """Chosen by asking torch, and tried before the work."""
     tried, zeros = [], torch.zeros
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -137,7 +137,7 @@ def test_a_device_that_is_not_there(name):
 
 
 def test_message_of_cuda_is_cut_to_a_line(monkeypatch):
-    """torch's own has three lines for a GPU that is not there."""
+    """torch's message for a missing GPU has three lines."""
 
     def zeros(n, device):
         raise RuntimeError("CUDA error: invalid device ordinal\nGPU device may be out of range")
@@ -208,7 +208,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(error):
 
 
 def test_values_that_a_flag_asked_for():
-    """A ValueError becomes a UserError; other errors, and subclasses of UserError, pass."""
+    """ValueErrors become UserErrors; other errors and subclasses of UserError pass through."""
     special = type("Special", (UserError,), {})
     for raised, seen in ((ValueError, UserError), (special, special), (TypeError, TypeError)):
         with pytest.raises(raised) as error, user_errors():
@@ -222,7 +222,7 @@ def test_exit_codes():
     assert run(lambda: (_ for _ in ()).throw(KeyboardInterrupt))[0] == 130
 
 
-# A real process around main's body, without torch, which takes seconds to load.
+# A real process for main's body, without torch, which takes seconds to import.
 PROGRAM = f"""
 import sys, types
 sys.path.insert(0, {str(REPOSITORY)!r})
@@ -247,7 +247,7 @@ def test_warnings_are_one_line():
 
 
 def test_letters_that_a_code_page_lacks():
-    """On stdout and stderr, in a script's own words and in an error's."""
+    """On stdout and stderr, in output and in error messages."""
     done = process(
         "print('±1 é'); raise cli.UserError('±')", env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
     )
@@ -256,7 +256,7 @@ def test_letters_that_a_code_page_lacks():
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_log_on_a_full_disk():
-    """Work goes on, the exit code is its own, and nobody complains at the end."""
+    """The work continues with its own exit code, without complaints at the end."""
     for code in ("", "return 7"):
         with open("/dev/full", "w") as full:
             done = process(f"for i in range(10**5): print('line', i)\n    {code}", stdout=full)
@@ -277,7 +277,7 @@ def test_stdout_that_is_closed():
 
 
 def test_a_line_reaches_the_log_when_it_is_written():
-    """Into a pipe, where Python writes by the block: the line is there after a kill."""
+    """Python buffers pipes in blocks, but after a kill the line is there."""
     done = process("print('hello'); import os; os.kill(os.getpid(), 9)")
     assert done.returncode == -9 and done.stdout == b"hello\n"
 
@@ -316,7 +316,7 @@ def git(folder, *command) -> str:
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_is_our_own(monkeypatch, tmp_path):
-    """Marked when files differ from it; never that of a repository around ours, or of GIT_DIR."""
+    """Marked if files are modified; never an enclosing repository's or GIT_DIR's."""
     for name in [name for name in os.environ if name.startswith("GIT_")]:
         monkeypatch.delenv(name)
     ours, other = tmp_path / "thesis" / "ours", tmp_path / "thesis"
@@ -341,7 +341,7 @@ def test_the_commit_is_our_own(monkeypatch, tmp_path):
 
 
 def test_waiting_threads_spin_for_a_while_in_our_scripts_only(tmp_path):
-    """A choice of the user stays; a program that imports our modules keeps its own policy."""
+    """A user's setting wins; programs that import our modules keep their own."""
     repository, names = tmp_path / "repository", ("OMP_WAIT_POLICY", *cli.WAITING)
     ours, nothing = {"OMP_WAIT_POLICY": None, **cli.WAITING}, dict.fromkeys(names)
     lines = "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['torch'] = sys\n"

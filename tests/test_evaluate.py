@@ -1,5 +1,5 @@
-"""evaluate.py end to end: which digits are used, each number of the report, what is printed,
-written and refused. The meaning of the numbers is the subject of test_metrics.py."""
+"""evaluate.py end to end: the digits used, each number of the report, what is printed, written and
+refused. test_metrics.py tests the numbers' definitions."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ CPU = ["--device", "cpu"]
 
 @cache
 def digits_of(source, split) -> Dataset:
-    """Small sets of genuine digits without overlap; of MNIST a hundred, 60 and 50."""
+    """Small disjoint sets of real digits; of MNIST 100, 60 and 50."""
     offline = load_dataset("train", "offline")
     if source == "offline":
         whole, n = (offline, 80) if split == "train" else (load_dataset(split, "offline"), 40)
@@ -50,7 +50,7 @@ def digits_of(source, split) -> Dataset:
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """These instead of all, with MNIST at hand; the calls. Figures are not drawn: that is slow."""
+    """Replace all data by these, with MNIST present; record the calls. Skip the slow figures."""
     monkeypatch.setattr(evaluate, "save_figure", lambda figure, file: file.write(b"a figure"))
     calls = []
 
@@ -63,7 +63,7 @@ def few_digits(monkeypatch):
 
 
 def evaluated(flags="", path="x.pth", small=SMALL, out_dir=".", device="cpu") -> tuple[dict, str]:
-    """The report of evaluate.py and its output."""
+    """The report of evaluate.py and its stdout."""
     flags = f"{small} {flags} --overwrite --device {device}".split()
     out = succeed("evaluate.py", path, *flags)
     return json.loads((Path(out_dir) / "evaluation.json").read_text()), out
@@ -75,7 +75,7 @@ def check(report, expected) -> None:
 
 
 def close(a, b) -> bool:
-    """Whether two reports agree, number by number."""
+    """Whether two reports agree in every number."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -88,12 +88,12 @@ def seeded(seed) -> torch.Generator:
 
 
 def levels(grey, seed=0, protocol="threshold", K=2) -> torch.Tensor:
-    """Random binarization has streams of its own, numbered by `seed`."""
+    """Random binarization draws from its own streams, numbered by `seed`."""
     return to_levels(grey, K, protocol, seeded(stream_seed(seed)))
 
 
 def expected_bound(d, digits, n, num_t, protocol="threshold", binarizations=1, y=None) -> dict:
-    """Mean and error over n of the digits, or over random binarizations, of bound and parts."""
+    """Mean and error of bound and parts, over n digits or random binarizations."""
     draws = []
     for seed in range(binarizations):
         x_0 = spread(levels(digits.images, seed, protocol), n)
@@ -117,7 +117,7 @@ def expected_bound(d, digits, n, num_t, protocol="threshold", binarizations=1, y
 
 
 def expected_samples(x, asked, test, other, train, how, protocol="threshold", K=2) -> dict:
-    """What the report says of samples x. Random levels: stream 0 for test digits, 1 for others."""
+    """The expected report for samples x. Random levels: stream 0 for test digits, else 1."""
     classifier = load_classifier()
     as_levels = partial(levels, protocol=protocol, K=K)
     reference, _ = judge(classifier, as_levels(test.images, 0), K)
@@ -139,8 +139,8 @@ def expected_samples(x, asked, test, other, train, how, protocol="threshold", K=
 
 @pytest.mark.parametrize("trained_on, split", [("mnist", "test"), ("offline", "validation")])
 def test_every_figure_of_the_report(trained_on, split):
-    """A conditional model of thresholded digits on MNIST: bound and samples on one split, real
-    digits of the other one beside them, nearest digits from those it was trained on."""
+    """A conditional model of thresholded MNIST: bound and samples on one split, real digits of the
+    other split, nearest digits from its training data."""
     d = untrained("x.pth", config={"num_labels": 10}, data=trained_on)
     report, _ = evaluated(f"--split {split}")
     test, train = digits_of("mnist", split), digits_of(trained_on, "train")
@@ -184,7 +184,7 @@ def test_every_figure_of_an_unconditional_dynamic_report(monkeypatch):
 
 
 def test_noise_is_independent_of_the_binarization(monkeypatch):
-    """Both would come from one stream if they shared a seed."""
+    """With one seed, both would draw from the same stream."""
     untrained("x.pth", timesteps=2, binarize="dynamic")
     x_0, noise, sample = [], [], DiscreteDiffusion.q_sample
 
@@ -196,7 +196,7 @@ def test_noise_is_independent_of_the_binarization(monkeypatch):
     monkeypatch.setattr(DiscreteDiffusion, "q_sample", q_sample)
     evaluated("--exact --num-samples 0", small="")
     grey = digits_of("mnist", "test").images
-    for clean, u in list(zip(x_0, noise, strict=True))[-2:]:  # before them a trial of the speed
+    for clean, u in list(zip(x_0, noise, strict=True))[-2:]:  # the calls before are for timing
         assert clean.shape == grey.shape and not torch.equal(clean, (u * 255 < grey).byte())
 
 
@@ -213,8 +213,8 @@ def test_levels_of_grey():
 
 
 def test_digits_that_were_in_training_are_no_judge(monkeypatch):
-    """The offline digits are part of MNIST's training split: no bound on them for a model of it,
-    and flags of the bound are refused."""
+    """The offline digits are part of MNIST's training split: for a model trained on it they give no
+    bound, and flags of the bound are refused."""
     untrained("x.pth", data="mnist", timesteps=10)
     flags = "--data", "offline", *CPU
     for flag in ("images 12", "repeats 2", "exact", "trajectories 3", "num-samples 0"):
@@ -291,7 +291,7 @@ def test_last_step_of_the_joint_form():
 
 
 def test_flags_of_the_bound():
-    """How many digits, how many timesteps of each, and of which chain."""
+    """How many digits, how many timesteps per digit, and of which chain."""
     d, test = untrained("x.pth", timesteps=5), digits_of("mnist", "test")
     for flags, chain, rows, num_t in (
         ("", d, 50, 4),
@@ -307,8 +307,8 @@ def test_flags_of_the_bound():
 
 
 def test_weights(monkeypatch):
-    """The gain of some of the digits, spread over the binarizations; also given the true labels,
-    plus ln 10; of the respaced chain."""
+    """The gain on some of the digits, spread over the binarizations; also given the true labels,
+    plus ln 10; and of the respaced chain."""
     d = respaced(untrained("x.pth", timesteps=6, config={"num_labels": 10}, binarize="dynamic"), 4)
     monkeypatch.setattr(evaluate, "save_figure", pictures.save_figure)
     flags = "--trajectories 3 --weighted-images 5 --binarizations 2 --timesteps 4"
@@ -332,7 +332,7 @@ def test_weights(monkeypatch):
 
 
 def test_weights_of_100_digits_by_default(monkeypatch):
-    """The bound is of all. The picture of the gain starts from that bound."""
+    """The bound uses all digits, and the plot of the gain starts from it."""
     untrained("x.pth", timesteps=2)
     monkeypatch.setattr(evaluate, "load_dataset", load_dataset)
     plotted, plot = [], evaluate.plot_gains
@@ -346,7 +346,7 @@ def test_weights_of_100_digits_by_default(monkeypatch):
 
 @pytest.mark.parametrize("seconds, message", [(0.1, ""), (12, "560 network passes: about 1.12")])
 def test_minutes_are_announced(seconds, message, monkeypatch):
-    """If more than one, by a trial of the 50 digits in 2 timesteps."""
+    """If more than one, by timing the 50 digits in 2 timesteps."""
     untrained("x.pth", timesteps=10)
     clock = SimpleNamespace(perf_counter=iter(seconds * i for i in range(4)).__next__)
     monkeypatch.setattr(evaluate, "time", clock)
@@ -355,7 +355,7 @@ def test_minutes_are_announced(seconds, message, monkeypatch):
 
 
 def test_faster_networks(monkeypatch):
-    """--amp and --compile: the report is that of the network they make."""
+    """With --amp and --compile the report is of the accelerated network."""
     d, test = untrained("x.pth", timesteps=2), digits_of("mnist", "test")
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
@@ -394,7 +394,7 @@ RUN = "run/checkpoints/x.pth"
     "path, out_dir", [(RUN, "run"), ("elsewhere/x.pth", "elsewhere"), ("link.pth", "run")]
 )
 def test_where_the_report_goes(path, out_dir):
-    """The real folder of the checkpoint's run; or --out-dir, which is made."""
+    """To the real folder of the checkpoint's run, or to --out-dir, which is created."""
     untrained(path.replace("link.pth", RUN), timesteps=1)
     Path("link.pth").symlink_to(RUN)
     written = {"evaluation.json", "nearest.png", "bound_terms.png"}
@@ -405,7 +405,7 @@ def test_where_the_report_goes(path, out_dir):
 
 
 def test_the_released_model_by_default(monkeypatch):
-    """Its report does not go into the repository's own folder, by whatever name it is called."""
+    """Its report stays out of the repository's own folder, however that is spelled."""
     assert evaluate.RELEASED == RELEASED
     Path("released").mkdir()
     untrained("released/x.pth", timesteps=2)
@@ -430,7 +430,7 @@ def test_device(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
-    """The numbers of the CPU, up to rounding."""
+    """The same numbers as on the CPU, up to rounding."""
     untrained("x.pth", timesteps=8)
     gpu, cpu = (evaluated("--trajectories 2", device=device)[0] for device in ("cuda", "cpu"))
     weighted = [report["bound"].pop("importance_weighted") for report in (gpu, cpu)]
@@ -443,7 +443,7 @@ def test_on_a_gpu():
 
 @pytest.mark.parametrize("flags, place", [([], "results_d3pm"), (["--out-dir", "there"], "there")])
 def test_training_of_the_classifier(flags, place, monkeypatch):
-    """classifier.pth in --out-dir, from the digits under --data-root; other flags do nothing."""
+    """From the digits in --data-root to classifier.pth in --out-dir; other flags are refused."""
     asked = []
 
     def train(data_root, out):
@@ -466,7 +466,7 @@ def test_training_of_the_classifier(flags, place, monkeypatch):
 
 @pytest.fixture
 def folders(monkeypatch):
-    """`load_dataset` of folders as it is."""
+    """The real `load_dataset` for folders."""
     few = evaluate.load_dataset
 
     def load(split, data="auto", data_root="data", **options):
@@ -477,7 +477,7 @@ def folders(monkeypatch):
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_every_figure_of_own_pictures(split, folders):
-    """Bounds of real pixels, and the nearest training pictures by pixels that differ."""
+    """Bounds per real pixel, and nearest training pictures by the number of differing pixels."""
     d, folder = own_model(num_labels=2), own_folder()
     report, out = evaluated(f"--repeats 2 --trajectories 2 --split {split}", "own.pth", small="")
     data, train = (load_dataset(name, folder, size=SIZE, palette=True) for name in (split, "train"))
@@ -503,20 +503,20 @@ def test_every_figure_of_own_pictures(split, folders):
 
 
 def test_own_pictures_elsewhere(folders, monkeypatch):
-    """--data names another folder of pictures alike; a folder that is gone is an error."""
+    """--data names another folder of similar pictures; a missing folder is an error."""
     monkeypatch.setattr("metrics.CLASSIFIER", Path("nowhere"))
     own_model(num_labels=2)
     Path("own").rename("moved")
-    assert "own, with the images of training, is gone" in fail("evaluate.py", "own.pth", *CPU)
+    assert "own, is gone: give --data" in fail("evaluate.py", "own.pth", *CPU)
     assert "neither a folder" in fail("evaluate.py", "own.pth", "--data", "own", *CPU)
     report, _ = evaluated("--data moved", "own.pth", small="--num-samples 0")
     assert report["digits"] == "moved, test split" and "nearest_training_digit" not in report
     Path("moved/lake").rename("moved/sea")
     flags = "own.pth", "--data", "moved", "--overwrite", *CPU
-    assert "moved differs in classes from the images own.pth" in fail("evaluate.py", *flags)
+    assert "moved differs in classes from the images of own.pth" in fail("evaluate.py", *flags)
     own_model("free.pth")
     shutil.rmtree("own")
-    evaluated("--data moved", "free.pth", small="")  # it does not know of classes
+    evaluated("--data moved", "free.pth", small="")  # it has no classes
     line = fail("evaluate.py", "free.pth", *flags[1:], "--num-samples", 20)
     assert "--num-samples does nothing here: the classifier that judges" in line
 
@@ -540,7 +540,7 @@ def test_fashion_is_not_judged(trained_on, data, monkeypatch):
 
 
 def test_one_picture_in_a_split(folders):
-    """Then errors are unknown. The pictures become grey, and of the model's size."""
+    """No standard errors. Pictures become grey and are resized to the model's size."""
     own_model(size=(8, 12), palette=False)
     shutil.rmtree("own")
     own_folder(4)
@@ -605,7 +605,7 @@ def test_bad_checkpoint():
 
 
 def test_a_checkpoint_that_does_not_say_what_it_has_seen(monkeypatch):
-    """Then the digits at hand may have been in training."""
+    """The digits could be part of its training data."""
     no_work(monkeypatch)
     for data in (None, 3):
         untrained("x.pth", timesteps=10, data=data)
@@ -624,7 +624,7 @@ def test_a_missing_or_damaged_classifier(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["evaluation.json", "gain.png", "nearest.png", "bound_terms.png"])
 def test_an_earlier_evaluation_is_kept(name, monkeypatch):
-    """It is refused before the work, or goes as a whole with --overwrite; the checkpoint never."""
+    """Refused before the work, or fully replaced with --overwrite; never the checkpoint."""
     untrained("x.pth", timesteps=2)
     os.link("x.pth", name)
     with monkeypatch.context() as patch:
@@ -656,7 +656,7 @@ def test_a_failed_evaluation_leaves_the_files_of_the_last_one(where, monkeypatch
 
 @pytest.mark.parametrize("where", ["plot_terms", "save_figure"])
 def test_a_failed_picture_is_a_warning(where, monkeypatch):
-    """All numbers and the other pictures are written, and no older picture is left."""
+    """The numbers and other pictures are written, and the old picture is deleted."""
     untrained("x.pth", timesteps=10)
     Path("bound_terms.png").write_text("of an earlier evaluation")
 

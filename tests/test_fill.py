@@ -1,4 +1,4 @@
-"""Filling in: against conditional distributions summed over every trajectory; then the scripts."""
+"""Filling in: against conditional distributions, summed over all trajectories; the scripts."""
 
 import itertools
 from pathlib import Path
@@ -22,7 +22,7 @@ CASES = [*((name, None, 0.0) for name in NAMES), ("labels", 1, 0.0), ("labels", 
 
 
 def drawn(e, known, n, particles):
-    """How often the sampler's x_0 is each of the states, [N]."""
+    """How often the sampler draws each state as x_0, [N]."""
     y = None if e.y is None else torch.full((n,), e.y)
     known = torch.tensor(known).view(1, 1, 1, -1)
     x = fill_in(e.d, n=n, batch_size=n, y=y, guidance=e.guidance, known=known, particles=particles)
@@ -31,14 +31,14 @@ def drawn(e, known, n, particles):
 
 
 def conditional(e, known):
-    """p(x_0) of the states, restricted to those that agree with what is given."""
+    """p(x_0) of the states, given the known pixels."""
     agrees = np.all((np.array(known) < 0) | (e.states == known), axis=1)
     law = e.law() * agrees
     return law / law.sum()
 
 
 def law_of_two(e, known):
-    """The law of x_0 with two walks: the first, the second, each in proportion to its weight."""
+    """The law of x_0 from two walks, one chosen in proportion to its weight."""
     paths, q, w = e.walks(known)
     share = w[:, None] / (w[:, None] + w)
     chance = 2 * (q[:, None] * q * share).sum(
@@ -49,7 +49,7 @@ def law_of_two(e, known):
 
 @pytest.mark.parametrize("name, y, guidance", CASES)
 def test_one_walk_overwrites_two_are_weighed_many_are_right(name, y, guidance):
-    """N = 1 follows overwriting and is biased; N = 2 its own law; N = 64 the conditional."""
+    """N = 1 is overwriting, which is biased; N = 2 has its own law; N = 64 the conditional."""
     e, known = Enumeration(small_chain(name), y=y, guidance=guidance), [0, -1]
     exact, overwriting = conditional(e, known), drawn(e, known, 20_000, 1)
     assert fits(overwriting, e.law(known))
@@ -60,7 +60,7 @@ def test_one_walk_overwrites_two_are_weighed_many_are_right(name, y, guidance):
 
 
 def test_three_pixels():
-    """What is given stands between two that are drawn together."""
+    """The known pixel is between two that are drawn jointly."""
     e, known = Enumeration(small_chain("uniform-cosine", D=3), D=3), [-1, 0, -1]
     exact, counts = conditional(e, known), drawn(e, known, 20_000, 1)
     assert fits(counts, e.law(known))
@@ -93,7 +93,7 @@ def test_nothing_given_is_the_ordinary_sampler_and_all_given_the_input(name):
 
 
 class Smooth(torch.nn.Module):
-    """Believes what it sees around a pixel."""
+    """Predicts the values of a pixel's neighbours."""
 
     def forward(self, x_t, t):
         white = torch.nn.functional.avg_pool2d((x_t == 1).float(), 3, 1, 1)
@@ -114,11 +114,11 @@ def test_image_i_does_not_depend_on_the_call(transition):
     assert torch.equal(chain[-1], sheet)
     assert not torch.equal(
         chain[0][known >= 0], known[known >= 0]
-    )  # given pixels start from noise, too
+    )  # known pixels start from noise, too
 
 
 def test_nothing_is_kept_for_gradients():
-    """Or each walk would hold on to the memory of every pass until the last."""
+    """Else each walk would keep the memory of every network pass until the end."""
 
     class Learnable(torch.nn.Module):
         def __init__(self):
@@ -137,7 +137,7 @@ def test_nothing_is_kept_for_gradients():
 
 
 def test_chains_of_many_levels():
-    """With the mask there are 257 states: more than a byte holds."""
+    """With the mask there are 257 states, too many for a byte."""
     d = DiscreteDiffusion(
         Constant(256), num_levels=256, timesteps=2, transition="absorbing", image_shape=(1, 1, 2)
     )
@@ -146,7 +146,7 @@ def test_chains_of_many_levels():
 
 
 def test_more_walks_go_on_from_fewer():
-    """The first N - 1 trajectories stay the same: with equal weights (N - 1) / N of images do."""
+    """The first N - 1 trajectories stay, so with equal weights (N - 1) / N of the images do."""
     d = DiscreteDiffusion(Constant(2), timesteps=3, transition="absorbing", image_shape=(1, 5, 5))
     known = torch.full((1, 1, 5, 5), -1)
     known[..., 2, 2] = 1
@@ -158,9 +158,9 @@ def test_more_walks_go_on_from_fewer():
 
 
 def test_uniforms_of_exactly_zero():
-    """One uniform in 2^24 is 0: a given pixel must not jump to an almost impossible state.
+    """One uniform in 2^24 is 0: a known pixel must not jump to an almost impossible state.
 
-    Image b gets a zero at its draw number b.
+    Image b gets a zero in draw b.
     """
     d = DiscreteDiffusion(
         Constant(16), num_levels=16, timesteps=50, transition="gaussian", image_shape=(1, 1, 2)
@@ -197,7 +197,7 @@ def test_bad_arguments(function, changes):
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """Two files in an empty working directory, of untrained networks without and with classes."""
+    """Two checkpoints of untrained networks, without and with classes, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     untrained("plain.pth", 6)
     untrained("classes.pth", 6, {"num_labels": 10})
@@ -205,7 +205,7 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 def picture_of(known, mode="RGBA", fill=77):
-    """A PNG of two levels, transparent where nothing is given, with a colour underneath."""
+    """A PNG of two levels; unknown pixels are transparent over a colour."""
     known = np.array(known)
     grey, alpha = (
         np.where(known < 0, fill, known * 200).astype(np.uint8),
@@ -215,7 +215,7 @@ def picture_of(known, mode="RGBA", fill=77):
         picture = Image.fromarray(np.where(known < 0, 2, known).astype(np.uint8), "P")
         picture.putpalette([0, 0, 0, 255, 255, 255, fill, fill, fill])
         picture.save("part.png", transparency=2)
-    elif mode == "L":  # one of the greys stands for transparent
+    elif mode == "L":  # one grey value means transparent
         Image.fromarray(grey, "L").save("part.png", transparency=fill)
     else:
         channels = [grey, alpha] if mode == "LA" else [grey, grey, grey, alpha]
@@ -231,7 +231,7 @@ def part_of_a_digit(side=32):
 @pytest.mark.parametrize("side", [28, 32])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_picture_of_a_part(mode, side, checkpoint):
-    """Every kind of transparency; the border of 28x28 is given and black."""
+    """Every kind of transparency; the border around 28x28 is known and black."""
     known = part_of_a_digit(side)
     picture_of(known, mode)
     read = read_partial_digit("part.png")
@@ -251,7 +251,7 @@ def test_grey_becomes_levels_as_in_training(checkpoint):
 
 
 def test_sample_fills_in(checkpoint):
-    """The sheet shows the part, grey where nothing is given, then completions that keep it."""
+    """The sheet shows the part, unknown pixels grey, then completions that keep known pixels."""
     picture_of(part_of_a_digit())
     flags = "--fill part.png --n 5 --timesteps 4 --device cpu --out x.png --save-tensor x.pt"
     succeed("sample.py", checkpoint, *flags.split(), "--particles", 3)
@@ -286,7 +286,7 @@ def test_sample_fills_in(checkpoint):
 
 
 def test_classes_of_what_is_filled_in(checkpoint):
-    """None unless one is asked for; a row a class starts with the part."""
+    """No class unless one is given; with all, each row starts with the part."""
     picture_of(part_of_a_digit())
     flags = (
         "--fill part.png --timesteps 2 --particles 2 --device cpu --out x.png --save-tensor x.pt"
@@ -322,7 +322,7 @@ def test_classes_of_what_is_filled_in(checkpoint):
 
 
 def test_gif_of_filling_in(checkpoint):
-    """It ends in what sample.py draws, and what is given comes out of noise."""
+    """It ends in sample.py's images, and known pixels emerge from noise."""
     picture_of(part_of_a_digit())
     flags = "--fill part.png --particles 2 --timesteps 3 --n 4"
     succeed("visualize_denoising.py", "classes.pth", *flags.split())
@@ -355,8 +355,8 @@ def test_gif_of_filling_in(checkpoint):
 @pytest.mark.parametrize("script", ["sample.py", "visualize_denoising.py"])
 def test_bad_pictures(script, name, words, checkpoint):
     picture_of(part_of_a_digit())
-    whole = Path("part.png").read_bytes()
-    Path("cut.png").write_bytes(whole[: len(whole) // 2])
+    content = Path("part.png").read_bytes()
+    Path("cut.png").write_bytes(content[: len(content) // 2])
     Path("empty.png").touch()
     Path("folder.png").mkdir()
     Image.new("RGBA", (64, 28)).save("large.png")

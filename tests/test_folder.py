@@ -1,4 +1,4 @@
-"""A folder of one's own pictures: formats, sizes, colours, splits, and what is refused."""
+"""A folder of one's own pictures: formats, sizes, colours, splits, and errors."""
 
 import os
 import re
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("fresh_directory")
 
 
 def save(name, picture, **options):
-    """An array or a picture as the file pictures/`name`, in the format of its ending."""
+    """Save an array or picture as pictures/`name`; the extension is the format."""
     path = Path("pictures", name)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
@@ -41,12 +41,12 @@ def load(**options) -> dict[str, Dataset]:
 
 
 def contents(parts) -> list[bytes]:
-    """Each picture without its padding, split by split."""
+    """Each picture without padding, split by split."""
     return [x.numpy().tobytes() for p in parts.values() for x in unpadded(p.images, p.size)]
 
 
 def opened(name, picture, **options) -> np.ndarray:
-    """The grey values of one picture as it is read from its file."""
+    """The grey values of a picture, read from its file."""
     return np.asarray(folder.open_picture(save(name, picture, **options), False).convert("L"))
 
 
@@ -63,7 +63,7 @@ def refusal(**options) -> str:
 
 
 def test_a_flat_folder():
-    """Padded grey bytes in the order of the names, without classes; together every picture once."""
+    """Padded grey bytes, sorted by name, without classes; the splits hold each picture once."""
     make_pictures()
     parts = load()
     assert [len(part.images) for part in parts.values()] == [27, 1, 2]
@@ -80,13 +80,13 @@ def test_a_flat_folder():
 
 
 def test_sub_folders_are_classes():
-    """Their names in order, whatever is below; links are followed; other files don't matter."""
+    """Sorted names, at any depth; links are followed; other files are ignored."""
     for i, name in enumerate(["b", "a/deep/er", "C d"]):
         for j in range(12):
             save(f"{name}/{j}.png", random_grey(j) // 4 + 64 * i)
     shutil.move("pictures/C d", "elsewhere")
     Path("pictures/C d").symlink_to(Path("elsewhere").resolve())
-    Path("pictures/b/up").symlink_to("..")  # would have no end
+    Path("pictures/b/up").symlink_to("..")  # would never end
     for name in (".hidden.png", "a/Thumbs.db", "b/desktop.ini", "notes.txt", "b/notes.pdf"):
         Path("pictures", name).write_text("no picture")
     for name in ("__MACOSX", ".git"):
@@ -101,7 +101,7 @@ def test_sub_folders_are_classes():
 
 
 def test_endings():
-    """Any format that Pillow reads, in upper case, too."""
+    """Any format that Pillow reads; also in upper case."""
     for i, ending in enumerate(["PNG", "bmp", "gif", "tiff", "WebP", "pgm", "jpg", "JPEG"]):
         save(f"{i}.{ending}", random_grey(i), **({"lossless": True} if ending == "WebP" else {}))
     seen = contents(load())
@@ -116,7 +116,7 @@ def test_colour_becomes_grey():
 
 def test_a_rotated_photograph():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # rotate by 90 degrees
     grey = random_grey(0)
     assert np.array_equal(opened("x.png", grey, exif=exif), np.rot90(grey, -1))
     photograph = opened("x.jpg", np.full((6, 10), 200, np.uint8), exif=exif)
@@ -142,7 +142,7 @@ def test_16_bits():
 
 
 def test_size():
-    """Resized with antialiasing, to a square or any sides; the split does not depend on it."""
+    """Resized with antialiasing to any height and width; the split does not depend on it."""
     board = np.kron(np.indices((20, 20)).sum(0) % 2, np.ones((2, 2))).astype(np.uint8) * 255
     for i in range(20):
         save(f"{i}.png", np.roll(board, i, 1) // (i + 1))
@@ -154,11 +154,11 @@ def test_size():
         for part in parts.values():
             assert part.size == sides and part.images.shape[2:] == shape
     grey = unpadded(load(size=10)["train"].images[:1], (10, 10)).float()
-    assert 110 < grey.mean() < 145 and grey.std() < 40  # neither black nor white
+    assert 110 < grey.mean() < 145 and grey.std() < 40  # antialiased
 
 
 def test_cost_is_announced(capsys):
-    """Memory first, and what large pictures mean."""
+    """Memory first; large pictures get a note on time."""
     make_pictures()
     load()
     line = "Reading 30 pictures, 6x10, which takes 1 MB of memory\n"
@@ -177,18 +177,18 @@ def test_padding(h, w):
     assert torch.equal(unpadded(x, (h, w))[:, 0], images)
     assert x.long().sum() == images.long().sum()
     top, bottom = x.amax((0, 1, 3)).nonzero()[[0, -1], 0].tolist()
-    assert x.shape[2] - 1 - bottom - top in (0, 1)  # in the middle
+    assert x.shape[2] - 1 - bottom - top in (0, 1)  # centred
 
 
 def test_what_is_kept_and_described():
     make_pictures(name="c/{}.png")
-    whole = load_dataset("train", "pictures")
-    for part in (take(whole, 5), whole.to(torch.device("meta"))):
-        assert part.description == whole.description
+    data = load_dataset("train", "pictures")
+    for part in (take(data, 5), data.to(torch.device("meta"))):
+        assert part.description == data.description
     source = str(Path("pictures").resolve())
     expected = {"source": source, "classes": ["c"], "size": [6, 10], "palette": None}
-    assert whole.description == expected
-    torch.save(whole.description, "x.pth")
+    assert data.description == expected
+    torch.save(data.description, "x.pth")
     assert torch.load("x.pth", weights_only=True) == expected
 
 
@@ -197,7 +197,7 @@ def test_what_is_kept_and_described():
 
 
 def test_splits_move_no_picture():
-    """90, 5 and 5 %; the same under other names and with other pictures beside; copies together."""
+    """90, 5 and 5 %; unaffected by names and other pictures; copies stay together."""
     for i in range(600):
         save(f"{i:03}.png", random_grey(i, 2, 3))
 
@@ -218,7 +218,7 @@ def test_splits_move_no_picture():
 
 
 def test_few_pictures():
-    """Each split has one at least."""
+    """Each split has at least one."""
     for n in (3, 4, 8, 60):
         make_pictures(n)
         sizes = [len(part.images) for part in load().values()]
@@ -246,7 +246,7 @@ def indexed(indices, palette=FIVE):
 
 @pytest.mark.parametrize("kind", ["rgb", "palette", "two palettes"])
 def test_colours_are_states(kind):
-    """In the order of their RGB values; the last picture has them all; unused entries are none."""
+    """Sorted by RGB; the last picture has them all; unused palette entries are ignored."""
     table, wanted = np.array(FIVE, np.uint8), []
     for i in range(30):
         x = levels(i, 3 if i < 29 else 5)
@@ -352,7 +352,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("make, reason", REFUSED)
 def test_a_picture_that_cannot_be_read(make, reason):
-    """Named, with how many more there are."""
+    """The message names it and counts the others."""
     make_pictures(5)
     make(Path("pictures/x.png"))
     pattern = rf"/pictures/x\.png can't be read: .*{re.escape(reason)}"
@@ -364,7 +364,7 @@ def test_a_picture_that_cannot_be_read(make, reason):
 
 @pytest.mark.parametrize("ending", ["png", "gif", "tiff", "webp"])
 def test_animated_formats(ending):
-    """And several pages; a still picture of the same format is none."""
+    """Multiple pages, too; a still picture in such a format is fine."""
     make_pictures(3, "{}." + ending)
     load()
     frames = [Image.fromarray(random_grey(i)) for i in range(3)]

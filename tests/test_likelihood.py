@@ -1,4 +1,4 @@
-"""Weights of trajectories, against sums over every trajectory; their summary."""
+"""Log-weights of trajectories, against sums over all trajectories; their summary."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
 
 
 def log_weights_of(monkeypatch, e, image, paths, partial=False):
-    """The class's own log-weights of these walks, [n], or their growth step by step, [T + 1, n]."""
+    """The log-weights of these walks, [n], or their partial sums, [T + 1, n]."""
     x = torch.from_numpy(e.states[paths]).view(len(paths), e.T + 1, 1, 1, e.D)
     steps = iter(x.unbind(1))
     monkeypatch.setattr("trajectories.draw", lambda q, u, mode=False: next(steps))
@@ -35,7 +35,7 @@ def log_weights_of(monkeypatch, e, image, paths, partial=False):
     "name, y", [*((name, None) for name in NAMES), ("labels", 0), ("labels", 1)]
 )
 def test_weights_of_every_trajectory(name, y, monkeypatch):
-    """Each is p(x_{0:T}) / q(x_{1:T} | x_0), and their mean over q is p(x_0)."""
+    """Each is p(x_{0:T}) / q(x_{1:T} | x_0), and the mean over q is p(x_0)."""
     e = Enumeration(small_chain(name), y=y)
     likelihood = e.law()
     assert likelihood.sum() == pytest.approx(1)
@@ -73,7 +73,7 @@ def test_mean_log_weight_is_the_bound_term_by_term(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_drawn_weights_follow_their_distribution(name):
-    """Two images, batches that fit neither: log w has the enumerated distribution."""
+    """Two images, batch sizes that divide neither: log w has the enumerated distribution."""
     e, n = Enumeration(small_chain(name)), 4000
     images = [e.images[0], e.images[-1]]
     x_0 = torch.from_numpy(e.states[images])[:, None, None]
@@ -93,7 +93,7 @@ def test_drawn_weights_follow_their_distribution(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_importance_weighted_bound_falls_towards_the_likelihood(name):
-    """Summed over all pairs and triples of trajectories: larger K tightens the bound."""
+    """Summed over all pairs and triples of trajectories: larger K gives a tighter bound."""
     d = small_chain(name, D=1)
     e = Enumeration(d, D=1)
     likelihood = e.law()
@@ -114,7 +114,7 @@ def test_importance_weighted_by_hand():
 
 
 def test_what_the_model_rules_out_has_weight_zero():
-    """Not NaN: here the network says that a pixel is never 1, and the walk has to end in one."""
+    """Not NaN: the network says that a pixel is never 1, but the walk must end in 1."""
 
     never = Constant(2, torch.tensor([0.0, -math.inf]))
     d = DiscreteDiffusion(never, timesteps=4, image_shape=(1, 1, 1))
@@ -127,18 +127,18 @@ def test_what_the_model_rules_out_has_weight_zero():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("reverse", ["mixture", "joint"])
 def test_weights_on_cuda_are_those_on_the_cpu(reverse):
-    """The walk and its float64 are where the network is; the noise is the CPU's."""
+    """The walk runs in float64 on the GPU, with noise from the CPU."""
     torch.manual_seed(0)
     network = UNet(channels=(8, 8, 8), num_labels=10)
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
     d = DiscreteDiffusion(network, timesteps=20, reverse=reverse)
     x_0, y = torch.randint(0, 2, (6, 1, 32, 32)), torch.arange(6)
-    there = log_weights(d, x_0, 3, torch.Generator().manual_seed(0), y, batch_size=4)
+    on_cpu = log_weights(d, x_0, 3, torch.Generator().manual_seed(0), y, batch_size=4)
     other = log_weights(d, x_0, 3, torch.Generator().manual_seed(0), y + 1, batch_size=4)
-    here = log_weights(d.cuda(), x_0.cuda(), 3, torch.Generator().manual_seed(0), y, batch_size=4)
-    assert here.device.type == "cpu" and torch.allclose(here, there, rtol=1e-3)
-    assert not torch.allclose(here, other, rtol=1e-2)
+    on_gpu = log_weights(d.cuda(), x_0.cuda(), 3, torch.Generator().manual_seed(0), y, batch_size=4)
+    assert on_gpu.device.type == "cpu" and torch.allclose(on_gpu, on_cpu, rtol=1e-3)
+    assert not torch.allclose(on_gpu, other, rtol=1e-2)
     known = x_0.masked_fill(torch.rand(x_0.shape) < 0.5, -1).cuda()
     filled = fill_in(d, known, 6, y=y, particles=3)
     assert torch.equal(torch.where(known.cpu() < 0, filled, known.cpu()), filled)
@@ -148,7 +148,7 @@ def test_weights_on_cuda_are_those_on_the_cpu(reverse):
 
 
 def test_weights_are_drawn_in_double_precision(monkeypatch):
-    """A float32 uniform is a multiple of 6e-8: rare jumps of pixels would come too often."""
+    """float32 uniforms are multiples of 6e-8: rare jumps would be too frequent."""
     rounded = []
 
     def spy(q, u, mode=False):
@@ -193,4 +193,4 @@ def test_gain_by_hand():
     ]
     assert [row["trajectories"] for row in four] == [1, 2, 4]
     groups = (math.log(2) + math.log(1)) / 2 - math.log(3) / 4
-    assert four[1]["gain"] == pytest.approx(groups / 2)  # every group of two counts
+    assert four[1]["gain"] == pytest.approx(groups / 2)  # from both groups of two

@@ -1,4 +1,4 @@
-"""Networks that are sure: loss, bound and gradients stay finite and right, against numpy."""
+"""Confident networks: loss, bound and gradients stay finite and correct, against numpy."""
 
 import itertools
 
@@ -18,7 +18,7 @@ CHAINS = [*LEGAL, ("uniform", "cosine", 32), ("absorbing", "mutual_info", 32)]
 
 
 class Logits(torch.nn.Module):
-    """A network whose output is a parameter."""
+    """A network whose logits are a parameter."""
 
     def __init__(self, logits):
         super().__init__()
@@ -52,7 +52,7 @@ def reference(d, x_t, t, logits, reverse):
 @pytest.mark.parametrize("reverse", REVERSES)
 @pytest.mark.parametrize("transition, schedule, K", CHAINS)
 def test_p_theta_of_a_sure_network(transition, schedule, K, reverse):
-    """Logits of +-1e4 in every precision: the log-probabilities of numpy, zeros included."""
+    """Logits of +-1e4 in every precision match numpy's log-probabilities, zeros included."""
     names = {"transition": transition, "schedule": schedule, "reverse": reverse}
     d = DiscreteDiffusion(torch.nn.Identity(), K, T, image_shape=SIDE, **names)
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_p_theta_of_a_sure_network(transition, schedule, K, reverse):
 @pytest.mark.parametrize("reverse", REVERSES)
 @pytest.mark.parametrize("transition, schedule, K", CHAINS)
 def test_losses_of_a_sure_network(transition, schedule, K, reverse, loss_type):
-    """Value and gradient in float32 and half precision are float64's; the gradient is there."""
+    """Values and gradients in float32 and half precision are finite and match float64."""
     torch.manual_seed(0)
     x_0 = torch.randint(0, K, (4, *SIDE))
     u = torch.rand(x_0.shape)
@@ -108,7 +108,7 @@ def test_losses_of_a_sure_network(transition, schedule, K, reverse, loss_type):
 
 @pytest.mark.parametrize("wrong_by", [95, 110, 1e4])
 def test_the_loss_of_a_pixel_that_is_wrong(wrong_by):
-    """-log p~ is what a pixel at t = 1 costs; its gradient is (-1, 1) / D."""
+    """At t = 1 a pixel costs -log p~, with the gradient (-1, 1) / D."""
     network = Logits(torch.tensor([0.0, wrong_by]).view(1, 2, 1, 1))
     shape = (1, 1, 1)
     d = DiscreteDiffusion(network, timesteps=1, loss_type="variational", image_shape=shape)
@@ -120,7 +120,7 @@ def test_the_loss_of_a_pixel_that_is_wrong(wrong_by):
 
 
 def test_an_unmasked_pixel_is_certain_whatever_the_network_says():
-    """Absorbing transitions: x_t = 0 was always 0, so p_theta is exactly that level."""
+    """With absorbing transitions x_t = 0 was always 0, so p_theta is certain."""
     d = DiscreteDiffusion(torch.nn.Identity(), 2, 10, "absorbing", image_shape=(1, 1, 1))
     x_t, logits = torch.zeros(1, 1, 1, 1, dtype=torch.long), torch.tensor([0.0, 120.0])
     for t in range(1, 11):
@@ -133,7 +133,7 @@ def test_an_unmasked_pixel_is_certain_whatever_the_network_says():
 @pytest.mark.parametrize("transition", ["uniform", "absorbing", "gaussian"])
 @pytest.mark.parametrize("reverse", REVERSES)
 def test_256_levels_of_a_sure_network(transition, reverse):
-    """More than 16 levels are summed up in another way: finite, with finite gradients."""
+    """More than 16 levels are summed differently: still finite, with finite gradients."""
     torch.manual_seed(0)
     network = Logits(1e4 * torch.randn(2, 256, 4, 4))
     d = DiscreteDiffusion(
@@ -147,7 +147,7 @@ def test_256_levels_of_a_sure_network(transition, reverse):
 
 
 def test_log_matmul_of_many_is_that_of_few(monkeypatch):
-    """Both ways to add up give the sums of numpy, and -inf where every term is zero."""
+    """Both algorithms give numpy's sums, and -inf where every term is zero."""
     rng = np.random.default_rng(0)
     M = rng.random((3, 20, 21)) * (rng.random((3, 20, 21)) < 0.5)
     M[:, :, 7] = 0

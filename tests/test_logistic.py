@@ -1,4 +1,4 @@
-"""The logistic output, against a direct evaluation in float64, and where float32 ends."""
+"""The logistic output, against direct evaluation in float64 and at the limits of float32."""
 
 import math
 
@@ -14,9 +14,9 @@ from pictures import BACKGROUND, image_grid
 
 
 def direct(mean, scale, K):
-    """The probabilities of K bins in plain floats, normalised, with the uniform share.
+    """The probabilities of K bins in plain floats, normalized, with the uniform share.
 
-    Differences of the distribution function are taken from the side where they do not cancel.
+    Differences of the CDF are taken from the side where they do not cancel.
     """
 
     def sigmoid(z):
@@ -46,7 +46,7 @@ def test_against_direct_evaluation(K, dtype):
 
 @pytest.mark.parametrize("K", [2, 256])
 def test_extremes_are_finite(K):
-    """Logits and gradients are finite, and no level is impossible in float32."""
+    """Logits and gradients are finite, and in float32 no level is impossible."""
     mean = (
         torch.tensor([-1e9, -1.0, -1 / 3, 0.0, 1.0, 1e9])
         .view(-1, 1, 1, 1)
@@ -66,7 +66,7 @@ def test_extremes_are_finite(K):
 
 
 def test_narrow_and_wrong_costs_much_but_not_everything():
-    """A certain but wrong network: the loss is finite in float32, for every transition."""
+    """A certain but wrong network has a finite loss in float32, for every transition."""
 
     class Certain(torch.nn.Module):
         def forward(self, x_t, t):
@@ -84,7 +84,7 @@ def test_narrow_and_wrong_costs_much_but_not_everything():
 
 
 def test_the_mean_is_a_correction_to_the_noisy_level():
-    """At the start the mean is the noisy level, or the middle for the mask."""
+    """Initially the mean is the noisy level, or the middle for a mask."""
     net = UNet(256, 257, channels=(8, 8, 8), output="logistic")
     x_t = torch.arange(257).repeat(2)[: 8 * 64].view(8, 1, 8, 8)
     level = torch.where(x_t < 256, x_t / 127.5 - 1, 0.0)
@@ -110,7 +110,7 @@ def test_the_mean_is_a_correction_to_the_noisy_level():
 
 
 def test_half_precision_ends_before_the_head():
-    """Under autocast the last layers and all that follows compute in float32."""
+    """Under autocast the head computes in float32."""
     torch.manual_seed(0)
     net = UNet(256, channels=(8, 8, 8), output="logistic")
     torch.nn.init.normal_(net.unfold[-1].weight)
@@ -153,7 +153,7 @@ def test_train_with_it(fresh_directory):
 
 
 def test_pictures_of_256_levels():
-    """Bytes cannot hold level 256, the background; all 256 greys are drawn anyway."""
+    """A byte cannot hold 256, the background; all 256 greys are drawn anyway."""
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     colours = np.asarray(image_grid(x, 256)).ravel().tolist()
     assert set(colours) == set(range(256))

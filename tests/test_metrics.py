@@ -1,4 +1,4 @@
-"""The numbers that evaluate.py reports, against closed forms, brute force and counts by hand."""
+"""The metrics of evaluate.py against closed forms, brute force and counts by hand."""
 
 import math
 
@@ -32,7 +32,7 @@ from metrics import (
 
 
 def bound_of(L_T, L_t_minus_1, L_0, n=5) -> BoundTerms:
-    """The parts of the bound of some images, from n terms each."""
+    """Bound parts of some images, from n terms each."""
     L_T, L_t_minus_1, L_0 = (torch.tensor(v, dtype=torch.float64) for v in (L_T, L_t_minus_1, L_0))
     return BoundTerms(
         L_T, L_t_minus_1, L_0, torch.ones(len(L_T), n, dtype=torch.long), torch.zeros(len(L_T), n)
@@ -73,7 +73,7 @@ def test_gain_by_hand():
     bound = {"nats_per_image": 5.0, "standard_error": 0.3}
     result = summarize_gain(w.log(), bound)
     gains = [0, (math.log(2) - math.log(3) / 3) / 2, (math.log(5 / 3) - math.log(3) / 3) / 2]
-    # Errors are those of 0 and twice the mean. Deviations, over n - 1: those of 0, log 3, 0; and 0.
+    # Standard errors: of 0 and twice the mean. Deviations (n - 1): of 0, log 3, 0; and 0.
     assert result["deviation_within_an_image"] == pytest.approx(math.log(3) / math.sqrt(3) / 2)
     assert result["images"] == 2
     for k, gain, row in zip((1, 2, 3), gains, result["by_trajectories"], strict=True):
@@ -82,7 +82,7 @@ def test_gain_by_hand():
         assert row == pytest.approx(expected, abs=1e-12)
     w = torch.tensor([[1.0, 3, 1, 1], [2, 2, 2, 2]], dtype=torch.float64)
     rows = summarize_gain(w.log(), bound)["by_trajectories"]
-    groups = (math.log(2) + math.log(1)) / 2 - math.log(3) / 4  # both groups of two count
+    groups = (math.log(2) + math.log(1)) / 2 - math.log(3) / 4  # from both groups of two
     assert [row["trajectories"] for row in rows] == [1, 2, 4]
     assert rows[1]["gain"] == pytest.approx(groups / 2)
     assert summarize_gain(w[:, :1].log(), bound)["deviation_within_an_image"] == 0
@@ -122,7 +122,7 @@ def test_share_within_by_hand():
 
 
 def test_share_within_in_blocks():
-    """More points and references than one block holds, against a direct computation."""
+    """More points and references than fit in one block, against direct computation."""
     rng = np.random.default_rng(0)
     reference = np.concatenate([rng.normal(0, 1, (1050, 3)), rng.normal(3, 1, (1050, 3))])
     points = np.concatenate([rng.normal(5, 2, (1200, 3)), rng.normal(0, 1, (30, 3))])
@@ -141,13 +141,13 @@ def test_spread_and_rows_of_classes():
 
 
 def test_nearest_digits_by_hand():
-    """Nearest first, by the sum of level differences; the sample leads its row."""
+    """Nearest first, by summed level differences; each row starts with the sample."""
     train = torch.tensor(
         [[[[0, 0], [0, 0]]], [[[1, 1], [1, 1]]], [[[3, 0], [1, 1]]]], dtype=torch.uint8
     )
     samples = torch.tensor([[[[1, 0], [1, 1]]], [[[3, 0], [1, 1]]]], dtype=torch.uint8)
-    rows, least = nearest_digits(samples, train, k=3)
-    assert least.tolist() == [1, 0]
+    rows, distances = nearest_digits(samples, train, k=3)
+    assert distances.tolist() == [1, 0]
     assert torch.equal(
         rows, torch.stack([samples[0], *train[[1, 2, 0]], samples[1], *train[[2, 1, 0]]])
     )
@@ -156,7 +156,7 @@ def test_nearest_digits_by_hand():
 
 
 # --------------------------------------------------------------------------------------------------
-# The eye
+# What the eye sees
 
 
 def picture(*white):
@@ -167,7 +167,7 @@ def picture(*white):
 
 
 def test_isolated_pixels_by_hand():
-    """A pixel has eight neighbours, at the edge fewer: the opposite edge is far away."""
+    """A pixel has eight neighbours, fewer at the edge; edges do not wrap around."""
     alone = [
         picture((2, 2)),
         picture((0, 0)),
@@ -187,7 +187,7 @@ def test_isolated_pixels_by_hand():
 
 
 class Corners(torch.nn.Module):
-    """A judge whose features are the pixels (10, 10) and (10, 20). The larger is the class."""
+    """A classifier whose features and logits are the pixels (10, 10) and (10, 20)."""
 
     def __init__(self):
         super().__init__()
@@ -199,7 +199,7 @@ class Corners(torch.nn.Module):
 
 
 def blank(n, level=0):
-    """Images all of one level."""
+    """Images with all pixels at one level."""
     return torch.full((n, 1, 32, 32), level, dtype=torch.uint8)
 
 
@@ -214,26 +214,26 @@ def test_judge_scales_levels_and_keeps_the_order():
 
 
 def test_quality_by_hand():
-    """Eight images of four levels: what is counted, and what not."""
+    """Eight images of four levels: what counts and what doesn't."""
     x = blank(8)
     x[0, 0, 5, 5] = 2  # one white pixel alone
-    x[1] = x[7] = 3  # white all over, its border, too,
-    x[1, 0, 8, 8] = x[7, 0, 31, 31] = 1  # but for one that is black
-    x[2, 0, 16, 31] = 1  # ink in the border, of a level that is not white
-    x[3, 0, 2, 2] = x[3, 0, 29, 29] = 1  # just inside of it
-    x[4, 0, 10, 10], x[5, 0, 10, 20] = 1, 1  # what the judge looks at
+    x[1] = x[7] = 3  # all white, including the border,
+    x[1, 0, 8, 8] = x[7, 0, 31, 31] = 1  # except one black pixel
+    x[2, 0, 16, 31] = 1  # grey ink in the border
+    x[3, 0, 2, 2] = x[3, 0, 29, 29] = 1  # just inside the border
+    x[4, 0, 10, 10], x[5, 0, 10, 20] = 1, 1  # the pixels of `Corners`
     x[6, 0, 5, 5] = x[6, 0, 6, 6] = 3  # two neighbours
     reference = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1], [0.5, 0.5]], dtype=torch.float64)
     asked = torch.tensor([0, 0, 0, 1, 0, 0, 1, 0])
     result = quality(x, reference, Corners(), 4, asked)
     features, _ = judge(Corners(), x, 4)
-    sure = 1 / (1 + math.exp(-1 / 3))  # of one third against nothing
+    sure = 1 / (1 + math.exp(-1 / 3))  # softmax of 1/3 against 0
     assert result.pop("class_histogram") == [7 / 8, 1 / 8] + [0] * 8
     expected = {
         "images": 8,
         "frechet_distance": frechet_distance(features, reference),
         "precision": 1,
-        "recall": 1,  # what is not near (0, 0) is within sqrt(13) / 3 of (1, 1)
+        "recall": 1,  # digits far from (0, 0) are within sqrt(13) / 3 of (1, 1)
         "mean_confidence": (6 * 0.5 + 2 * sure) / 8,
         "isolated_white": 1 / 8,
         "isolated_white_standard_error": math.sqrt(1 / 8 * 7 / 8 / 8),
@@ -269,7 +269,7 @@ def test_precision_is_of_samples_and_recall_of_digits():
 
 
 def test_quality_compares_with_as_many_digits_as_there_are_samples():
-    """Every second digit for five samples and ten digits; the Fréchet distance takes them all."""
+    """Five samples and ten digits: every second digit, but all for the Fréchet distance."""
     reference = torch.full((10, 2), 9.0, dtype=torch.float64)
     reference[::2] = torch.tensor(
         [[0, 0], [0, 0.1], [0.1, 0], [0.1, 0.1], [0, 0.2]], dtype=torch.float64
@@ -286,11 +286,11 @@ def test_quality_compares_with_as_many_digits_as_there_are_samples():
 
 
 # --------------------------------------------------------------------------------------------------
-# The released judge
+# The released classifier
 
 
 def test_released_classifier_reads_digits():
-    """In eval mode, so that a digit is read the same way in any company."""
+    """In eval mode: predictions do not depend on the batch."""
     digits = take(load_dataset("validation", "offline"), 250)
     classifier = load_classifier()
     _, logits = judge(classifier, to_levels(digits.images), 2)
@@ -313,7 +313,7 @@ def test_missing_and_damaged_classifier(monkeypatch, tmp_path):
 
 
 def few_digits(monkeypatch, train: Dataset, test: Dataset) -> list:
-    """These instead of MNIST's; the calls."""
+    """Replace MNIST by these; record the calls."""
     calls = []
 
     def load(split, data, data_root):
@@ -325,7 +325,7 @@ def few_digits(monkeypatch, train: Dataset, test: Dataset) -> list:
 
 
 def test_training_a_classifier(monkeypatch, tmp_path, capsys):
-    """It learns to read and says how well. `load_classifier` loads it. The same twice."""
+    """It learns, prints its accuracy, loads with `load_classifier`, and is reproducible."""
     train = take(load_dataset("train", "offline"), 900)
     test = Dataset(train.images[1::3], train.labels[1::3], "offline")
     asked = few_digits(monkeypatch, train, test)
@@ -346,7 +346,7 @@ def test_training_a_classifier(monkeypatch, tmp_path, capsys):
 
 
 def test_what_the_classifier_is_trained_on(monkeypatch, tmp_path):
-    """All shifts by up to 2 pixels; half of the digits thresholded, half binarized at random."""
+    """All shifts by up to 2 pixels; half of the digits thresholded, half randomly binarized."""
     seen = []
 
     class Recorder(Classifier):

@@ -1,4 +1,4 @@
-"""The network: shapes, sizes, what its output depends on; and that a small one learns."""
+"""The network: shapes, sizes and dependencies; a small one learns."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ from model import Attention, ResBlock, UNet, as_numbers, build_network, one_hot,
 
 
 def mflop(network):
-    """Multiply and add counted as two, for one 32x32 image."""
+    """For one 32x32 image; multiply and add count as two."""
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, 1, 32, 32, dtype=torch.long), torch.ones(1, dtype=torch.long))
     return counter.get_total_flops() / 1e6
 
 
 def randomize(network):
-    """Fill the zero-initialised layers, so that the output depends on everything."""
+    """Fill the zero-initialized layers, so the output depends on everything."""
     torch.manual_seed(0)
     for p in network.parameters():
         if p.ndim > 1:
@@ -56,7 +56,7 @@ def test_output_depends_on_image_and_time_and_not_on_neighbours():
 
 
 def test_labels():
-    """y changes the output of its own image; -1 is no label; networks without labels refuse y."""
+    """y affects only its own image; -1 means no label; networks without labels reject y."""
     network = randomize(UNet(2, channels=(8, 8, 8), num_labels=10))
     torch.nn.init.normal_(network.embed_y.weight)
     x_t, t = torch.zeros(4, 1, 8, 8, dtype=torch.long), torch.full((4,), 5)
@@ -69,7 +69,7 @@ def test_labels():
 
 
 def test_dropout():
-    """It hides as many activations as it says, in training alone; and no weights belong to it."""
+    """It drops the given share of activations, only in training, and adds no weights."""
     network, plain = (randomize(UNet(channels=(8, 8, 8), dropout=p)) for p in (0.25, 0.0))
     x_t, t = torch.zeros(2, 1, 8, 8, dtype=torch.long), torch.full((2,), 5)
     shares = []
@@ -115,7 +115,7 @@ def test_what_the_network_refuses():
 
 
 def test_hidden_matrices_are_what_lies_between_embeddings_and_output():
-    """Every matrix except those that read t, y or pixels and those that write logits."""
+    """All matrices except those that read t, y or pixels and those that write logits."""
     network = UNet(3, 4, channels=(8, 16, 24), blocks=2, num_labels=10, ordinal=True)
     hidden = {id(p) for p in network.hidden_matrices()}
     rest = {name for name, p in network.named_parameters() if id(p) not in hidden and p.ndim > 1}
@@ -128,7 +128,7 @@ def test_hidden_matrices_are_what_lies_between_embeddings_and_output():
 
 
 def test_ordinal_levels():
-    """Shown as a number, too, a level is more than its one-hot form; a mask is like the middle."""
+    """Levels are also input as numbers; a mask is like the middle."""
     assert as_numbers(torch.tensor([0, 1, 2, 3]), 3).tolist() == [-1, 0, 1, 0]
     assert as_numbers(torch.tensor([0, 255], dtype=torch.uint8), 256).tolist() == [-1, 1]
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_ordinal_levels():
     black, grey, white, mask = network(torch.arange(4).view(4, 1, 1, 1).expand(4, 1, 8, 8), t)
     torch.testing.assert_close(grey, mask)
     assert (black - grey).abs().mean() > 0.01 and (white - grey).abs().mean() > 0.01
-    old = UNet(3).config  # of a checkpoint from before there was a choice
+    old = UNet(3).config  # from a checkpoint older than this option
     del old["ordinal"]
     assert (
         build_network(old).load_state_dict(UNet(3).state_dict())
@@ -165,7 +165,7 @@ def test_one_hot_and_time_features():
 
 
 def test_released_weights_mean_what_they_meant():
-    """They fit the network that was trained, every skip, shift and head of it: nats per image."""
+    """Nats per image depend on every skip, shift and head of the trained network."""
     digits = take(load_dataset("validation", "offline"), 40)
     d, x_0, t = load_checkpoint(RELEASED), to_levels(digits.images), 25 * torch.arange(1, 41)
     x_t = d.q_sample(x_0, t, torch.rand(x_0.shape, generator=torch.Generator().manual_seed(0)))
@@ -177,7 +177,7 @@ def test_released_weights_mean_what_they_meant():
 
 
 def test_learns_to_draw_its_patterns():
-    """A tiny network on three 8x8 patterns ends up drawing each of them, and little else."""
+    """Trained on three 8x8 patterns, a tiny network draws all of them and little else."""
     torch.manual_seed(0)
     patterns = torch.zeros(3, 1, 8, 8, dtype=torch.long)
     patterns[0, :, 2:6, 2:6] = 1

@@ -26,7 +26,7 @@ from pictures import (
 
 
 def test_image_grid_two_levels():
-    """Three 2x3 images: two columns, two rows, two grey pixels around each, doubled in size."""
+    """Three 2x3 images in two columns and rows, two grey pixels around each, at twice the size."""
     x = torch.tensor(
         [[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 0, 1]]]
     ).unsqueeze(1)
@@ -41,7 +41,7 @@ def test_image_grid_two_levels():
 
 
 def test_image_grid_four_levels_in_a_row():
-    """Levels 0..3 are evenly spaced greys; `columns` is obeyed."""
+    """Levels 0..3 are evenly spaced greys; `columns` is respected."""
     picture = image_grid(torch.arange(4).view(4, 1, 1, 1), num_levels=4, columns=4)
     row = [96, 96, 0, 96, 96, 85, 96, 96, 170, 96, 96, 255, 96, 96]
     sheet = np.full((5, 14), 96)
@@ -64,7 +64,7 @@ def test_256_levels_are_the_grey_values():
 
 @pytest.mark.parametrize("n, columns", [(1, 1), (2, 2), (4, 2), (5, 3), (17, 5)])
 def test_image_grid_is_about_square(n, columns):
-    """The least number of columns whose square holds all images, and no empty row."""
+    """The smallest square that holds all images, without empty rows."""
     picture = image_grid(torch.zeros(n, 1, 32, 32, dtype=torch.uint8))
     rows = -(-n // columns)
     assert picture.size == (2 * (columns * 34 + 2), 2 * (rows * 34 + 2))
@@ -78,7 +78,7 @@ def test_large_image_grid_is_not_doubled():
 
 
 def test_titled_frame():
-    """The grid, and above it a white strip with the words in it."""
+    """The grid below a white strip with the title."""
     x = torch.randint(0, 2, (4, 1, 32, 32), generator=torch.Generator().manual_seed(0))
     frame, grid = np.array(titled_frame(x, "t = 7")), np.array(image_grid(x))
     assert np.array_equal(frame[24:], grid)
@@ -88,7 +88,7 @@ def test_titled_frame():
 
 @pytest.mark.parametrize("alpha", [128, 200, 255])
 def test_nothing_to_draw(alpha, tmp_path):
-    """Where every pixel is at least half opaque."""
+    """If every pixel is at least half opaque."""
     Image.new("LA", (28, 28), (255, alpha)).save(tmp_path / "x.png")
     with pytest.raises(UserError, match="nothing to draw"):
         read_partial_digit(tmp_path / "x.png")
@@ -98,7 +98,7 @@ def test_nothing_to_draw(alpha, tmp_path):
 
 
 def test_a_picture_that_fails_is_a_warning(tmp_path, capsys):
-    """The older file stays."""
+    """The old file stays."""
     path = tmp_path / "x.png"
     assert write_picture(path, lambda file: file.write(b"a picture"))
 
@@ -121,8 +121,8 @@ HISTORY = [
 
 
 def test_plots_hold_the_numbers():
-    """Loss and bound by epoch; the mean of the bound's terms by the network's t; the plain bound
-    and the bound minus the gain."""
+    """Loss and bound by epoch; mean bound terms by the network's t; the plain bound, and that minus
+    the gain."""
     left, right = plot_history(HISTORY).axes
     assert left.lines[0].get_xydata().tolist() == [[3, 0.5], [4, 0.25]]
     assert right.lines[0].get_xydata().tolist() == [[3, 90], [4, 80]]
@@ -143,7 +143,7 @@ def test_plots_hold_the_numbers():
 
 
 def test_figures_ignore_a_users_settings(tmp_path):
-    """A notebook's backend that is not installed here, and LaTeX, which may not be either."""
+    """A notebook's backend and LaTeX, neither of which may be installed."""
     settings = "text.usetex: True\nfigure.facecolor: black\nsavefig.bbox: tight\n"
     (tmp_path / "matplotlibrc").write_text(settings)
     expected = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The examples of README.md run as they are written, but in fewer timesteps."""
+"""README.md's examples run as written, with fewer timesteps."""
 
 import re
 from itertools import islice

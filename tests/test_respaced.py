@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
 
 @pytest.mark.parametrize("transition, schedule, K", LEGAL)
 def test_respaced_matrices(transition, schedule, K):
-    """A step is the product of the skipped steps; bar_Q stays the same."""
-    whole = make(K, 20, schedule, transition=transition)
+    """Each step is the product of the skipped steps; bar_Q is unchanged."""
+    full = make(K, 20, schedule, transition=transition)
     for given, kept in [
         (1, [20]),
         (4, None),
@@ -30,25 +30,25 @@ def test_respaced_matrices(transition, schedule, K):
         (20, list(range(1, 21))),
         ([2, 3, 20], [2, 3, 20]),
     ]:
-        d = respaced(whole, given)
+        d = respaced(full, given)
         kept = kept or d.network_t.tolist()[1:]
         assert (
             d.network_t.tolist() == [0, *kept]
             and d.timesteps == len(kept)
-            and d.model is whole.model
+            and d.model is full.model
         )
         assert kept == sorted(set(kept)) and kept[0] > 0 and kept[-1] == 20
         assert len(kept) == (given if isinstance(given, int) else 3)
         for i, (before, t) in enumerate(itertools.pairwise([0, *kept])):
             rows = np.eye(d.num_states)
             for s in range(before + 1, t + 1):
-                rows = rows @ whole.Q[s].numpy()
+                rows = rows @ full.Q[s].numpy()
             np.testing.assert_allclose(d.Q[i + 1], rows, atol=1e-12)
-            np.testing.assert_allclose(d.bar_Q[i + 1], whole.bar_Q[t], atol=1e-12)
+            np.testing.assert_allclose(d.bar_Q[i + 1], full.bar_Q[t], atol=1e-12)
 
 
 def test_a_number_of_timesteps_is_spread_evenly_over_what_is_lost():
-    """Closed forms: alpha_bar = cos(...) at the kept timesteps, and 1 - t/T, which is even in t."""
+    """Closed forms: alpha_bar = cos(...) at the kept timesteps, and 1 - t/T, linear in t."""
     assert respaced(make(2, 20, "mutual_info", transition="absorbing"), 4).network_t.tolist() == [
         0,
         5,
@@ -63,7 +63,7 @@ def test_a_number_of_timesteps_is_spread_evenly_over_what_is_lost():
 
 
 def test_gaussian_timesteps_are_spread_evenly_over_how_far_pixels_move():
-    """Not over the changed pixels: nearly all change in the first third, but by little."""
+    """Not over changed pixels: nearly all change in the first third, but only slightly."""
     d = make(32, 200, "cosine", transition="gaussian")
     few, distance = respaced(d, 10), abs(np.subtract.outer(np.arange(32), np.arange(32)))
     moved = [(d.bar_Q[t].numpy() * distance).sum(1).mean() for t in few.network_t]
@@ -72,11 +72,11 @@ def test_gaussian_timesteps_are_spread_evenly_over_how_far_pixels_move():
 
 def test_respacing_again_and_by_nothing():
     network = RandomNetwork(2, 2, 20)
-    whole = make(2, 20, model=network, reverse="joint", image_shape=(1, 1, 2))
-    again = respaced(respaced(whole, list(range(2, 21, 2))), [1, 5, 10])
+    full = make(2, 20, model=network, reverse="joint", image_shape=(1, 1, 2))
+    again = respaced(respaced(full, list(range(2, 21, 2))), [1, 5, 10])
     assert again.network_t.tolist() == [0, 2, 10, 20] and again.reverse == "joint"
-    assert torch.allclose(again.Q, respaced(whole, [2, 10, 20]).Q)
-    assert torch.equal(respaced(whole, 20).sample(50), whole.sample(50))
+    assert torch.allclose(again.Q, respaced(full, [2, 10, 20]).Q)
+    assert torch.equal(respaced(full, 20).sample(50), full.sample(50))
 
 
 def test_respacing_keeps_the_other_settings():

@@ -371,7 +371,7 @@ def test_a_run_stays_with_its_digits(monkeypatch, my_run):
     mnist = dataset.Dataset(torch.zeros(32, 1, 32, 32).byte(), torch.zeros(32).long(), "mnist")
     monkeypatch.setattr(train, "load_dataset", lambda *_: mnist)
     line = fail("train.py", "--resume", "--epochs", 6, "--data", "mnist", "--out-dir", my_run)
-    assert "trained on offline digits, but these are mnist digits" in line
+    assert "(mnist) differ in source from those that the run was trained on (offline)" in line
 
 
 def test_without_last_the_newest_is_the_one_with_most_steps(my_run, cheap):

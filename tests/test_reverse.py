@@ -1,4 +1,4 @@
-"""The reverse step as a choice, against enumeration that shares no code with diffusion.py."""
+"""The choice of reverse step, against enumeration that shares no code with diffusion.py."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ T = 16
 
 
 class Table(torch.nn.Module):
-    """A network for one pixel: logits by t and the noisy state, float64 [T + 1, S, K]."""
+    """A network for one pixel: logits by t and noisy state, float64 [T + 1, S, K]."""
 
     def __init__(self, logits):
         super().__init__()
@@ -30,7 +30,7 @@ class Table(torch.nn.Module):
 def posteriors(transition, K, seed=0):
     """A chain, p(x_0 | x_t) and the leave-one-out posterior, [T + 1, S, K], of a random p(x_0).
 
-    Of a single pixel the others say nothing: leaving it out leaves p(x_0).
+    Leaving out the only pixel leaves p(x_0).
     """
     d = DiscreteDiffusion(torch.nn.Identity(), K, T, transition, image_shape=(1, 1, 1))
     prior = np.random.default_rng(seed).dirichlet(np.ones(K))
@@ -47,7 +47,7 @@ def with_network(d, probs, reverse, **changes):
 
 
 def states(d, t):
-    """Every state that some level leads to at t, as images of one pixel, and t for each."""
+    """All states reachable from a level at t, as one-pixel images, and t for each."""
     x_t = (d.bar_Q[t, : d.num_levels] > 0).any(0).nonzero()
     return x_t.view(-1, 1, 1, 1), torch.full((len(x_t),), t)
 
@@ -66,7 +66,7 @@ def equation_4(d, probs, t, x_t):
 
 @pytest.mark.parametrize("transition, K", FAMILIES)
 def test_joint_form_is_equation_4(transition, K):
-    """For t >= 2; at t = 1 it is the softmax of x_0, with 0 for states beyond the levels."""
+    """For t >= 2; at t = 1 it is the softmax of x_0, and 0 for states beyond the levels."""
     d, exact, _ = posteriors(transition, K)
     probs = np.random.default_rng(1).dirichlet(np.ones(K), exact.shape[:2])
     joint = with_network(d, probs, "joint")
@@ -81,7 +81,7 @@ def test_joint_form_is_equation_4(transition, K):
 
 @pytest.mark.parametrize("transition, K", FAMILIES)
 def test_joint_form_of_the_leave_one_out_posterior_is_the_mixture_of_the_posterior(transition, K):
-    """Also of a respaced chain, whose first timestep is not the network's t = 1."""
+    """Also of a respaced chain, whose first timestep isn't the network's t = 1."""
     d, exact, leave_one_out = posteriors(transition, K)
     joint, mixture = with_network(d, leave_one_out, "joint"), with_network(d, exact, "mixture")
     for t in range(2, T + 1):
@@ -98,7 +98,7 @@ def test_joint_form_of_the_leave_one_out_posterior_is_the_mixture_of_the_posteri
 
 @pytest.mark.parametrize("transition, K", FAMILIES)
 def test_the_forms_differ_where_the_likelihood_does(transition, K):
-    """Given the posterior, the joint form counts the likelihood twice: harmless when absorbing."""
+    """Given the posterior, the joint form counts the likelihood twice; harmless if absorbing."""
     d, exact, _ = posteriors(transition, K)
     joint, mixture = with_network(d, exact, "joint"), with_network(d, exact, "mixture")
     apart = max(
@@ -111,14 +111,14 @@ def test_the_forms_differ_where_the_likelihood_does(transition, K):
 @pytest.mark.parametrize("reverse", ["mixture", "joint"])
 @pytest.mark.parametrize("transition, K", FAMILIES)
 def test_loss_bound_and_sampler_use_it(transition, K, reverse):
-    """Each term of the bound by enumeration; the loss; the distribution of samples."""
+    """Each term of the bound by enumeration, the loss, and the distribution of samples."""
     d, exact, _ = posteriors(transition, K)
     probs = 0.8 * exact + 0.2 * np.random.default_rng(2).dirichlet(np.ones(K), exact.shape[:2])
     d = with_network(d, probs, reverse, loss_type="variational")
     bar_Q = d.bar_Q.numpy()
 
     def p_theta(t, x):
-        """[S], for a state that can be reached."""
+        """[S], for a reachable state."""
         if reverse == "joint":
             return (
                 np.append(probs[1, x], np.zeros(d.num_states - K))
@@ -158,7 +158,7 @@ def test_loss_bound_and_sampler_use_it(transition, K, reverse):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joint_form_in_low_precision(dtype):
-    """Where likelihoods underflow in float32, it is finite and close to float64."""
+    """Finite and close to float64 even where likelihoods underflow in float32."""
     d = DiscreteDiffusion(torch.nn.Identity(), 64, 50, "gaussian", reverse="joint")
     torch.manual_seed(0)
     x_0 = torch.randint(0, 64, (8, 1, 8, 8))
@@ -169,7 +169,7 @@ def test_joint_form_in_low_precision(dtype):
         p, exact = d.p_theta(x_t, ts, logits), d.p_theta(x_t, ts, logits.double())
         assert p.isfinite().all()
         np.testing.assert_allclose(p.detach().sum(1), 1, atol=1e-4)
-        if spread == 5:  # beyond, the network bets all on levels that are out of the question
+        if spread == 5:  # beyond, the network is certain of impossible levels
             np.testing.assert_allclose(p.detach(), exact.detach(), atol=1e-5)
         assert torch.autograd.grad(p.clamp(min=1e-30).log().mean(), logits)[0].isfinite().all()
 
@@ -178,7 +178,7 @@ def test_joint_form_in_low_precision(dtype):
 
 
 def test_hybrid_weight_stands_beside_one_term_of_the_bound():
-    """T (L_{t-1} / D + lambda CE), by default with lambda = 0.001: the authors' loss, times T."""
+    """T (L_{t-1} / D + lambda CE), lambda = 0.001 by default: T times the authors' loss."""
     torch.manual_seed(0)
     logits = torch.randn(1, 2, 8, 8).double()
 
@@ -202,7 +202,7 @@ def test_hybrid_weight_stands_beside_one_term_of_the_bound():
 
 
 def test_checkpoints_keep_the_choice_and_old_ones_are_mixtures(tmp_path):
-    """A checkpoint from before there was a choice is a mixture; num_classes is num_levels."""
+    """Checkpoints older than the choice are mixtures, and their num_classes is num_levels."""
     model = UNet(channels=(8, 8, 8))
     d = DiscreteDiffusion(
         model, timesteps=20, loss_type="hybrid", reverse="joint", hybrid_weight=0.5

@@ -1,4 +1,4 @@
-"""sample.py and visualize_denoising.py: which digits, drawn how, into which files, and errors."""
+"""sample.py and visualize_denoising.py: the images drawn, how, into which files, and errors."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ def conditional(tmp_path_factory):
 
 
 def draw(path, flags="", device="cpu") -> torch.Tensor:
-    """What sample.py draws with these flags."""
+    """The tensor that sample.py writes with these flags."""
     flags = *flags.split(), "--device", device
     succeed("sample.py", path, *flags, "--out", "x.png", "--save-tensor", "x.pt")
     return torch.load("x.pt", weights_only=True)
@@ -52,7 +52,7 @@ def mode(d: DiscreteDiffusion, n, **kwargs) -> torch.Tensor:
 
 
 def frames(path="denoising_process.gif") -> tuple[list[np.ndarray], list[int], int]:
-    """The frames of a GIF, their durations in milliseconds, how often it loops (0: for ever)."""
+    """The frames of a GIF, their durations in milliseconds, and its loop count (0: forever)."""
     with Image.open(path) as gif:
         images, durations = [], []
         for i in range(gif.n_frames):
@@ -68,7 +68,7 @@ def shows(path, grid) -> bool:
 
 
 def half_of_a_picture() -> torch.Tensor:
-    """part.png, whose left half is given, all of its greys; the same as 256 levels."""
+    """Write part.png, all greys, its left half known; return the known pixels as 256 levels."""
     grey = np.arange(32 * 32).reshape(32, 32) * 255 // 1023
     alpha = np.where(np.arange(32) < 16, 255, 0) + np.zeros_like(grey)
     Image.fromarray(np.stack([grey, alpha], 2).astype(np.uint8), "LA").save("part.png")
@@ -80,7 +80,7 @@ def half_of_a_picture() -> torch.Tensor:
 
 
 def test_sample_writes_picture_and_tensor(checkpoint):
-    """The default name, the digits {0, 1} as uint8 [n, 1, 32, 32], and a picture of them."""
+    """The default name, digits {0, 1} as uint8 [n, 1, 32, 32], and their picture."""
     out = succeed("sample.py", checkpoint, "--n", 5, "--save-tensor", "new/digits.pt", *CPU)
     name = "d3pm_generated_samples_small.png"
     assert out.splitlines() == [f"Wrote {name}", "Wrote new/digits.pt"]
@@ -98,7 +98,7 @@ def test_completions_have_a_name_of_their_own(checkpoint):
 
 @pytest.mark.parametrize("stem", ["x" * 251, "ü" * 125])
 def test_long_name_of_a_checkpoint(stem, checkpoint):
-    """Up to the 255 bytes that file systems allow."""
+    """Up to the file systems' 255 bytes."""
     shutil.copy(checkpoint, f"{stem}.pth")
     out = succeed("sample.py", f"{stem}.pth", "--n", 1, "--timesteps", 1, *CPU)
     (name,) = files(Path()) - {f"{stem}.pth"}
@@ -106,7 +106,7 @@ def test_long_name_of_a_checkpoint(stem, checkpoint):
 
 
 def test_image_i_does_not_depend_on_the_call(checkpoint, monkeypatch):
-    """--n, --first and --batch-size choose which images are drawn; --seed draws others."""
+    """--n, --first and --batch-size select images; --seed changes them."""
     sheet = draw(checkpoint, "--n 7")
     assert len(sheet.unique(dim=0)) == 7
     sizes, process = [], DiscreteDiffusion.reverse_process
@@ -124,8 +124,8 @@ def test_image_i_does_not_depend_on_the_call(checkpoint, monkeypatch):
 
 
 def test_classes_guidance_and_timesteps(conditional):
-    """By default 30 steps, image i of class i mod 10, the mode of the last step, no guidance. Each
-    flag changes its own part of that."""
+    """Defaults: 30 steps, image i of class i mod 10, mode in the last step, no guidance. Each flag
+    changes only its part."""
     path, d = conditional
     assert TIMESTEPS == 30
     usual, few, y = respaced(d, 30), respaced(d, 5), torch.arange(4)
@@ -152,11 +152,11 @@ def test_a_row_of_each_class(conditional):
     y = torch.arange(10).repeat_interleave(3)
     assert torch.equal(images, mode(respaced(d, 2), 30, y=y))
     assert shows("x.png", image_grid(images, columns=3))
-    assert len(draw(path, flags)) == 100  # ten of each by default
+    assert len(draw(path, flags)) == 100  # by default ten per class
 
 
 def test_last_step_of_the_joint_form(checkpoint):
-    """It is drawn by default, as in the paper, by both scripts."""
+    """Both scripts draw it by default, as in the paper."""
     state = torch.load(checkpoint, weights_only=True)
     state["diffusion"]["reverse"] = "joint"
     torch.save(state, "joint.pth")
@@ -169,7 +169,7 @@ def test_last_step_of_the_joint_form(checkpoint):
 
 
 def test_levels_of_grey():
-    """What is drawn and what --fill gives has the levels of the checkpoint, in both scripts."""
+    """In both scripts, images and --fill have the levels of the checkpoint."""
     d = untrained("x.pth", timesteps=3, config={"num_levels": 4, "num_states": 4})
     images, known = draw("x.pth", "--n 4"), half_of_a_picture()
     assert torch.equal(images, mode(d, 4)) and shows("x.png", image_grid(images, 4))
@@ -184,7 +184,7 @@ def test_levels_of_grey():
 
 
 def test_outputs_are_checked_before_the_work(checkpoint, monkeypatch):
-    """They can be written, and none is another one or the checkpoint, by whatever name."""
+    """They must be writable, and differ from each other and the checkpoint, by any name."""
     worked = lambda *_, **__: pytest.fail("sampled for nothing")  # noqa: E731
     monkeypatch.setattr(DiscreteDiffusion, "sample", worked)
     shutil.copy(checkpoint, "x.pth")
@@ -225,7 +225,7 @@ def test_home_folder(checkpoint, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(checkpoint):
-    """The same images twice; those of the CPU, up to pixels that rounding decides."""
+    """Reproducible, and equal to the CPU's images up to pixels decided by rounding."""
     images = draw(checkpoint, "--n 8", device="cuda")
     assert torch.equal(draw(checkpoint, "--n 8", device="cuda"), images)
     assert (images != draw(checkpoint, "--n 8")).double().mean() < 0.01
@@ -236,7 +236,7 @@ def test_on_a_gpu(checkpoint):
 
 
 def test_gif_shows_the_whole_reverse_process(checkpoint):
-    """T + 1 frames that loop, titled by t, the last one held."""
+    """T + 1 looping frames, titled by t; the last is held."""
     out = succeed("visualize_denoising.py", checkpoint, "--n", 4, "--seed", 3, *CPU)
     assert out.splitlines() == ["Wrote denoising_process.gif"]
     images, durations, loops = frames()
@@ -248,7 +248,7 @@ def test_gif_shows_the_whole_reverse_process(checkpoint):
 
 
 def test_fewer_timesteps(checkpoint):
-    """The respaced chain, titled by its original t. It ends in what sample.py draws with it."""
+    """The respaced chain, titled by its original t, ending in sample.py's images."""
     flags = "--timesteps 5 --n 4"
     succeed("visualize_denoising.py", checkpoint, *flags.split(), *CPU)
     images, shown = draw(checkpoint, flags), frames()[0]
@@ -262,7 +262,7 @@ def test_fewer_timesteps(checkpoint):
 
 
 def test_sixteen_digits_of_classes_in_turn(conditional):
-    """The same digits as those of sample.py."""
+    """The same digits as from sample.py."""
     path, _ = conditional
     succeed("visualize_denoising.py", path, "--timesteps", 3, *CPU)
     assert np.array_equal(frames()[0][-1][24:], image_grid(draw(path, "--n 16 --timesteps 3")))
@@ -278,7 +278,7 @@ def test_sixteen_digits_of_classes_in_turn(conditional):
     ],
 )
 def test_rate_of_frames(fps, duration, message, checkpoint):
-    """Rounded to hundredths of a second. If that is another rate, the script says so first."""
+    """Rounded to hundredths of a second; if that changes the rate, the script says so first."""
     flags = "--n", 1, "--timesteps", 2, "--fps", fps
     out = succeed("visualize_denoising.py", checkpoint, *flags, *CPU)
     assert frames()[1][:2] == [duration] * 2
@@ -286,7 +286,7 @@ def test_rate_of_frames(fps, duration, message, checkpoint):
 
 
 def test_gif_elsewhere(checkpoint):
-    """--out; and not over the checkpoint."""
+    """--out, but not over the checkpoint."""
     shutil.copy(checkpoint, "x.gif")
     flags = "x.gif", "--n", 1, "--timesteps", 1, *CPU
     succeed("visualize_denoising.py", *flags, "--out", "new/y.gif")
@@ -409,7 +409,7 @@ def test_device(script, checkpoint, monkeypatch):
 
 
 def test_a_script_from_elsewhere(checkpoint, tmp_path):
-    """Through a symbolic link, as a real process in another directory: the same pictures."""
+    """A real process, through a symbolic link, in another folder: the same pictures."""
     flags = checkpoint, "--n", 2, *CPU, "--out"
     succeed("sample.py", *flags, "here.png")
     Path("link.py").symlink_to(sample.__file__)
@@ -491,7 +491,7 @@ def test_unwritable_folder(script, checkpoint):
 
 
 def test_bad_input_to_a_real_process(tmp_path):
-    """What `call` emulates, once for real: exit code 1 and a single line on stderr."""
+    """`call` emulates this: exit code 1 and a single line on stderr."""
     process = start("sample.py", "nowhere.pth", *CPU, cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and out == ""

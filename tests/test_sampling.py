@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
 
 
 def test_labels():
-    """One of each in turn, by the number of the image, as many as the network takes."""
+    """All labels of the network in turn, by the index of the image."""
     d = make(2, model=Labelled())
     assert d.labels(7).tolist() == [0, 1, 2, 3, 4, 0, 1] and d.labels(3, first=8).tolist() == [
         3,
@@ -33,7 +33,7 @@ def test_labels():
 
 
 def test_guidance():
-    """(1 + W) times the logits with the label, minus W times those without."""
+    """(1 + W) times the conditional logits minus W times the unconditional ones."""
     d = make(2, model=Labelled(), image_shape=(1, 4, 4))
     x_t, t, y = (
         torch.zeros(2, 1, 1, 1, dtype=torch.long),
@@ -53,14 +53,14 @@ def test_guidance():
     u = torch.full((2, 1, 1, 1), 0.9999)
     assert torch.equal(d.p_sample(x_t + 1, t, u, y, 2.0), draw(d.q_posterior(x_t + 1, w, t), u))
     labels = torch.tensor([0, 4, 2, 1, 0])
-    whole = d.sample(5, y=labels, guidance=1.0)
-    assert torch.equal(whole, d.sample(5, y=labels, guidance=1.0, batch_size=2))
+    images = d.sample(5, y=labels, guidance=1.0)
+    assert torch.equal(images, d.sample(5, y=labels, guidance=1.0, batch_size=2))
     *_, x_0 = d.reverse_process(5, y=labels, guidance=1.0)
-    assert torch.equal(x_0.byte(), whole)
+    assert torch.equal(x_0.byte(), images)
 
 
 def test_the_mode_of_the_last_step():
-    """The walk is the same up to x_1. Given pixels stay, and the others are the most probable."""
+    """The same walk up to x_1; known pixels stay, the others take their most probable level."""
     d = make(2, 6, model=Labelled(), image_shape=(1, 2, 4))
     y = torch.arange(200) % 5
     known = torch.tensor([[[[1, 0, -1, -1], [-1, -1, -1, 1]]]])
@@ -89,13 +89,13 @@ def test_reverse_process_yields_every_step():
 
 
 def test_images_have_random_streams_of_their_own():
-    """Image i depends on (seed, i) alone: not on n, batch size or first. Seeds share no image."""
+    """Image i depends only on (seed, i), not on n, batch size or first. Seeds share no image."""
     d = make(2, 5, image_shape=(1, 8, 8))
     sheet = d.sample(7, seed=0)
     assert sheet.shape == (7, 1, 8, 8) and sheet.dtype == torch.uint8
     assert torch.equal(d.sample(7, seed=0, batch_size=3), sheet)
     assert torch.equal(d.sample(2, seed=0, first=4), sheet[4:6])
-    torch.manual_seed(5)  # the global generator plays no part
+    torch.manual_seed(5)  # the global generator is not used
     assert torch.equal(d.sample(3, seed=0), sheet[:3])
     everything = torch.cat([d.sample(40, seed=s) for s in range(3)]).flatten(1)
     assert len(everything.unique(dim=0)) == 120
@@ -117,7 +117,7 @@ def test_samples_of_a_perfect_network_follow_the_data():
     "device, levels, batch", [("cpu", 2, 64), ("mps", 2, 64), ("cuda", 2, 512), ("cuda", 256, 64)]
 )
 def test_suitable_batch(device, levels, batch, monkeypatch):
-    """Of 256 levels on a GPU, 64 images are 2**24 probabilities."""
+    """On a GPU, 64 images of 256 levels are 2**24 probabilities."""
     d = DiscreteDiffusion(torch.nn.Identity(), num_levels=levels, timesteps=2)
     monkeypatch.setattr(DiscreteDiffusion, "device", torch.device(device))
     assert d.suitable_batch() == batch

@@ -1,4 +1,4 @@
-"""Schedules: the fitted one keeps its definition, the others keep what their names say."""
+"""Schedules: the fitted one matches its definition, the others do what their names say."""
 
 import math
 
@@ -17,7 +17,7 @@ def process(K, T, *names):
 
 @pytest.mark.parametrize("K, T", [(2, 10), (8, 200), (256, 20)])
 def test_mutual_information_falls_in_a_straight_line(K, T):
-    """Only for absorbing transitions with the schedule of that name; others bend."""
+    """Only for absorbing transitions with the schedule of that name."""
     line = 1 - np.arange(T + 1) / T
     np.testing.assert_allclose(
         mutual_information(process(K, T, "absorbing", "mutual_info")), line, atol=1e-12
@@ -27,7 +27,7 @@ def test_mutual_information_falls_in_a_straight_line(K, T):
 
 
 def test_mutual_information_by_hand():
-    """Summed in plain Python, for a chain whose distribution of x_t is not uniform."""
+    """In plain Python, for a chain with a non-uniform distribution of x_t."""
     d = process(4, 20, "gaussian")
     for t in (0, 1, 7, 20):
         q = d.bar_Q[t].tolist()
@@ -45,7 +45,7 @@ def test_mutual_information_by_hand():
 
 
 def bisected(T, K):
-    """The final width that brings the edge's row within 1e-4 of uniform, by products."""
+    """The final width that brings the edge level's row within 1e-4 of uniform."""
     first = 4 / ((K - 1) ** 2 * math.log(2 / 0.001))
     low, high = math.log(first), math.log(1e4)
     for _ in range(40):
@@ -66,7 +66,7 @@ def test_fitted_widths(K, T):
 
 @pytest.mark.parametrize("K, T, tolerance", [(3, 60, 1e-3), (8, 200, 1e-4), (64, 100, 0.01)])
 def test_information_of_gaussian_transitions_falls_as_a_squared_cosine(K, T, tolerance):
-    """And is gone at T, while evenly spaced widths have lost half of it in the first quarter."""
+    """And is gone at T; evenly spaced widths lose half of it in the first quarter."""
     d = process(K, T, "gaussian", "cosine")
     expected = np.cos(np.pi / 2 * np.minimum(1, np.arange(T + 1) / (T - 12))) ** 2
     np.testing.assert_allclose(mutual_information(d), expected, atol=tolerance)

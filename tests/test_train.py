@@ -36,6 +36,7 @@ from checkpoint import RELEASED, load_checkpoint, read_checkpoint
 from dataset import Dataset, batches, load_dataset, take, to_levels
 from diffusion import DiscreteDiffusion
 from model import build_network
+from options import RECIPES, make_parser, parse_arguments
 from pictures import image_grid
 from trainer import Trainer
 
@@ -102,6 +103,8 @@ def test_what_a_checkpoint_holds(run):
     assert weights.keys() == shared
     counts = [last[key] for key in ("epoch", "step", "steps_per_epoch", "total_steps")]
     assert counts == [4, 16, 4, 16]
+    digits = load_dataset("train", "offline")
+    assert last["dataset"] == weights["dataset"] == digits.description
     assert last["data"] == "offline" and last["binarize"] == "threshold"
     d = DiscreteDiffusion(build_network(last["network"]), timesteps=10)
     assert last["diffusion"] == d.config
@@ -258,7 +261,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     other = {"name": "unet", "num_levels": 4, "num_states": 5, "num_labels": 10, "ordinal": True}
     assert diffusion.model.config == network | other
     root = Path("nowhere")
-    splits = [("train", "offline", root), ("validation", "offline", root)]
+    splits = [(split, "offline", root, None, False) for split in ("train", "validation")]
     assert [args for args, _ in loaded] == splits
     digits, *rest = served[-1][0]
     assert rest == [8, 5, 0, 0, 4, "threshold"]
@@ -268,7 +271,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     settings |= chain | network | {"loss": "hybrid", "levels": 4, "binarize": "threshold"}
     settings |= {"epochs": 50, "steps": 2, "conditional": True, "network": "unet", "limit": 40}
     settings |= {"data": "offline", "data_root": "nowhere", "device": "cpu", "compile": True}
-    settings |= {"validate_every": 3, "out_dir": "here"}
+    settings |= {"validate_every": 3, "out_dir": "here", "size": None}
     assert checkpoint_of("here")["settings"] == settings
 
 
@@ -312,7 +315,7 @@ def test_a_recipe_is_several_flags(made, my_run):
 def test_the_recipe_is_that_of_what_is_released():
     released = load_checkpoint(RELEASED)
     channels = " ".join(map(str, released.model.config["channels"]))
-    assert f"--timesteps {released.timesteps} --channels {channels}" in train.RECIPES["bound"]
+    assert f"--timesteps {released.timesteps} --channels {channels}" in RECIPES["bound"]
 
 
 def test_recipe_of_the_paper(monkeypatch, cheap):
@@ -325,32 +328,22 @@ def test_recipe_of_the_paper(monkeypatch, cheap):
     assert d.model.config["dropout"] == 0.1
     assert drawn[0][1]["last_step"] == "draw"
     monkeypatch.setattr("sys.argv", ["train.py", "--recipe", "paper"])
-    args, *_ = train.parse_arguments()
+    args, *_ = parse_arguments(None)
     assert (args.timesteps, args.batch_size) == (1000, 128)
 
 
-def fake_mnist(split, data="auto", data_root="data") -> Dataset:
-    """Splits that can be told apart: all pixels of a split have one grey level."""
-    grey = {"train": 10, "validation": 130, "test": 140}[split]
-    images = torch.full((32, 1, 32, 32), grey, dtype=torch.uint8)
-    return Dataset(images, torch.arange(32) % 10, "mnist")
-
-
-def test_on_mnist_the_rate_is_another(monkeypatch, cheap):
-    """And validation digits come from where the training digits were found."""
-    monkeypatch.setattr(train, "load_dataset", fake_mnist)
+@pytest.mark.parametrize("n, rate", [(32, 1e-4), (31, 2e-3)])
+def test_many_images_are_trained_at_another_rate(n, rate, monkeypatch, cheap):
+    """However few --limit leaves of them. Validation digits come from where the training digits
+    were found: `auto` found MNIST."""
+    assert train.MANY == 20_000
+    monkeypatch.setattr(train, "MANY", 32)
+    few = Dataset(torch.zeros(n, 1, 32, 32).byte(), torch.arange(n) % 10, "mnist")
+    monkeypatch.setattr(train, "load_dataset", lambda *_: few)
     made, loaded = spy(monkeypatch, train, "Trainer"), spy(monkeypatch, train, "load_dataset")
     trained("--steps 1 --limit 16 --data auto")
-    assert made[0][1]["lr"] == 1e-4 and checkpoint_of("out")["data"] == "mnist"
-    splits = [("train", "auto", Path("data")), ("validation", "mnist", Path("data"))]
-    assert [args for args, _ in loaded] == splits
-
-
-def test_the_default_rate_is_that_of_the_digits_in_use(monkeypatch, made):
-    """A fallback to the offline digits is trained at their rate."""
-    monkeypatch.setattr(train, "load_dataset", lambda split, *_: load_dataset(split, "offline"))
-    trained("--steps 1 --data auto")
-    assert made[0][1]["lr"] == 2e-3
+    assert made[0][1]["lr"] == rate
+    assert [args[:2] for args, _ in loaded] == [("train", "auto"), ("validation", "mnist")]
 
 
 @pytest.mark.parametrize(
@@ -374,7 +367,7 @@ def test_validation_is_on_validation_digits(protocol, levels, seed, monkeypatch,
 
 def test_of_32_levels_all_validation_digits_are_used(made):
     settings = {"data": "offline", "data_root": "data", "levels": 32, "binarize": "threshold"}
-    settings |= {"limit": 16, "batch_size": 16, "seed": 0}
+    settings |= dict.fromkeys(["lr", "size", "conditional"]) | {"limit": 16, "batch_size": 16}
     assert len(train.load_data(settings, None, trainer.Processes())[1]) == 500
 
 
@@ -467,7 +460,7 @@ def test_network_of_your_own(monkeypatch, cheap):
 
 
 def test_help_states_every_default(capsys):
-    p, free, fixed = train.make_parser()
+    p, free, fixed = make_parser(None)
     with pytest.raises(SystemExit):
         p.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -508,9 +501,10 @@ def test_init_starts_from_averaged_weights(name, run, monkeypatch, cheap):
 def test_conditional_run_starts_from_a_network_without_classes(run, cheap):
     """Which it is at first, whatever the class; the other way round is an error."""
     path = run / "checkpoints" / "weights.pth"
-    old, (_, free, fixed) = load_checkpoint(path), train.make_parser()
+    old, (_, free, fixed) = load_checkpoint(path), make_parser(None)
     settings = free | fixed | {"timesteps": 10, "channels": [8, 8, 8]}
-    new = train.build(settings | {"conditional": True}, path).eval()
+    digits = load_dataset("train", "offline")
+    new = train.build(settings | {"conditional": True}, path, digits).eval()
     x_t, t = torch.randint(2, (4, 1, 32, 32)), torch.tensor([1, 4, 9, 10])
     y = torch.tensor([-1, 0, 5, 9])
     assert torch.equal(new.x_0_logits(x_t, t, y), old.x_0_logits(x_t, t)) and new.num_labels == 10
@@ -770,7 +764,7 @@ def test_all_processes_stop_if_one_is_told_to(monkeypatch, cheap):
     like_processes(monkeypatch, lambda *values: [0.5 if v is False else v for v in values])
     digits = take(load_dataset("train", "offline"), 64)
     monkeypatch.setattr(train, "load_data", lambda *_: (digits, torch.zeros(1)))
-    code, _, err = call("train.py", *TRAIN, "--epochs", 2, "--out-dir", "out")
+    code, _, err = call("train.py", *TRAIN, "--epochs", 2, "--lr", 1, "--out-dir", "out")
     assert code == 128 + signal.SIGTERM and "Stopped by SIGTERM after step 1 of 8" in err
 
 
@@ -845,7 +839,12 @@ def test_bad_checkpoint(flag, name, bad_files):
         ("--levels 257", "at most 256"),
         ("--levels 4 --binarize dynamic", "makes 2 levels"),
         ("--binarize nonsense", "invalid choice"),
-        ("--data fashion", "invalid choice"),
+        ("--data fashio", "neither a folder nor one of auto, mnist, offline, fashion, kmnist"),
+        ("--size 28", "for a folder of pictures, not for offline"),
+        ("--size 0", "at least 1"),
+        ("--levels palette", "for a folder of pictures, not for offline"),
+        ("--levels palette --binarize dynamic", "makes 2 levels, not --levels palette"),
+        ("--levels colours", "invalid levels value"),
         ("--resume", "no checkpoint"),
         ("--resume good.pth --overwrite", "--overwrite exclude"),
         ("--resume good.pth --init good.pth", "--init exclude"),
@@ -860,7 +859,7 @@ def test_bad_input(arguments, words, bad_files):
     assert words in fail("train.py", *TRAIN, *first, "--out-dir", "out", *arguments.split())
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--init", "--out-dir", "--data-root"])
+@pytest.mark.parametrize("flag", ["--resume", "--init", "--out-dir", "--data", "--data-root"])
 def test_empty_path(flag):
     """An empty shell variable starts nothing."""
     assert "is empty" in fail("train.py", *TRAIN, flag, "")

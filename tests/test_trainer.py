@@ -1,4 +1,4 @@
-"""The training step against the same step written out by hand; and each of its parts."""
+"""The training step and its parts, against the same step written out by hand."""
 
 import math
 from contextlib import contextmanager, nullcontext
@@ -55,10 +55,9 @@ def steps(trainer: Trainer, n: int) -> list[float]:
 
 @pytest.mark.parametrize("decay", ["late", "cosine"])
 def test_steps_are_those_written_out_by_hand(decay, monkeypatch):
-    """Noise by (seed, step), hidden labels, clipping, the rate's course, AdamW, the average: all of
-    a run of 24 steps.
+    """24 steps: noise by (seed, step), label dropout, clipping, learning rate, AdamW, the average.
 
-    The norm that gradients are clipped to is such that some are and some aren't.
+    The clipping norm lies between the gradient norms.
     """
     peak, total, seed, max_norm = 0.01, 24, 7, 0.3
     d = small_diffusion()
@@ -124,8 +123,7 @@ def test_gradients_are_clipped_to_norm_1(monkeypatch):
 
 
 class Drawing(UNet):
-    """A network that draws random numbers and remembers them. It does not say that it has no
-    dropout."""
+    """A network that draws random numbers and records them. Its config doesn't rule out dropout."""
 
     config = None
 
@@ -141,7 +139,7 @@ class Drawing(UNet):
 
 @pytest.mark.parametrize("part", ["seed", "step", "share"])
 def test_dropout_is_a_function_of_seed_step_and_share(part):
-    """Not of earlier draws; and its stream is none that the noise is drawn from."""
+    """It does not depend on earlier draws, and its stream is not the noise's."""
     drawn = []
     for i in (0, 0, 1):
         network = Drawing(channels=(8, 8, 8))
@@ -159,7 +157,7 @@ def test_dropout_is_a_function_of_seed_step_and_share(part):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_step_leaves_the_global_generator_alone(dropout, monkeypatch):
-    """Without dropout it is not even saved and restored, which would cost time."""
+    """Without dropout its state is not even saved and restored, which takes time."""
     network = UNet(channels=(8, 8, 8), dropout=dropout)
     trainer = Trainer(DiscreteDiffusion(network, timesteps=10, **SMALL), 9, 8)
     before = torch.get_rng_state()
@@ -171,8 +169,8 @@ def test_a_step_leaves_the_global_generator_alone(dropout, monkeypatch):
 
 
 def test_noise_is_a_function_of_seed_and_step(monkeypatch):
-    """The same in a run that goes on, and another in every step and for every seed. Without labels,
-    none are told."""
+    """The same in a resumed run, different for every step and seed. A network without labels gets
+    none."""
     seen = []
 
     def spy(self, x_0, t, u, y=None, loss=DiscreteDiffusion.loss):
@@ -192,10 +190,10 @@ def test_noise_is_a_function_of_seed_and_step(monkeypatch):
 
 
 def test_t_does_not_depend_on_the_place_in_the_batch():
-    """Nor is it sorted: at each place, its mean over 400 steps is that of 1..10."""
+    """And is not sorted: at each position, its mean over 400 steps is that of 1..10."""
     trainer, (x_0, y), drawn = Trainer(small_diffusion(), 10, 8), batch(0), []
     for trainer.steps in range(400):
-        drawn.append(trainer._add_noise(x_0, y)[1])
+        drawn.append(trainer._draw_noise(x_0, y)[1])
     t = torch.stack(drawn).double()
     assert ((t.mean(0) - 5.5).abs() < 0.6).all()  # four standard deviations
     assert (t.min(0).values == 1).all() and (t.max(0).values == 10).all()
@@ -214,18 +212,17 @@ def test_share_of_hidden_labels(share, monkeypatch):
     x_0, y = batch(0)
     trainer.step(x_0, y)
     assert torch.equal(seen[0], y if share == 0 else torch.full_like(y, -1))
-    trainer.step(x_0)  # a network that takes labels learns without, too
+    trainer.step(x_0)  # labels are optional for a network that takes them
     assert (seen[1] == -1).all()
 
 
 # --------------------------------------------------------------------------------------------------
-# Validation, and what is carried on
+# Validation and state
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_validation_is_the_bound_of_the_average(training):
-    """Of the averaged network, not the current one; one t a digit; the same noise each time;
-    nothing is trained."""
+    """Of the averaged network, one t per digit, always the same noise; nothing is trained."""
     d = small_diffusion()
     trainer = Trainer(d.train() if training else d.eval(), 20, 8, lr=0.05)
     steps(trainer, 6)
@@ -245,8 +242,7 @@ def test_validation_is_the_bound_of_the_average(training):
 
 @pytest.mark.parametrize("optimizer, dropout", [("adamw", 0.0), ("muon", 0.0), ("muon", 0.3)])
 def test_going_on_is_exact(optimizer, dropout):
-    """Saved in the middle and loaded into a new trainer of other weights: as if nothing had
-    happened."""
+    """Loading a state into a trainer with other weights continues the run exactly."""
     options = {"lr": 0.01, "optimizer": optimizer, "seed": 3}
 
     def small():
@@ -270,8 +266,7 @@ def test_going_on_is_exact(optimizer, dropout):
 
 
 def test_going_on_after_another_kind_of_device():
-    """What CUDA's recorded steps leave in the optimizer, its flag and its tensor of a rate, means
-    nothing elsewhere."""
+    """CUDA leaves a capturable flag and a tensor of the rate, which mean nothing elsewhere."""
     straight = Trainer(small_diffusion(), 12, 8, 0.01)
     steps(straight, 5)
     state = copy(straight.state_dict())
@@ -285,8 +280,8 @@ def test_going_on_after_another_kind_of_device():
 
 
 def test_recorded_calls(monkeypatch):
-    """Three as usual; then one recording, replayed on what each call gives. This graph only
-    remembers what to do."""
+    """Three calls run eagerly; then one capture is replayed on each input. This fake graph only
+    remembers what to run."""
     asked, recordings = [], []
 
     def function(x):
@@ -332,8 +327,7 @@ def test_recorded_calls(monkeypatch):
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recorded_steps_are_the_usual_ones(optimizer, output, loss, dropout):
-    """Also after a state is loaded into a trainer that has recorded; and a run may move between the
-    devices."""
+    """Also after loading a state into a trainer with a graph, and on moving between devices."""
 
     def make(device, usual=Recorded.WARMUP):
         torch.manual_seed(0)
@@ -407,14 +401,14 @@ def test_learning_rate_by_hand():
     constant = [learning_rate(2.0, step, 1000, "constant") for step in (0, 99, 700, 999)]
     assert constant == pytest.approx([0.02, 2, 2, 2])
     short = [learning_rate(2.0, step, 30) for step in range(4)]
-    assert short == pytest.approx([2 / 3, 4 / 3, 2, 2])  # a tenth of the steps
+    assert short == pytest.approx([2 / 3, 4 / 3, 2, 2])  # a warm-up of a tenth of the steps
     assert learning_rate(2.0, 0, 1) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("total", [1, 3, 10, 16, 1000, 1001])
 def test_the_decay_starts_where_the_rate_leaves_its_peak(total):
-    """Before decay_start the rate is the peak, so that what is saved there can go on in a longer
-    run; then it falls."""
+    """Before decay_start the rate is at its peak, so a longer run can continue a checkpoint from
+    there; then it falls."""
     start = decay_start(total)
     warm = max(1, min(100, total // 10))
     assert all(learning_rate(1.0, step, total) == 1 for step in range(warm - 1, start))
@@ -424,8 +418,7 @@ def test_the_decay_starts_where_the_rate_leaves_its_peak(total):
 
 
 def test_moving_average_by_hand():
-    """A ninth of the steps early on, a thousand late; whole numbers, of batch norm say, are
-    copied."""
+    """Over a ninth of the steps early, a thousand later; integers, as in batch norm, are copied."""
     for n, keep in ((0, 0), (1, 2 / 11), (8, 0.5), (100, 101 / 110), (10**6, 0.999)):
         averaged, current = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
         nn.init.constant_(current.weight, 2)
@@ -459,7 +452,7 @@ def test_buffers_are_averaged_too():
 
 
 def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
-    """The plain iteration, on the matrix itself."""
+    """The plain iteration on the matrix itself."""
     x = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
@@ -469,7 +462,7 @@ def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def test_orthogonalized():
-    """The plain iteration in float64, whatever the shape and scale: close to U V^T."""
+    """Matches the plain iteration in float64 for any shape and scale; close to U V^T."""
     torch.manual_seed(0)
     shapes = ((8, 40), 1), ((40, 8), 1), ((8, 8), 1e-4), ((8, 40), 1e4), ((9, 8), 1)
     matrices = [scale * torch.randn(shape) for shape, scale in shapes]
@@ -485,8 +478,8 @@ def test_orthogonalized():
 
 
 def test_muon_by_hand():
-    """Matrices along their orthogonalised Nesterov momentum, at AdamW's size; the rest is AdamW's
-    alone."""
+    """Hidden matrices follow their orthogonalized Nesterov momentum at AdamW's size; AdamW alone
+    updates the rest."""
     torch.manual_seed(0)
     network = UNet(channels=(8, 8, 16)).to(memory_format=torch.channels_last)
     matrices = {id(p) for p in network.hidden_matrices()}
@@ -525,7 +518,7 @@ def test_muon_by_hand():
 
 
 def test_optimizers_of_the_trainer():
-    """Muon needs a network that says which matrices are its own."""
+    """Muon needs a network with hidden_matrices()."""
     assert type(Trainer(small_diffusion(), 10).optimizer) is torch.optim.AdamW
     adam = Trainer(small_diffusion(), 10, optimizer="adam").optimizer
     assert type(adam) is torch.optim.Adam
@@ -533,7 +526,7 @@ def test_optimizers_of_the_trainer():
     muon = Trainer(small_diffusion(), 10, optimizer="muon").optimizer
     assert type(muon) is Muon and muon.defaults["betas"] == (0.9, 0.99)
     assert muon.defaults["weight_decay"] == 0.01
-    with pytest.raises(ValueError, match=r"hidden_matrices\(\), which Linear has not"):
+    with pytest.raises(ValueError, match=r"hidden_matrices\(\), which Linear lacks"):
         Trainer(DiscreteDiffusion(nn.Linear(1, 1)), 10, optimizer="muon")
 
 
@@ -542,8 +535,7 @@ def test_optimizers_of_the_trainer():
 
 
 def test_autocast():
-    """The network computes in bfloat16 with plain attention, its logits come out in float32;
-    weights keep float32."""
+    """The network runs in bfloat16 with plain attention; logits and weights stay float32."""
 
     class Network(nn.Module):
         def __init__(self):
@@ -569,7 +561,7 @@ def test_autocast():
         ("AVX2", None, True),
         ("AVX512", False, True),
         ("AVX512", True, False),
-        ("AVX512", None, False),  # torch 2.4 can't say
+        ("AVX512", None, False),  # torch 2.4 can't tell
         ("DEFAULT", False, False),  # ARM
     ],
 )
@@ -587,7 +579,7 @@ def test_a_warning_where_bfloat16_is_emulated(level, has_it, slow, monkeypatch, 
 
 
 def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
-    """Not what is averaged and saved, whose names stay those of the network."""
+    """But not the averaged and saved network, whose parameter names are unchanged."""
     compiled = []
     monkeypatch.setattr(
         torch, "compile", lambda model: compiled.append(model) or nn.Sequential(model)
@@ -606,7 +598,7 @@ def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
 
 
 def test_amp_stays_close():
-    """bfloat16 moves the loss by its rounding, not more."""
+    """bfloat16 changes the loss only by rounding."""
     plain, amp = (
         steps(Trainer(small_diffusion(), 20, 8, lr=0.01, amp=amp), 10) for amp in (False, True)
     )
@@ -614,8 +606,8 @@ def test_amp_stays_close():
 
 
 def test_processes_share_a_batch():
-    whole = list(range(12))
-    shares = [whole[Processes(rank, rank, 3).share(12)] for rank in range(3)]
+    images = list(range(12))
+    shares = [images[Processes(rank, rank, 3).share(12)] for rank in range(3)]
     assert shares == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     with pytest.raises(ValueError, match="batch of 13 can't be shared equally by 3"):
         Processes(0, 0, 3).share(13)

@@ -36,7 +36,7 @@ def test_every_family_makes_transition_matrices(transition, schedule, K):
 
 
 def betas_by_hand(schedule, T):
-    """The schedules as the paper states them, in plain Python."""
+    """The schedules as in the paper, in plain Python."""
     if schedule == "cosine":
         f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) for t in range(T + 1)]
         return [1 - f[t] / f[t - 1] for t in range(1, T + 1)]
@@ -47,7 +47,7 @@ def betas_by_hand(schedule, T):
 
 @pytest.mark.parametrize("transition, schedule, K", [c for c in LEGAL if c[0] != "gaussian"])
 def test_closed_forms(transition, schedule, K):
-    """Q_t = (1 - beta_t) I + beta_t times the uniform distribution, or the mask."""
+    """Q_t = (1 - beta_t) I + beta_t times the uniform distribution or the mask."""
     Q = transition_matrices(transition, schedule, K, 50)
     S = Q.shape[-1]
     target = np.eye(S)[[K] * S] if transition == "absorbing" else np.full((S, S), 1 / K)
@@ -57,7 +57,7 @@ def test_closed_forms(transition, schedule, K):
 
 @pytest.mark.parametrize("K", [3, 5, 16])
 def test_gaussian_transitions(K):
-    """Appendix A.2.3, entry by entry; symmetric; the widths are evenly spaced."""
+    """Appendix A.2.3, entry by entry; symmetric; evenly spaced widths."""
     T, betas = 50, fitted_betas(50, K)
     Q = transition_matrices("gaussian", "fitted", K, T)
     np.testing.assert_allclose(np.diff(betas), (betas[-1] - betas[0]) / (T - 1), rtol=1e-9)
@@ -78,7 +78,7 @@ def test_gaussian_transitions(K):
     [("uniform", 2, 1), ("uniform", 8, 1), ("absorbing", 3, 1), ("gaussian", 5, 20)],
 )
 def test_default_schedules_reach_noise(transition, K, least):
-    """x_T is uniform, or exactly the mask; Gaussian transitions need a few steps for it."""
+    """x_T is uniform or fully masked; Gaussian transitions need a few steps for it."""
     for T in (1, 2, 20, 200):
         if least <= T:
             bar_Q_T = products(transition_matrices(transition, None, K, T).numpy())[T]
@@ -90,7 +90,7 @@ def test_default_schedules_reach_noise(transition, K, least):
 
 
 def test_legal_combinations():
-    """The schedules of each family, the default first; others raise one line."""
+    """Each family's schedules, the default first; others raise one line."""
     listed = {transition: [] for transition, _, _ in LEGAL}
     for transition, schedule, _ in LEGAL:
         if schedule not in listed[transition]:
@@ -121,7 +121,7 @@ def test_chains_that_can_not_reach_noise_are_refused():
 
 
 def test_ready_matrices_are_checked():
-    """Matrices that are no chain are refused; arrays and lists become float64 tensors."""
+    """Invalid matrices are rejected; arrays and lists become float64 tensors."""
     Q = random_chain(3, 4, 6)[0]
     for given in (Q, torch.from_numpy(Q), Q.tolist()):
         checked = check_transitions(given, 3, 6)
@@ -146,7 +146,7 @@ def test_ready_matrices_are_checked():
 
 
 def test_mutual_information_of_the_absorbing_default_falls_linearly():
-    """I(x_t; x_0) = (1 - t/T) H(x_0) for masks, whatever the distribution of x_0 (appendix A.7)."""
+    """I(x_t; x_0) = (1 - t/T) H(x_0) for masks and any distribution of x_0 (appendix A.7)."""
     T, probs = 20, np.array([0.7, 0.2, 0.1])
     entropy = -(probs * np.log(probs)).sum()
     for t, bar_Q in enumerate(products(transition_matrices("absorbing", None, 3, T).numpy())):
