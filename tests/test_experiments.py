@@ -86,6 +86,17 @@ def constants(monkeypatch):
     return replace
 
 
+def no_power_at(at, step=Trainer.step):
+    """Trainer.step, which fails after so many steps."""
+
+    def breaks(self, *batch):
+        if self.steps == at:
+            raise UserError("no power")
+        return step(self, *batch)
+
+    return breaks
+
+
 def result_of(name, out):
     return json.loads((out / name / f"{name}.json").read_text())
 
@@ -131,13 +142,8 @@ def test_choices(commands, only, cheap, out):
 def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
     commands, only, cheap, out, monkeypatch
 ):
-    label, step = "uniform, cosine, cross-entropy", Trainer.step
+    label = "uniform, cosine, cross-entropy"
     row = tables.Row(label, ["--num-samples 0 --images 20"], "--steps 6")
-
-    def breaks(self, *batch):
-        if self.steps == 5:  # in the second epoch
-            raise UserError("no power")
-        return step(self, *batch)
 
     def scripts(row=row):
         commands.clear()
@@ -148,7 +154,7 @@ def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
 
     only("choices", {f"{label}, seed 0": row})
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", breaks)
+        patch.setattr(Trainer, "step", no_power_at(5))  # in the second epoch
         code, _, err = call(*CHOICES)
     assert code == 1 and err.strip().endswith("error: no power")
     assert scripts() == ["train.py", "evaluate.py"] and commands[0].endswith("--resume")
@@ -591,12 +597,12 @@ def test_expect(out, constants, monkeypatch):
     constants(figures, TIMESTEPS=2, RATE=16 / 60, EPOCHS=2, SAVED=5, **data)
     flags, expect = ("experiments.figures", "expect", "--minutes"), out / "expect"
     with monkeypatch.context() as patch:
-        patch.setattr(figures, "write_json", Mock(side_effect=UserError("no power")))
-        assert "no power" in call(*flags, 1, 6)[2]
+        patch.setattr(Trainer, "step", no_power_at(5))
+        assert "no power" in call(*flags, 1, 6, 100)[2]
     steps = spy(monkeypatch, Trainer, "step")
     succeed(*flags, 1, 6, 100, 200)
     rows = result_of("expect", out)["rows"]
-    assert list(rows) == ["offline digits", "full MNIST"] and len(steps) == 2 * (8 - 6)
+    assert list(rows) == ["offline digits", "full MNIST"] and len(steps) == 8 - 5 + 8
     for points in rows.values():
         assert [point["steps"] for point in points] == [1, 6, 8]
         assert [point["minutes"] for point in points] == pytest.approx([1, 6, 8])
