@@ -609,6 +609,9 @@ def test_expect(out, constants, monkeypatch):
         assert points[0]["bound"] > points[2]["bound"] and 0.5 < points[2]["train_loss"] < 1
     height, width = Image.open(expect / "expect.png").size
     assert min(height, width) > 100
+    steps.clear()
+    succeed(*flags, 1, 6, 100)
+    assert not steps  # both are finished
     for file in expect.glob("*.pth"):
         file.unlink()
     succeed(*flags, 1, 6, 100)
