@@ -1,4 +1,4 @@
-"""The flags of train.py: recipes, defaults, and how a run that goes on may differ."""
+"""The flags of train.py: recipes, defaults, and which of them --resume may change."""
 
 import argparse
 import sys
@@ -35,7 +35,7 @@ def add_group(p: argparse.ArgumentParser, title: str, defaults: dict) -> Callabl
 
 
 def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict, dict]:
-    """The parser, the defaults of what --resume may change, and of what it may not."""
+    """The parser, and two dicts of defaults: those that --resume may change, and the others."""
     p, free, fixed = cli.parser(description), {}, {}
     share, number, count = cli.number(0, 1), cli.number(0), cli.integer(1)
     file = {"type": cli.path(), "metavar": "CHECKPOINT"}
@@ -43,10 +43,14 @@ def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict,
     recipes = "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items())
     words = f"several flags in one; a flag of your own wins; {recipes}"
     add("--recipe", type=lambda name: OLD_NAMES.get(name, name), choices=RECIPES, help=words)
-    add("--init", **file, help="start from this model's averaged weights; it may lack classes")
-    words = "go on from this checkpoint or the newest one; if for longer, from before the decay"
+    add(
+        "--init",
+        **file,
+        help="start from the averaged weights of this model, with or without classes",
+    )
+    words = "continue from this checkpoint or the newest; a longer run restarts before the decay"
     add("--resume", **file, nargs="?", const=True, help=words)
-    add("--overwrite", action="store_true", help="delete the run in --out-dir and start anew")
+    add("--overwrite", action="store_true", help="delete the run in --out-dir first")
 
     add = add_group(p, "how it runs", free)
     add("--epochs", type=count, default=50, help="passes over the training images")
@@ -78,7 +82,12 @@ def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict,
     add("--conditional", action="store_true", default=False, help="give the network the class")
     words = "share of images whose class --conditional hides, to sample without one, too"
     add("--label-dropout", type=share, default=0.1, metavar="P", help=words)
-    add("--optimizer", choices=OPTIMIZERS, default="muon", help="the others need twice the steps")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="muon",
+        help="Muon needs half the steps of the others",
+    )
     words = f"peak learning rate, after a warm-up (default 1e-4; below {MANY:,} images 2e-3)"
     add("--lr", type=cli.number(0, above=True), help=words)
     add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
@@ -98,11 +107,11 @@ def levels(text: str) -> int | str:
 
 
 def parse_arguments(description: str | None) -> tuple[argparse.Namespace, dict, dict]:
-    """What was given, None for the rest; and the two kinds of defaults of `make_parser`."""
+    """The flags, None where not given; and the two dicts of defaults of `make_parser`."""
     p, free, fixed = make_parser(description)
 
     def parse(flags: list[str]) -> argparse.Namespace:
-        # argparse sets no default where the namespace has a value, and None is one.
+        # argparse sets no default where the namespace already has a value, even None.
         return p.parse_args(flags, argparse.Namespace(**dict.fromkeys([*free, *fixed])))
 
     recipe = RECIPES.get(parse(sys.argv[1:]).recipe, "")

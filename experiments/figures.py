@@ -108,7 +108,7 @@ DIGITS = {"offline": ("offline digits", 2e-3), "mnist": ("full MNIST", 1e-4)}
 def on_the_way(data: str, args: argparse.Namespace) -> list[dict]:
     """Loss, bound and samples at each of `args.minutes`, up to the end of the run.
 
-    Continues from its file, if there is one.
+    Continues an interrupted run, or one that ended before the last of the minutes.
     """
     digits = load_dataset("train", data, args.data_root)
     x_0 = to_levels(load_dataset("validation", data, args.data_root).images)
@@ -261,7 +261,7 @@ def compete(trainer: Trainer, usual: bool, digits: Dataset, x_0: Tensor) -> list
 
 
 def judge_weights(judged: DiscreteDiffusion, usual: bool, x_0: Tensor) -> dict:
-    """Bound and quality of samples. The argmax step, whose bound is infinite, is for samples."""
+    """Bound and quality of samples. The usual argmax step is for samples: its bound is infinite."""
     generator = torch.Generator().manual_seed(0)
     bound = judged.bound_terms(spread(x_0, RACE_SAMPLES), 2, generator)
     drawing = judged.around(MostProbable(judged.model)) if usual else judged

@@ -101,7 +101,7 @@ def levels_table(result: dict) -> str:
         bits = [cell([bound["bits_per_dimension"] for bound in some], 3) for some in bounds]
         shares = [b["L_0"] / b["nats_per_image"] * b["bits_per_dimension"] for b in bounds[-1]]
         lines.append([label, *bits, cell(shares, 3)])
-    return markdown([result["title"], *(f"{K} levels" for K in every), "of it L_0"], lines)
+    return markdown([result["title"], *(f"{K} levels" for K in every), "L_0 alone"], lines)
 
 
 # ------------------------------------------------------------------------------------------------

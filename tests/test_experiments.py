@@ -1,4 +1,4 @@
-"""Every experiment end to end at toy size; tables by hand; the baseline is the common one."""
+"""Every experiment from end to end at toy size; tables by hand; the baseline is the common one."""
 
 import functools
 import io
@@ -35,12 +35,12 @@ SMALL = {
 TRIAL = ("--data", "offline")
 CHOICES = ("experiments.tables", "choices", *TRIAL)
 
-load_offline = functools.cache(dataset.load_offline)  # takes half a second
+load_offline = functools.cache(dataset.load_offline)  # it takes half a second each time
 
 
 @pytest.fixture
 def out(fresh_directory, tmp_path, monkeypatch):
-    """The folder for results."""
+    """The folder that results go to."""
     monkeypatch.setattr(common, "OUT", tmp_path / "out")
     monkeypatch.setattr(dataset, "load_offline", load_offline)
     return tmp_path / "out"
@@ -48,7 +48,7 @@ def out(fresh_directory, tmp_path, monkeypatch):
 
 @pytest.fixture
 def commands(out, monkeypatch):
-    """The commands of tables.py, run in this process and made small."""
+    """The commands of tables.py, which run in here and are made small."""
     done = []
 
     def command(script, *arguments):
@@ -86,6 +86,17 @@ def constants(monkeypatch):
     return replace
 
 
+def no_power_at(at, step=Trainer.step):
+    """Trainer.step, which fails after so many steps."""
+
+    def breaks(self, *batch):
+        if self.steps == at:
+            raise UserError("no power")
+        return step(self, *batch)
+
+    return breaks
+
+
 def result_of(name, out):
     return json.loads((out / name / f"{name}.json").read_text())
 
@@ -116,28 +127,23 @@ def test_choices(commands, only, cheap, out):
     assert "--num-samples 0" in bound and "--split validation" in bound
     assert "--timesteps 50 --last-step draw" in samples and "--split validation" in samples
     one = result["rows"][keys[1]]
-    assert (
-        one["timesteps"] == 60 and one["samples"]["timesteps"] == 50
-    )  # the bound is of the full chain
+    assert one["timesteps"] == 60 and one["samples"]["timesteps"] == 50  # bound of the whole chain
     assert one["bound"]["images"] > 2
     assert "--seed 1" in one["flags"] and "--data offline" in one["flags"]
     assert {"command", "machine", "torch", "commit"} == one["provenance"].keys()
 
-    commands.clear()  # the same flags are not run again, others are refused
+    commands.clear()  # a row with the same flags is not measured again, one with others is refused
     assert succeed(*flags) == text and not commands
     assert "with other flags" in fail(*flags, "--amp")
     assert "there is no row 'x'" in fail(*flags[:-1], "x")
     assert not commands
 
 
-def test_a_run_is_resumed_but_not_with_other_flags(commands, only, cheap, out, monkeypatch):
-    label, step = "uniform, cosine, cross-entropy", Trainer.step
+def test_a_run_goes_on_where_it_was_and_is_not_used_with_other_flags(
+    commands, only, cheap, out, monkeypatch
+):
+    label = "uniform, cosine, cross-entropy"
     row = tables.Row(label, ["--num-samples 0 --images 20"], "--steps 6")
-
-    def breaks(self, *batch):
-        if self.steps == 5:  # in the second epoch
-            raise UserError("no power")
-        return step(self, *batch)
 
     def scripts(row=row):
         commands.clear()
@@ -148,11 +154,11 @@ def test_a_run_is_resumed_but_not_with_other_flags(commands, only, cheap, out, m
 
     only("choices", {f"{label}, seed 0": row})
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", breaks)
+        patch.setattr(Trainer, "step", no_power_at(5))  # in the second epoch
         code, _, err = call(*CHOICES)
     assert code == 1 and err.strip().endswith("error: no power")
     assert scripts() == ["train.py", "evaluate.py"] and commands[0].endswith("--resume")
-    assert scripts() == ["evaluate.py"]  # the run itself is finished
+    assert scripts() == ["evaluate.py"]  # the run is finished
     assert scripts(row._replace(train="--steps 2"))[0] == "train.py"
     assert "--resume" not in commands[0]
     steps = {read_checkpoint(file)["step"] for file in out.rglob("last.pth")}
@@ -160,7 +166,7 @@ def test_a_run_is_resumed_but_not_with_other_flags(commands, only, cheap, out, m
 
 
 def test_rows_that_are_done_are_kept(out, only, monkeypatch):
-    """If another row fails, and from an older file."""
+    """When another row fails, and when they are of an older file."""
     old = {"provenance": {"command": "old"}, "title": "a", "rows": {"old": report("old", 70)}}
     (out / "choices").mkdir(parents=True)
     (out / "choices" / "choices.json").write_bytes(json_bytes(old))
@@ -192,7 +198,7 @@ ROWS.append(("guidance", "--guidance 0.25"))
 
 @pytest.mark.parametrize("name, label", ROWS)
 def test_released_models(name, label, commands, only, out, tmp_path):
-    """evaluate.py takes the flags in the tables of released models."""
+    """The flags of the tables of released models are those that evaluate.py takes."""
     file = tmp_path / "model.pth"
     untrained(file, timesteps=100, config={"num_labels": 10})
     row = tables.TABLES[name][1]()[label]
@@ -219,7 +225,7 @@ def test_flags():
         (flags,) = row.evaluate
         dynamic = row.checkpoint == tables.DYNAMIC
         assert dynamic == ("--binarizations 2" in flags) == row.label.startswith("dyn")
-        # The weights use a few digits, the plain bound all of them.
+        # The weights are of a few digits, the plain bound is of all of them.
         assert ("--trajectories" in flags) == ("--weighted-images" in flags)
         assert "--images" not in flags or tables.NO_BOUND in flags
 
@@ -231,20 +237,20 @@ def test_levels(commands, cheap, only):
     row = rows[key]._replace(train=rows[key].train.replace("400", "2"))
     only("levels", {key: row._replace(evaluate=[row.evaluate[0].replace("1000", "20")])})
     text = succeed("experiments.tables", "levels", *TRIAL)
-    assert text.splitlines()[0] == "| bits per dimension | 8 levels | of it L_0 |"
+    assert text.splitlines()[0] == "| bits per dimension | 8 levels | L_0 alone |"
     assert "--split validation" in commands[1] and "--loss variational" in commands[0]
 
 
 def test_a_command_that_fails(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
     (tmp_path / "train.py").write_text("import sys; sys.exit(f'no {sys.argv[1:]}')")
-    with pytest.raises(UserError, match=r"train.py failed with code 1; finished rows are kept"):
+    with pytest.raises(UserError, match=r"train.py ended with code 1: finished rows are kept"):
         tables.command("train.py", "--steps", 0)
     assert "no ['--steps', '0']" in capfd.readouterr().err
 
 
 def test_from_anywhere(tmp_path):
-    """As users run it: python -m, from another working directory."""
+    """As a user runs it: python -m, another working directory."""
     line = [sys.executable, "-m", "experiments.page", "missing.md"]
     environment = ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -321,7 +327,7 @@ def test_headline_by_hand():
 
 
 def test_levels_by_hand():
-    """L_0 is in nats; each run converts it to bits by its own bound."""
+    """L_0 is in nats, of which each run has as many to a bit as its bound says."""
     keys = "bits_per_dimension", "nats_per_image", "L_0"
     runs = [("a", 256, (2, 10, 1)), ("a", 256, (4, 10, 5)), ("b", 8, (1, 1, 1))]
     rows = {
@@ -329,7 +335,7 @@ def test_levels_by_hand():
         for i, (row, K, bound) in enumerate(runs)
     }
     lines = tables.levels_table({"title": "bits", "rows": rows}).splitlines()
-    assert lines[0] == "| bits | 8 levels | 256 levels | of it L_0 |"
+    assert lines[0] == "| bits | 8 levels | 256 levels | L_0 alone |"
     assert lines[2] == "| a |  | 3.000 (2.000 to 4.000) | 1.100 (0.200 to 2.000) |"
     assert lines[3] == "| b | 1.000 |  |  |"
 
@@ -354,11 +360,11 @@ def test_page(filled_page, tmp_path):
     source = f"\n`python -m experiments.tables choices`: {source}\n"
     assert "| a | 70.00 ± 0.25 |" in filled_page and source in filled_page
     assert filled_page.startswith("# Results\n") and filled_page.endswith("<!-- end -->\nmore\n")
-    assert succeed("experiments.page", "page.md") == filled_page  # filling again changes nothing
+    assert succeed("experiments.page", "page.md") == filled_page  # filled again, it stays
     assert succeed("experiments.page", "page.md", "--check") == ""
     (tmp_path / "page.md").write_text(filled_page.replace("70.0", "69.0"))
     error = fail("experiments.page", "page.md", "--check")
-    assert error.endswith("the table choices differs from choices.json")
+    assert error.endswith("the table choices is not what choices.json gives")
 
 
 def test_source_says_what_differs():
@@ -384,7 +390,7 @@ def test_our_own_page():
     succeed("experiments.page", REPOSITORY / "README.md", "--check")
 
 
-NO_END = "a table has no one-word name or no end"
+NO_END = "a table has no name of one word, or no end"
 BROKEN = {
     "<!-- table: choices -->\n": NO_END,
     "<!-- table: choices -->\n<!-- table: choices -->\n<!-- end -->\n": NO_END,
@@ -416,7 +422,7 @@ def test_most_probable_gives_the_posterior_of_the_argmax():
 
 
 def test_usual_trainer_is_plain_adam(monkeypatch):
-    """Two steps against torch's Adam at 1e-4 with the gradients of the same loss."""
+    """Two steps against torch's Adam at 1e-4 on the gradients of the same loss."""
     monkeypatch.setattr(baseline, "PlainUNet", lambda: UNet(channels=(8, 8, 8)))
     torch.manual_seed(0)
     trainer = baseline.usual_trainer(batch_size=4)
@@ -444,7 +450,7 @@ class Tiny(UNet):
 
 
 class Normed(Tiny):
-    """With batch norm before the output, to see its statistics."""
+    """With a batch norm in front of the output, to see what becomes of it."""
 
     def __init__(self):
         super().__init__()
@@ -472,8 +478,8 @@ def test_time_to_quality(tiny, out):
 
 
 @pytest.mark.parametrize("usual", [False, True])
-def test_the_race_evaluates_the_trained_weights(usual, tiny, monkeypatch):
-    """The weights or their average; the usual recipe samples by argmax, but not for its bound."""
+def test_the_race_judges_what_was_trained(usual, tiny, monkeypatch):
+    """The weights, or their average; the usual way draws by the argmax, but not for its bound."""
     drawn_by, bounds_of = [], []
     for method, seen in (("sample", drawn_by), ("bound_terms", bounds_of)):
         original = getattr(DiscreteDiffusion, method)
@@ -484,7 +490,7 @@ def test_the_race_evaluates_the_trained_weights(usual, tiny, monkeypatch):
     figures.compete(trainer, usual, digits, to_levels(digits.images))
     network = trainer.network if usual else trainer.averaged.model
     assert bounds_of[0].model is network and not network.training
-    assert network.unfold[0].num_batches_tracked == 20  # only for the evaluated weights
+    assert network.unfold[0].num_batches_tracked == 20  # of the weights that are judged alone
     assert bounds_of[0].loss_type == ("cross_entropy" if usual else "variational")
     assert bounds_of[0].config["schedule"] == ("linear" if usual else "cosine")
     assert type(trainer.optimizer) is (torch.optim.Adam if usual else Muon)
@@ -503,13 +509,13 @@ def test_noise(out, monkeypatch):
 
 
 def process(*seconds):
-    """Answers each name with 7 weights and the next of these times."""
+    """Answers each name with 7 weights and the next of these seconds."""
     answers = "".join(f"7 {one}\n" for one in seconds)
     return SimpleNamespace(stdin=io.StringIO(), stdout=io.StringIO(answers))
 
 
 def test_benchmark(out, tmp_path, constants):
-    """All tasks in turns; ours, the plain network and the other clone in three processes."""
+    """All names in turns; ours, the plain network and the other clone in three processes."""
     started = {}
 
     def start(folder, device, script=""):
@@ -529,7 +535,7 @@ def test_benchmark(out, tmp_path, constants):
     assert all(one == {"weights": 7, "images_per_second": 4} for one in networks.values())
     assert result["drawing"] == dict(zip([*drawn, plain[1]], [4, 8, 12, 12], strict=True))
     assert result["before"] == dict(zip([*names, *drawn], [2, 2, 2, 2, 4, 6], strict=True))
-    asked = {key: one.stdin.getvalue().splitlines() for key, one in started.items()}
+    asked = {who: one.stdin.getvalue().splitlines() for who, one in started.items()}
     assert asked.pop((REPOSITORY, "")) == plain * benchmark.ROUNDS
     assert asked.keys() == {(REPOSITORY, "train.py"), (tmp_path, "train.py")}
     assert all(theirs == [*names, *drawn] * benchmark.ROUNDS for theirs in asked.values())
@@ -570,7 +576,7 @@ def test_work_of_the_benchmark(monkeypatch, capsys):
 
 
 def test_fill(out, tmp_path, constants):
-    """A row for each part and N; real digits are classified best."""
+    """A row for each part and N; the real digits are read best."""
     untrained(tmp_path / "model.pth", timesteps=2)
     constants(figures, RELEASED=tmp_path / "model.pth", TIMESTEPS=2, PARTICLES=1)
     constants(figures, COMPLETIONS=2, NUM_DIGITS=20, TRAJECTORIES=(1, 2))
@@ -591,18 +597,21 @@ def test_expect(out, constants, monkeypatch):
     constants(figures, TIMESTEPS=2, RATE=16 / 60, EPOCHS=2, SAVED=5, **data)
     flags, expect = ("experiments.figures", "expect", "--minutes"), out / "expect"
     with monkeypatch.context() as patch:
-        patch.setattr(figures, "write_json", Mock(side_effect=UserError("no power")))
-        assert "no power" in call(*flags, 1, 6)[2]
+        patch.setattr(Trainer, "step", no_power_at(5))
+        assert "no power" in call(*flags, 1, 6, 100)[2]
     steps = spy(monkeypatch, Trainer, "step")
     succeed(*flags, 1, 6, 100, 200)
     rows = result_of("expect", out)["rows"]
-    assert list(rows) == ["offline digits", "full MNIST"] and len(steps) == 2 * (8 - 6)
+    assert list(rows) == ["offline digits", "full MNIST"] and len(steps) == 8 - 5 + 8
     for points in rows.values():
         assert [point["steps"] for point in points] == [1, 6, 8]
         assert [point["minutes"] for point in points] == pytest.approx([1, 6, 8])
         assert points[0]["bound"] > points[2]["bound"] and 0.5 < points[2]["train_loss"] < 1
     height, width = Image.open(expect / "expect.png").size
     assert min(height, width) > 100
+    steps.clear()
+    succeed(*flags, 1, 6, 100)
+    assert not steps  # both are finished
     for file in expect.glob("*.pth"):
         file.unlink()
     succeed(*flags, 1, 6, 100)
@@ -610,7 +619,7 @@ def test_expect(out, constants, monkeypatch):
 
 
 def test_letters(fresh_directory, tmp_path):
-    """The fonts that come with matplotlib: a dozen text fonts, several symbol fonts."""
+    """The fonts that come with matplotlib: a dozen of text, several of symbols."""
     fonts = tmp_path / "fonts"
     shutil.copytree(Path(matplotlib.get_data_path()) / "fonts" / "ttf", fonts)
     shutil.copy(fonts / "DejaVuSans.ttf", fonts / "again.TTF")
