@@ -30,9 +30,8 @@ SMALL = {"image_shape": (1, 16, 16)}
 
 def small_diffusion(num_labels=10, **kwargs) -> DiscreteDiffusion:
     torch.manual_seed(0)
-    return DiscreteDiffusion(
-        UNet(channels=(8, 8, 8), num_labels=num_labels), timesteps=10, **SMALL | kwargs
-    )
+    network = UNet(channels=(8, 8, 8), num_labels=num_labels)
+    return DiscreteDiffusion(network, timesteps=10, **SMALL | kwargs)
 
 
 def batch(i: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,11 +86,8 @@ def test_steps_are_those_written_out_by_hand(decay, monkeypatch):
         for p in network.parameters():
             p.grad *= (max_norm / (norm + 1e-6)).clamp(max=1)
         warm = min(1, (i + 1) / 2)  # a tenth of 24
-        down = (
-            min(1.0, (24 - i) / (0.3 * 24))
-            if decay == "late"
-            else 0.5 + 0.5 * math.cos(math.pi * i / total)
-        )
+        late, cosine = min(1.0, (24 - i) / (0.3 * 24)), 0.5 + 0.5 * math.cos(math.pi * i / total)
+        down = late if decay == "late" else cosine
         optimizer.param_groups[0]["lr"] = peak * warm * down
         assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(peak * warm * down)
         optimizer.step()
@@ -108,18 +104,12 @@ def test_steps_are_those_written_out_by_hand(decay, monkeypatch):
 
 
 def test_gradients_are_clipped_to_norm_1(monkeypatch):
-    d = small_diffusion(0)
-    monkeypatch.setattr(
-        DiscreteDiffusion,
-        "loss",
-        lambda self, *args, loss=DiscreteDiffusion.loss: 1000 * loss(self, *args),
-    )
-    trainer = Trainer(d, 10, 8)
+    loss = DiscreteDiffusion.loss
+    monkeypatch.setattr(DiscreteDiffusion, "loss", lambda *args: 1000 * loss(*args))
+    trainer = Trainer(small_diffusion(0), 10, 8)
     trainer.step(*batch(0))
-    norm = torch.stack(
-        [p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]
-    ).norm()
-    assert norm == pytest.approx(1, rel=1e-3)
+    norms = [p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]
+    assert torch.stack(norms).norm() == pytest.approx(1, rel=1e-3)
 
 
 class Drawing(UNet):
@@ -143,9 +133,8 @@ def test_dropout_is_a_function_of_seed_step_and_share(part):
     drawn = []
     for i in (0, 0, 1):
         network = Drawing(channels=(8, 8, 8))
-        trainer = Trainer(
-            DiscreteDiffusion(network, timesteps=10, **SMALL), 9, 8, seed=i * (part == "seed")
-        )
+        d = DiscreteDiffusion(network, timesteps=10, **SMALL)
+        trainer = Trainer(d, 9, 8, seed=i * (part == "seed"))
         trainer.steps, trainer.shard = i * (part == "step"), slice(4 * i * (part == "share"), 8)
         torch.rand(len(drawn))
         trainer.step(*batch(0))
@@ -246,9 +235,8 @@ def test_resuming_is_exact(optimizer, dropout):
     options = {"lr": 0.01, "optimizer": optimizer, "seed": 3}
 
     def small():
-        return DiscreteDiffusion(
-            UNet(channels=(8, 8, 8), num_labels=10, dropout=dropout), timesteps=10, **SMALL
-        )
+        network = UNet(channels=(8, 8, 8), num_labels=10, dropout=dropout)
+        return DiscreteDiffusion(network, timesteps=10, **SMALL)
 
     torch.manual_seed(0)
     straight = Trainer(small(), 12, 8, **options)
@@ -318,27 +306,18 @@ def test_recorded_calls(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(
-    "optimizer, output, loss",
-    [
-        ("adamw", "softmax", "cross_entropy"),
-        ("muon", "softmax", "variational"),
-        ("muon", "logistic", "hybrid"),
-    ],
+    "kind", ["adamw softmax cross_entropy", "muon softmax variational", "muon logistic hybrid"]
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recorded_steps_equal_eager_steps(optimizer, output, loss, dropout):
+def test_recorded_steps_equal_eager_steps(kind, dropout):
     """Also after loading a state into a trainer with a graph, and on moving between devices."""
+    optimizer, output, loss = kind.split()
 
     def make(device, usual=Recorded.WARMUP):
         torch.manual_seed(0)
         network = UNet(channels=(8, 8, 8), num_labels=10, output=output, dropout=dropout).to(device)
-        trainer = Trainer(
-            DiscreteDiffusion(network, timesteps=10, loss_type=loss, **SMALL),
-            40,
-            8,
-            0.01,
-            optimizer,
-        )
+        d = DiscreteDiffusion(network, timesteps=10, loss_type=loss, **SMALL)
+        trainer = Trainer(d, 40, 8, 0.01, optimizer)
         if device == "cuda":
             trainer.update.WARMUP = usual
         return trainer
@@ -350,9 +329,8 @@ def test_recorded_steps_equal_eager_steps(optimizer, output, loss, dropout):
     steps(recorded, 3)
     recorded.load_state_dict(copy(middle))
     expected = steps(plain, 6)
-    assert steps(recorded, 6) == pytest.approx(expected, rel=0.01) and hasattr(
-        recorded.update, "graph"
-    )
+    assert steps(recorded, 6) == pytest.approx(expected, rel=0.01)
+    assert hasattr(recorded.update, "graph")
     for p, q in zip(*(t.averaged.model.parameters() for t in (recorded, plain)), strict=True):
         assert torch.allclose(p, q, atol=0.01)
 
@@ -372,16 +350,16 @@ def copy(value):
     return [copy(item) for item in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda state: state.update(weights={"nonsense": torch.zeros(1)}),
-        lambda state: state.update(weights=None),
-        lambda state: state.update(averaged_weights={}),
-        lambda state: state["optimizer"].pop("param_groups"),
-        lambda state: state["optimizer"]["param_groups"][0]["params"].pop(),
-    ],
-)
+DAMAGE = [
+    lambda state: state.update(weights={"nonsense": torch.zeros(1)}),
+    lambda state: state.update(weights=None),
+    lambda state: state.update(averaged_weights={}),
+    lambda state: state["optimizer"].pop("param_groups"),
+    lambda state: state["optimizer"]["param_groups"][0]["params"].pop(),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_state_that_does_not_fit(damage):
     trainer = Trainer(small_diffusion(), 12, 8)
     state = copy(trainer.state_dict())
@@ -395,9 +373,8 @@ def test_learning_rate_by_hand():
     late = [learning_rate(2.0, step, 1000) for step in (0, 49, 99, 100, 700, 701, 850, 999)]
     assert late == pytest.approx([0.02, 1, 2, 2, 2, 2 * 299 / 300, 1, 2 / 300])
     cosine = [learning_rate(2.0, step, 1000, "cosine") for step in (0, 100, 500, 999)]
-    assert cosine == pytest.approx(
-        [0.02, 1 + math.cos(math.pi / 10), 1, 1 + math.cos(math.pi * 0.999)]
-    )
+    tenth, end = (1 + math.cos(math.pi * share) for share in (0.1, 0.999))
+    assert cosine == pytest.approx([0.02, tenth, 1, end])
     constant = [learning_rate(2.0, step, 1000, "constant") for step in (0, 99, 700, 999)]
     assert constant == pytest.approx([0.02, 2, 2, 2])
     short = [learning_rate(2.0, step, 30) for step in range(4)]
@@ -581,16 +558,13 @@ def test_a_warning_where_bfloat16_is_emulated(level, has_it, slow, monkeypatch, 
 def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
     """But not the averaged and saved network, whose parameter names are unchanged."""
     compiled = []
-    monkeypatch.setattr(
-        torch, "compile", lambda model: compiled.append(model) or nn.Sequential(model)
-    )
+    wrap = nn.Sequential
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or wrap(model))
     d = small_diffusion(0)
     trainer = Trainer(d, 10, 8, amp=True, compiled=True)
     assert isinstance(compiled[0], Autocast) and compiled[0].network is d.model
-    assert (
-        isinstance(trainer.diffusion.model, nn.Sequential)
-        and trainer.diffusion.model[0] is compiled[0]
-    )
+    assert isinstance(trainer.diffusion.model, wrap)
+    assert trainer.diffusion.model[0] is compiled[0]
     assert trainer.state_dict()["weights"].keys() == trainer.state_dict()["averaged_weights"].keys()
     assert trainer.state_dict()["weights"].keys() == small_diffusion(0).model.state_dict().keys()
     plain = Trainer(small_diffusion(0), 10, 8)
@@ -599,9 +573,8 @@ def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
 
 def test_amp_stays_close():
     """bfloat16 changes the loss only by rounding."""
-    plain, amp = (
-        steps(Trainer(small_diffusion(), 20, 8, lr=0.01, amp=amp), 10) for amp in (False, True)
-    )
+    trainers = (Trainer(small_diffusion(), 20, 8, lr=0.01, amp=amp) for amp in (False, True))
+    plain, amp = (steps(trainer, 10) for trainer in trainers)
     assert plain != amp and plain == pytest.approx(amp, rel=0.02)
 
 
@@ -615,24 +588,19 @@ def test_processes_share_a_batch():
         Trainer(small_diffusion(), 10, 13, processes=Processes(0, 0, 3))
 
 
-@pytest.mark.parametrize(
-    "rank, local, size, result",
-    [
-        (None, None, None, Processes()),
-        ("", "", "", Processes()),
-        ("2", "0", "4", Processes(2, 0, 4)),
-        ("1", "1", "2", Processes(1, 1, 2)),
-        ("1", None, None, None),
-        (None, None, "2", None),
-        ("0", "0", "", None),
-        ("0", "zero", "2", None),
-        ("2", "0", "2", None),
-        ("-1", "-1", "2", None),
-        ("0", "1", "2", None),
-    ],
-)
-def test_variables_of_torchrun(rank, local, size, result, monkeypatch):
-    for name, value in (("RANK", rank), ("LOCAL_RANK", local), ("WORLD_SIZE", size)):
+VARIABLES = {
+    (None, None, None): Processes(),
+    ("", "", ""): Processes(),
+    ("2", "0", "4"): Processes(2, 0, 4),
+    ("1", "1", "2"): Processes(1, 1, 2),
+}
+WRONG = ("1", None, None), (None, None, "2"), ("0", "0", ""), ("0", "zero", "2")
+WRONG += ("2", "0", "2"), ("-1", "-1", "2"), ("0", "1", "2")
+
+
+@pytest.mark.parametrize("values, result", (VARIABLES | dict.fromkeys(WRONG)).items())
+def test_variables_of_torchrun(values, result, monkeypatch):
+    for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE"), values, strict=True):
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
