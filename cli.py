@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent
 # milliseconds, for LLVM's and Intel's OpenMP on macOS and Windows, where the default is 200.
 WAITING = {"GOMP_SPINCOUNT": "100000", "KMP_BLOCKTIME": "1"}
 script = getattr(sys.modules["__main__"], "__file__", None) or ""
-if Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
+if script and Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
     chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")  # by the user
     if not any(name.startswith(chosen) for name in os.environ):
         os.environ.update(WAITING)
@@ -153,8 +153,9 @@ def add_data(add: Callable, default: str | None = "auto") -> None:
     words = f"""a folder of pictures, its sub-folders the classes; auto: MNIST from --data-root
         or a download, else 5,000 offline digits; mnist: no fallback; offline: those 5,000; fashion,
         kmnist: as mnist (default {default or "what the model was trained on"})"""
-    name, root = path(), Path("data")  # an unset variable would be the working directory
-    add("--data", type=lambda t: str(name(t)), default=default, metavar="NAME|FOLDER", help=words)
+    root, metavar, check = Path("data"), "NAME|FOLDER", path()  # which refuses an unset variable
+    kind = lambda text: check(text) and os.path.expanduser(text)  # noqa: E731 ("./mnist": a folder)
+    add("--data", type=kind, default=default, metavar=metavar, help=words)
     add("--data-root", type=path(), default=root, help="folder of downloads (default data)")
 
 

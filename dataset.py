@@ -123,7 +123,7 @@ def read_files(raw: Path, source: str) -> dict[str, bytes]:
     contents = {}
     for name in MNIST_FILES:
         for path, opener in ((raw / name, open), (raw / f"{name}.gz", gzip.open)):
-            if path.exists():
+            if name not in contents and path.exists():
                 with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
                     with opener(path, "rb") as file:
                         content = file.read()
@@ -276,6 +276,11 @@ def to_levels(
     return (draws * 255 < grey).to(torch.uint8)
 
 
+def spread(x: Tensor, n: int | None) -> Tensor:
+    """n evenly spaced rows of x (all for None), since digits may be sorted by class."""
+    return x if n is None or n >= len(x) else x[torch.arange(n) * len(x) // n]
+
+
 def take(data: Dataset, n: int | None) -> Dataset:
     """n evenly spaced images, or all for None. Raises UserError if there are fewer."""
     if n is None:
@@ -283,8 +288,7 @@ def take(data: Dataset, n: int | None) -> Dataset:
     size = len(data.images)
     if not 1 <= n <= size:
         raise UserError(f"limit must be between 1 and {size}, the size of this split, got {n}")
-    keep = torch.arange(n) * size // n
-    return replace(data, images=data.images[keep], labels=data.labels[keep])
+    return replace(data, images=spread(data.images, n), labels=spread(data.labels, n))
 
 
 def batches(

@@ -331,7 +331,7 @@ class DiscreteDiffusion(nn.Module):
     def suitable_batch(self) -> int:
         """How many images fit a CPU's caches, or keep a GPU busy within its memory."""
         affordable = max(1, 2**24 // (self.num_states * math.prod(self.image_shape)))
-        return min(512, affordable) if self.device.type == "cuda" else 64
+        return min(512 if self.device.type == "cuda" else 64, affordable)
 
     def _network_t(self, t: Tensor, x: Tensor) -> Tensor:
         return self.network_t.to(x.device)[t.long().to(x.device)]

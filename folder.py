@@ -154,7 +154,7 @@ def split_by(shares: np.ndarray) -> np.ndarray:
     """Each picture's index into SPLITS: 90, 5 and 5 %, at least one picture each.
 
     `shares` are hashes of the contents in [0, 1), so copies share a split and a new picture moves
-    no other. Raises UserError for fewer than 3 different pictures.
+    no other (but for a few dozen pictures). Raises UserError for fewer than 3 different pictures.
     """
     distinct = np.unique(shares)
     if len(distinct) < 3:

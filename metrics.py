@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import RELEASED, atomic_write
-from dataset import load_dataset, to_levels
+from dataset import load_dataset, spread, to_levels
 from diffusion import BoundTerms
 from trajectories import importance_weighted
 
@@ -153,11 +153,6 @@ def judge(classifier: Classifier, x: Tensor, num_levels: int) -> tuple[Tensor, T
 
 # --------------------------------------------------------------------------------------------------
 # Sets of images
-
-
-def spread(x: Tensor, n: int | None) -> Tensor:
-    """n evenly spaced rows of x (all for None), since digits may be sorted by class."""
-    return x if n is None or n >= len(x) else x[torch.arange(n) * len(x) // n]
 
 
 def rows_of_classes(labels: Tensor, counts: Tensor) -> Tensor:

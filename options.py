@@ -77,8 +77,8 @@ def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict,
     words = """2 levels by a threshold, for what is black and white; or dynamic: every epoch draws
         each pixel anew from Bernoulli(grey level), for soft edges and published likelihoods"""
     add("--binarize", choices=["threshold", "dynamic"], default="threshold", help=words)
-    words = "stretch a folder's pictures to N x N or H x W (default: they are all of one size)"
-    add("--size", type=count, nargs="+", metavar=("N", "H W"), help=words)
+    words = "stretch a folder's pictures to N x N, or for two numbers to height x width"
+    add("--size", type=count, nargs="+", metavar="N", help=words)
     add("--conditional", action="store_true", default=False, help="give the network the class")
     words = "share of images whose class --conditional hides, to sample without one, too"
     add("--label-dropout", type=share, default=0.1, metavar="P", help=words)
@@ -88,7 +88,9 @@ def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict,
         default="muon",
         help="Muon needs half the steps of the others",
     )
-    words = f"peak learning rate, after a warm-up (default 1e-4; below {MANY:,} images 2e-3)"
+    words = (
+        f"peak learning rate, after a warm-up (default 1e-4; 2e-3 for less than {MANY:,} images)"
+    )
     add("--lr", type=cli.number(0, above=True), help=words)
     add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
     add("--network", choices=NETWORKS, default="unet", help="from model.py")
@@ -141,8 +143,8 @@ def merge_settings(
         settings |= {"optimizer": "adamw", "decay": "cosine"}  # of runs from before these settings
         settings |= {name: v for name, v in checkpoint["settings"].items() if name in settings}
         settings["out_dir"] = free["out_dir"]
-        for name in given.keys() & fixed:
-            if given[name] != settings[name]:
+        for name in fixed:
+            if name in given and given[name] != settings[name]:
                 flag = f"--{name.replace('_', '-')} {given[name]}"
                 saved = "the default" if settings[name] is None else settings[name]
                 raise UserError(f"{flag} disagrees with the run to resume: {saved}")

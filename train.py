@@ -11,7 +11,7 @@
 
 Writes into --out-dir: checkpoints/last.pth every epoch and every 10 minutes;
 checkpoints/model_epoch_N.pth and samples/sample_epoch_N.png every 5 epochs and at the end;
-checkpoints/constant.pth when the late decay begins, from where a longer run goes on;
+checkpoints/constant.pth when the late decay begins, a longer run continues from it;
 checkpoints/weights.pth at the end, all that sampling needs; metrics.csv and loss_curve.png.
 """
 
@@ -41,7 +41,7 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from dataset import DIGITS, NAMES, Dataset, batches, load_dataset, take, to_levels
+from dataset import DIGITS, NAMES, Dataset, batches, load_dataset, spread, take, to_levels
 from diffusion import DiscreteDiffusion
 from model import build_network
 from options import MANY, merge_settings, parse_arguments
@@ -53,6 +53,7 @@ from transitions import FAMILIES
 NETWORK_OPTIONS = ("channels", "blocks", "output", "dropout")  # default: the network's own
 LIKE_MNIST = Dataset(torch.zeros(1, 1, 32, 32), torch.zeros(1), "mnist")
 EVERY = 5  # epochs between kept checkpoints and their samples
+FEW = 1_000  # steps
 SAVE_SECONDS = 600  # between saves
 REPORT_SECONDS = 60  # between lines in a log without a progress bar
 CHECK_STEPS = 20  # between checks of the loss: each is a device sync
@@ -137,13 +138,15 @@ def load_data(
     for key in (key for key, value in data.description.items() if value != trained_on[key]):
         these = f"these images ({data.source}) differ in {key} from those"
         raise UserError(f"{these} that the run was trained on ({trained_on['source']})")
+    if settings["data"] not in NAMES:
+        settings["data"] = data.source  # the full path, for --resume from elsewhere
     settings["lr"] = settings["lr"] or (1e-4 if len(data.images) >= MANY else 2e-3)
     if settings["conditional"] and len(data.classes) < 2:
         needed = f"two sub-folders, which are the classes; {data.source} has {len(data.classes)}"
         raise UserError(f"--conditional needs at least {needed}")
     K = num_levels(settings, data)
     limit = 200 if K > 32 else None  # one image of 256 levels takes 0.1 seconds
-    grey = take(load_dataset("validation", data.source, *options), limit).images
+    grey = spread(load_dataset("validation", data.source, *options).images, limit)
     generator = torch.Generator().manual_seed(0)  # whatever --seed, so that bounds compare
     validation = to_levels(grey, K, settings["binarize"], generator)
     data = take(data, settings["limit"])
@@ -284,7 +287,7 @@ class Run:
             state["averaged_weights"] = {key: w.half().cpu() for key, w in weights}
         else:
             plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-            state |= {"settings": plain, "epoch": trainer.steps // self.steps_per_epoch}
+            state |= {"settings": plain}
             state |= {"steps_per_epoch": self.steps_per_epoch, "total_steps": trainer.total_steps}
             state |= {"loss_sum": self.loss_sum, "history": self.history}
             state["seconds"] = time.perf_counter() - self.started
@@ -296,8 +299,8 @@ class Run:
         best = min(self.history[::-1], key=lambda row: row["validation_bound"], default=None)
         if best and best is not self.history[-1]:
             worse = self.history[-1]["validation_bound"] - best["validation_bound"]
-            kept = self.folder.checkpoints.glob("model_epoch_*.pth")
-            nearest = min(sorted(kept), key=lambda path: abs(int(path.stem[12:]) - best["epoch"]))
+            kept = sorted(self.folder.checkpoints.glob("model_epoch_*[0-9].pth"))
+            nearest = min(kept, key=lambda path: abs(int(path.stem[12:]) - best["epoch"]))
             print(
                 f"It overfits: the validation bound was best after epoch {best['epoch']} and is "
                 f"now {worse:.2f} nats worse; the nearest checkpoint is {nearest}"
@@ -354,8 +357,11 @@ def make_run(
     device = processes.start(cli.pick_device(settings["device"]))
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     data, validation = load_data(settings, checkpoint, processes)
+    per_epoch = len(data.images) // settings["batch_size"]
+    if checkpoint and checkpoint.get("steps_per_epoch", per_epoch) != per_epoch:
+        raise UserError(f"{data.source} has other pictures than when the run began: see --init")
     step = checkpoint["step"] if checkpoint else 0
-    total = settings["steps"] or settings["epochs"] * (len(data.images) // settings["batch_size"])
+    total = settings["steps"] or settings["epochs"] * per_epoch
     if step >= total:
         advice = "give more with --epochs or --steps"
         raise UserError(f"the run to resume has all its {total} steps: {advice}")
@@ -390,6 +396,8 @@ def train(run: Run) -> int:
         f"{total} steps of {s['batch_size']}, {total / run.steps_per_epoch:.3g} epochs; "
         f"{s['optimizer']} with peak learning rate {s['lr']:g}"
     )
+    if run.data.source not in NAMES and total < FEW:
+        print(f"{total} steps are few: samples may be noise (give more with --steps)")
     received = catch_signals()
     try:
         stopped = run.train(lambda: processes.mean(bool(received))[0] > 0)
@@ -406,7 +414,8 @@ def train(run: Run) -> int:
         return 128 + number
     command = shlex.join(["python", "sample.py", str(run.folder.checkpoints / "weights.pth")])
     print(f"Done. Draw {noun}: {command}")
-    run.say_if_overfit()
+    if processes.rank == 0:
+        run.say_if_overfit()
     return 0
 
 

@@ -313,6 +313,10 @@ def main() -> None:
     add_device(p.add_argument)
     add_speed(p.add_argument)
     args = p.parse_args()
+    if args.picture != "fill" and (args.amp or args.compile or args.device != "auto"):
+        p.error("--device, --amp and --compile are for fill")
+    if args.picture != "expect" and args.minutes != MINUTES:
+        p.error("--minutes is for expect")
     # The linear schedule is deliberate.
     warnings.filterwarnings("ignore", "bar_Q.T. is far from stationary")
     pictures[args.picture](args)
