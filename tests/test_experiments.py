@@ -244,7 +244,7 @@ def test_levels(commands, cheap, only):
 def test_a_command_that_fails(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
     (tmp_path / "train.py").write_text("import sys; sys.exit(f'no {sys.argv[1:]}')")
-    with pytest.raises(UserError, match=r"train.py ended with code 1: finished rows are kept"):
+    with pytest.raises(UserError, match=r"train.py failed with code 1; finished rows are kept"):
         tables.command("train.py", "--steps", 0)
     assert "no ['--steps', '0']" in capfd.readouterr().err
 
@@ -364,7 +364,7 @@ def test_page(filled_page, tmp_path):
     assert succeed("experiments.page", "page.md", "--check") == ""
     (tmp_path / "page.md").write_text(filled_page.replace("70.0", "69.0"))
     error = fail("experiments.page", "page.md", "--check")
-    assert error.endswith("the table choices is not what choices.json gives")
+    assert error.endswith("the table choices differs from choices.json")
 
 
 def test_source_says_what_differs():
@@ -390,7 +390,7 @@ def test_our_own_page():
     succeed("experiments.page", REPOSITORY / "README.md", "--check")
 
 
-NO_END = "a table has no name of one word, or no end"
+NO_END = "a table has no one-word name or no end"
 BROKEN = {
     "<!-- table: choices -->\n": NO_END,
     "<!-- table: choices -->\n<!-- table: choices -->\n<!-- end -->\n": NO_END,
