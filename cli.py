@@ -14,18 +14,17 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# OpenMP reads these when torch loads: idle threads spin for some milliseconds, then sleep. Sleeping
+# OpenMP reads this when torch loads: idle threads spin for some milliseconds, then sleep. Sleeping
 # at once costs up to a third of the speed; spinning longer costs more if another program is busy.
-# Set only for our own scripts, not for programs that import us. Untested: KMP_BLOCKTIME, in
-# milliseconds, for LLVM's and Intel's OpenMP on macOS and Windows, where the default is 200.
-WAITING = {"GOMP_SPINCOUNT": "100000", "KMP_BLOCKTIME": "1"}
+# Set only for our own scripts, not for programs that import us. LLVM's and Intel's OpenMP (macOS,
+# Windows) spin for 200 ms by default (KMP_BLOCKTIME), which is left alone, because untested.
+SPINS = "100000"
 script = getattr(sys.modules["__main__"], "__file__", None) or ""
-if script and Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
-    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")  # by the user
-    if not any(name.startswith(chosen) for name in os.environ):
-        os.environ.update(WAITING)
+ours = script and Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments")
+if ours and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
-import torch  # noqa: E402 (the variables come first)
+import torch  # noqa: E402 (the variable comes first)
 
 
 class UserError(ValueError):

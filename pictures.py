@@ -68,8 +68,8 @@ def image_grid(
 def read_partial_digit(path: str | Path, num_levels: int = 2, palette=None, size=None) -> Tensor:
     """The known pixels of an image, int64 [1, 1, H, W]: levels, or -1 where they are unknown.
 
-    The file is an 8-bit PNG of the model's image size: `size`, or 28x28 or 32x32 for MNIST. Pixels that
-    are at least half transparent are unknown. Padding is known.
+    The file is an 8-bit PNG of the model's image size: `size`, or 28x28 or 32x32 for MNIST. Pixels
+    that are at least half transparent are unknown. Padding is known.
 
     Raises:
         OSError: if the file can't be read.
