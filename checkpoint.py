@@ -136,6 +136,12 @@ def write_json(path: str | Path, value: dict) -> None:
         file.write(json_bytes(value))
 
 
+def write_csv(history: list[dict], file: io.BytesIO) -> None:
+    """Rows as CSV, numbers with six digits."""
+    rows = [[f"{v:.6g}" if isinstance(v, float) else str(v) for v in r.values()] for r in history]
+    file.write("".join(",".join(row) + "\n" for row in [history[0], *rows]).encode())
+
+
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 

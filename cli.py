@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -63,10 +64,10 @@ class Unbreakable:
         return getattr(self.stream, name)
 
 
-def run(main: Callable[[], int | None], prefix: str = "") -> None:
+def run(main: Callable[[], int | None]) -> None:
     """Call a script's `main` and exit with its code.
 
-    For UserError, OSError and lack of memory, print one line, with `prefix` before the message, and
+    For UserError, OSError and lack of memory, print one line (under torchrun with the rank) and
     exit with 1. Ctrl-C exits with 130. Any other exception is a bug and gets a traceback.
     """
     sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
@@ -80,9 +81,26 @@ def run(main: Callable[[], int | None], prefix: str = "") -> None:
         no_memory = "out of memory" in text or "DefaultCPUAllocator" in text  # GPU, CPU
         if isinstance(error, RuntimeError) and not no_memory:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {prefix}{text.splitlines()[0]}", file=sys.stderr)
+        rank = f"process {os.environ['RANK']}: " if os.environ.get("RANK") else ""
+        print(f"{Path(sys.argv[0]).name}: error: {rank}{text.splitlines()[0]}", file=sys.stderr)
         code = 1
     sys.exit(code)
+
+
+def catch_signals() -> list[int]:
+    """The signals received: the first lets the step end and saves, the second aborts at once."""
+    received: list[int] = []
+
+    def on_signal(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
+    return received
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@
 
 Writes into --out-dir: checkpoints/last.pth every epoch and every 10 minutes;
 checkpoints/model_epoch_N.pth and samples/sample_epoch_N.png every 5 epochs and at the end;
-checkpoints/constant.pth when the late decay begins, a longer run continues from it;
+checkpoints/constant.pth when the late decay begins, for --resume to a longer run;
 checkpoints/weights.pth at the end, all that sampling needs; metrics.csv and loss_curve.png.
 """
 
@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import cli
 from cli import UserError, user_errors
@@ -40,6 +39,7 @@ from checkpoint import (
     default_last_step,
     read_checkpoint,
     save_checkpoint,
+    write_csv,
 )
 from dataset import DIGITS, NAMES, Dataset, batches, load_dataset, spread, take, to_levels
 from diffusion import DiscreteDiffusion
@@ -86,17 +86,13 @@ def find_checkpoint(args: argparse.Namespace, folder: RunFolder) -> dict | None:
     return checkpoint
 
 
-def num_levels(settings: dict, data: Dataset) -> int:
-    return len(data.palette) if data.palette else settings["levels"]
-
-
 def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion:
     """The diffusion around a new network for `data`, or one with the weights of `init`.
 
     Where a setting is None, it becomes the default of the network or the transition. Raises
     ValueError.
     """
-    K, transition = num_levels(settings, data), settings["transition"]
+    K, transition = len(data.palette or ()) or settings["levels"], settings["transition"]
     states = K + FAMILIES[transition].extra_states
     config = {"name": settings["network"], "num_levels": K, "num_states": states}
     config |= {name: v for name in NETWORK_OPTIONS if (v := settings[name]) is not None}
@@ -144,7 +140,7 @@ def load_data(
     if settings["conditional"] and len(data.classes) < 2:
         needed = f"two sub-folders, which are the classes; {data.source} has {len(data.classes)}"
         raise UserError(f"--conditional needs at least {needed}")
-    K = num_levels(settings, data)
+    K = len(data.palette or ()) or settings["levels"]
     limit = 200 if K > 32 else None  # one image of 256 levels takes 0.1 seconds
     grey = spread(load_dataset("validation", data.source, *options).images, limit)
     generator = torch.Generator().manual_seed(0)  # whatever --seed, so that bounds compare
@@ -307,27 +303,6 @@ class Run:
             )
 
 
-def write_csv(history: list[dict], file: BinaryIO) -> None:
-    rows = [[f"{v:.6g}" if isinstance(v, float) else str(v) for v in r.values()] for r in history]
-    file.write("".join(",".join(row) + "\n" for row in [history[0], *rows]).encode())
-
-
-def catch_signals() -> list[int]:
-    """The signals received: the first lets the step end and saves, the second aborts at once."""
-    received: list[int] = []
-
-    def on_signal(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, on_signal)
-    return received
-
-
 def main() -> int:
     args, free, fixed = parse_arguments(__doc__)
     with user_errors():
@@ -398,7 +373,7 @@ def train(run: Run) -> int:
     )
     if run.data.source not in NAMES and total < FEW:
         print(f"{total} steps are few: samples may be noise (give more with --steps)")
-    received = catch_signals()
+    received = cli.catch_signals()
     try:
         stopped = run.train(lambda: processes.mean(bool(received))[0] > 0)
     except RuntimeError as error:
@@ -419,10 +394,5 @@ def train(run: Run) -> int:
     return 0
 
 
-def prefix() -> str:
-    """What stands before an error where there are several processes."""
-    return f"process {os.environ['RANK']}: " if os.environ.get("RANK") else ""
-
-
 if __name__ == "__main__":
-    cli.run(main, prefix())
+    cli.run(main)

@@ -39,7 +39,7 @@ def call(script, *arguments, out=None) -> tuple[int, str, str]:
         patch.setattr(sys, "argv", [str(REPOSITORY / script), *map(str, arguments)])
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)
         try:
-            cli.run(module.main, getattr(module, "prefix", str)())
+            cli.run(module.main)
         except SystemExit as end:
             code = end.code or 0
         except BaseException:

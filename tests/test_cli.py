@@ -153,13 +153,13 @@ def test_message_of_cuda_is_cut_to_a_line(monkeypatch):
 # Running a script
 
 
-def run(main, *args) -> tuple[int | None, str, str]:
+def run(main) -> tuple[int | None, str, str]:
     """Exit code, stdout and stderr of cli.run."""
     before = warnings.formatwarning
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         try:
             with pytest.raises(SystemExit) as end:
-                cli.run(main, *args)
+                cli.run(main)
         finally:
             warnings.formatwarning = before
     return end.value.code, out.getvalue(), err.getvalue()
@@ -191,7 +191,8 @@ def test_errors_are_one_line(error, line, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["folder/script.py"])
     assert run(main) == (1, "", f"script.py: error: {line}\n")
-    assert run(main, "process 3: ") == (1, "", f"script.py: error: process 3: {line}\n")
+    monkeypatch.setenv("RANK", "3")
+    assert run(main) == (1, "", f"script.py: error: process 3: {line}\n")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, RuntimeError, ImportError])
