@@ -14,11 +14,13 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# OpenMP reads these when torch loads: idle threads spin for some milliseconds, then sleep. Sleeping
-# at once costs up to a third of the speed; spinning longer costs more if another program is busy.
-# Set only for our own scripts, not for programs that import us. Untested: KMP_BLOCKTIME, in
+# OpenMP reads these when torch loads. On an idle machine, threads that sleep at once cost up to a
+# third of the speed. Beside a busy program, threads that spin before they sleep cost as much. Set
+# only for our own scripts, not for programs that import us. Untested: KMP_BLOCKTIME, in
 # milliseconds, for LLVM's and Intel's OpenMP on macOS and Windows, where the default is 200.
-WAITING = {"GOMP_SPINCOUNT": "100000", "KMP_BLOCKTIME": "1"}
+SPIN, SLEEP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}, {"OMP_WAIT_POLICY": "PASSIVE"}
+load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+WAITING = SPIN if load < (os.cpu_count() or 1) / 2 else SLEEP
 script = getattr(sys.modules["__main__"], "__file__", None) or ""
 if script and Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
     chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")  # by the user
