@@ -15,17 +15,20 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent
 
-# OpenMP reads this when torch loads: idle threads spin for some milliseconds, then sleep. Sleeping
-# at once costs up to a third of the speed; spinning longer costs more if another program is busy.
-# Set only for our own scripts, not for programs that import us. LLVM's and Intel's OpenMP (macOS,
-# Windows) spin for 200 ms by default (KMP_BLOCKTIME), which is left alone, because untested.
-SPINS = "100000"
+# OpenMP reads these when torch loads. On an idle machine, threads that spin for a while before they
+# sleep are up to a third faster; beside a busy program they are slower. Set only for our own
+# scripts, not for programs that import us; what the user has set wins. Untested: KMP_BLOCKTIME, in
+# milliseconds, for LLVM's and Intel's OpenMP on macOS and Windows, where the default is 200.
+SPIN, SLEEP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}, {"OMP_WAIT_POLICY": "PASSIVE"}
+load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+WAITING = SPIN if load < (os.cpu_count() or 1) / 2 else SLEEP
 script = getattr(sys.modules["__main__"], "__file__", None) or ""
-ours = script and Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments")
-if ours and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+if script and Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
+    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")  # by the user
+    if not any(name.startswith(chosen) for name in os.environ):
+        os.environ.update(WAITING)
 
-import torch  # noqa: E402 (the variable comes first)
+import torch  # noqa: E402 (the variables come first)
 
 
 class UserError(ValueError):

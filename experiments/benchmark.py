@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from cli import REPOSITORY, SPINS, UserError, add_device, parser, path, pick_device, run
+from cli import REPOSITORY, WAITING, UserError, add_device, parser, path, pick_device, run
 
 from checkpoint import TIMESTEPS, write_json
 from experiments.common import markdown, output, render
@@ -80,11 +80,7 @@ def worker(script: str, device: str, batch_size: int, few: int) -> None:
 
 def start(folder: Path, device: str, script: str = "") -> subprocess.Popen:
     """A process that runs `worker`, without the environment variables that cli.py has set here."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if (name, value) != ("GOMP_SPINCOUNT", SPINS)
-    }
+    env = {name: value for name, value in os.environ.items() if WAITING.get(name) != value}
     call = f"worker({str(folder / script)!r}, {device!r}, {BATCH_SIZE}, {FEW})"
     command = [sys.executable, "-W", "ignore", "-c", f"{inspect.getsource(worker)}\n{call}"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -341,26 +341,29 @@ def test_the_commit_is_our_own(monkeypatch, tmp_path):
     assert provenance()["commit"] == "unknown"
 
 
-def test_waiting_threads_spin_for_a_while_in_our_scripts_only(tmp_path):
-    """A user's setting wins; programs that import our modules keep their own."""
-    repository, names = tmp_path / "repository", ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    ours, nothing = dict(zip(names, (None, cli.SPINS), strict=True)), dict.fromkeys(names)
+def test_waiting_threads_spin_on_an_idle_machine_in_our_scripts_only(tmp_path):
+    """A choice of the user stays; a program that imports our modules keeps its own policy."""
+    repository, names = tmp_path / "repository", (*cli.SLEEP, *cli.SPIN)
     lines = "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['torch'] = sys\n"
-    lines += f"sys.device = 0; import os, cli; print([os.environ.get(n) for n in {names}])"
+    lines += "import os; sys.device = 0; os.cpu_count = lambda: 2\n"
+    lines += "os.getloadavg = lambda: (float(sys.argv[2]), 0.0, 0.0)\n"
+    lines += f"import cli; print([os.environ.get(name) for name in {names}])"
     inherited = {k: v for k, v in ENVIRONMENT.items() if k not in names}
-    for program, chosen, policy in (
-        ("repository/script.py", {}, ours),
-        ("repository/script.py", {"OMP_WAIT_POLICY": "ACTIVE"}, nothing),
-        ("repository/script.py", {"GOMP_SPINCOUNT": "7"}, nothing),
-        ("repository/experiments/script.py", {}, ours),
-        ("repository/.venv/bin/pytest", {}, nothing),
-        ("other.py", {}, nothing),
+    for program, load, chosen, policy in (
+        ("repository/script.py", 0.9, {}, cli.SPIN),
+        ("repository/script.py", 1.0, {}, cli.SLEEP),
+        ("repository/script.py", 0.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+        ("repository/script.py", 1.0, {"GOMP_SPINCOUNT": "7"}, {}),
+        ("repository/script.py", 0.0, {"KMP_BLOCKTIME": "7"}, {}),
+        ("repository/experiments/script.py", 0.0, {}, cli.SPIN),
+        ("repository/.venv/bin/pytest", 0.0, {}, {}),
+        ("other.py", 0.0, {}, {}),
     ):
         program = tmp_path / program
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(lines)
         shutil.copy(REPOSITORY / "cli.py", repository)
-        command = [sys.executable, program, repository]
+        command = [sys.executable, program, repository, str(load)]
         done = subprocess.run(command, env=inherited | chosen, capture_output=True, text=True)
-        values = list((policy | chosen).values())
+        values = [(policy | chosen).get(name) for name in names]
         assert (done.stdout, done.stderr) == (f"{values}\n", "")

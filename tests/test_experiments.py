@@ -557,7 +557,8 @@ def test_work_of_the_benchmark(monkeypatch, capsys):
     """In here; its process starts as the clone's scripts do."""
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", Mock())
-        patch.setenv("GOMP_SPINCOUNT", benchmark.SPINS)
+        patch.setattr(benchmark, "WAITING", {"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "7"})
+        patch.setenv("GOMP_SPINCOUNT", "7")
         patch.setenv("KMP_BLOCKTIME", "other")
         benchmark.start(REPOSITORY, "cpu", "train.py")
         (command,), options = subprocess.Popen.call_args
