@@ -48,7 +48,7 @@ def picture(drawn: Image.Image) -> np.ndarray:
 def letters_of(file: Path) -> np.ndarray | None:
     """The alphabet, uint8 [26, 28, 28]; None if the font lacks a letter or can't be read."""
     try:
-        font = ImageFont.truetype(file, 128)
+        font = ImageFont.truetype(str(file), 128)  # Pillow 10.1 takes no Path
         missing, alphabet = draw(font, MISSING), [draw(font, letter) for letter in LETTERS]
     except (OSError, ValueError):
         return None
@@ -88,7 +88,7 @@ def main() -> None:
         for letter, pixels in zip(LETTERS, letters, strict=True):
             if good[i] and pixels.tobytes() not in seen:
                 seen.add(pixels.tobytes())
-                families.add(ImageFont.truetype(file).getname()[0])
+                families.add(ImageFont.truetype(str(file)).getname()[0])
                 (args.folder / letter).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(args.folder / letter / f"{file.stem}-{i}.png")
     print(f"{len(seen):,} pictures of {len(families)} families, {good.sum()} of {len(files)} files")
