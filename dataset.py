@@ -309,8 +309,8 @@ def batches(
     """
     size, device = len(data.images), data.images.device
     if not 1 <= batch_size <= size:
-        limits = f"between 1 and {size}, the number of images"
-        raise UserError(f"batch size must be {limits}, got {batch_size}")
+        limits = f"between 1 and {size}, the number of training images"
+        raise UserError(f"batch size must be {limits}, got {batch_size}: see --batch-size")
     shuffle = torch.Generator().manual_seed(stream_seed(seed, 1, epoch))
     order = torch.randperm(size, generator=shuffle).to(device)
     for i in range(start, size // batch_size):
