@@ -78,6 +78,10 @@ class Dataset:
     def to(self, device: torch.device) -> "Dataset":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    def num_levels(self, levels: int) -> int:
+        """K: the size of the palette, or `levels` for grey images."""
+        return len(self.palette) if self.palette else levels
+
     @property
     def description(self) -> dict:
         """Everything except images and labels, in plain values for a checkpoint."""

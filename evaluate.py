@@ -32,7 +32,7 @@ from dataset import DIGITS, NAMES, Dataset, load_dataset, sha256, stream_seed, t
 from diffusion import LAST_STEPS, DiscreteDiffusion
 from metrics import load_classifier, spread, summarize_bound, summarize_gain
 from model import accelerated
-from pictures import image_grid, plot_gains, plot_terms, save_figure, style_of, write_picture
+from pictures import image_grid, plot_gains, plot_terms, save_figure, style_of, write_report
 from trajectories import log_weights, respaced
 
 OUTPUTS = ("evaluation.json", "bound_terms.png", "gain.png", "nearest.png")
@@ -342,7 +342,7 @@ def main() -> None:
     written = [OUTPUTS[0]]
     for name in OUTPUTS[1:]:
         (args.out_dir / name).unlink(missing_ok=True)  # from an earlier evaluation
-        if name in pictures and write_picture(args.out_dir / name, pictures[name]):
+        if name in pictures and write_report(args.out_dir / name, pictures[name]):
             written.append(name)
     print(f"Wrote {', '.join(written)} in {args.out_dir}")
 

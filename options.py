@@ -37,17 +37,14 @@ def add_group(p: argparse.ArgumentParser, title: str, defaults: dict) -> Callabl
 def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict, dict]:
     """The parser, and two dicts of defaults: those that --resume may change, and the others."""
     p, free, fixed = cli.parser(description), {}, {}
-    share, number, count = cli.number(0, 1), cli.number(0), cli.integer(1)
+    count = cli.integer(1)
     file = {"type": cli.path(), "metavar": "CHECKPOINT"}
     add = add_group(p, "where a run starts", {})
     recipes = "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items())
     words = f"several flags in one; a flag of your own wins; {recipes}"
     add("--recipe", type=lambda name: OLD_NAMES.get(name, name), choices=RECIPES, help=words)
-    add(
-        "--init",
-        **file,
-        help="start from the averaged weights of this model, with or without classes",
-    )
+    words = "start from the averaged weights of this model, with or without classes"
+    add("--init", **file, help=words)
     words = "continue from this checkpoint or the newest; a longer run restarts before the decay"
     add("--resume", **file, nargs="?", const=True, help=words)
     add("--overwrite", action="store_true", help="delete the run in --out-dir first")
@@ -61,7 +58,13 @@ def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict,
     add("--validate-every", type=count, default=1, metavar="N", help="epochs per validation")
     add("--out-dir", type=cli.path(), default=Path("results_d3pm"), help="for all that is written")
 
-    add = add_group(p, "what is trained, which --resume does not change", fixed)
+    add_training(add_group(p, "what is trained, which --resume does not change", fixed))
+    return p, free, fixed
+
+
+def add_training(add: Callable) -> None:
+    """The options that make the model."""
+    share, number, count = cli.number(0, 1), cli.number(0), cli.integer(1)
     add("--batch-size", type=count, default=128, help="images per step")
     add("--timesteps", type=count, default=200, help="T, the length of the chain")
     add("--transition", choices=FAMILIES, default="uniform", help="how noise acts")
@@ -82,15 +85,9 @@ def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict,
     add("--conditional", action="store_true", default=False, help="give the network the class")
     words = "share of images whose class --conditional hides, to sample without one, too"
     add("--label-dropout", type=share, default=0.1, metavar="P", help=words)
-    add(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="muon",
-        help="Muon needs half the steps of the others",
-    )
-    words = (
-        f"peak learning rate, after a warm-up (default 1e-4; 2e-3 for less than {MANY:,} images)"
-    )
+    words = "Muon needs half the steps of the others"
+    add("--optimizer", choices=OPTIMIZERS, default="muon", help=words)
+    words = f"peak learning rate, after a warm-up (default 1e-4; below {MANY:,} images 2e-3)"
     add("--lr", type=cli.number(0, above=True), help=words)
     add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
     add("--network", choices=NETWORKS, default="unet", help="from model.py")
@@ -100,7 +97,6 @@ def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict,
     add("--dropout", type=share, metavar="P", help="share of activations to drop")
     add("--limit", type=count, metavar="N", help="train on N images only")
     add("--seed", type=cli.SEED, default=0, help="of weights, batches and noise (default 0)")
-    return p, free, fixed
 
 
 def levels(text: str) -> int | str:

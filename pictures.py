@@ -111,9 +111,9 @@ def titled_frame(x_t: Tensor, title: str, **style) -> Image.Image:
     return frame
 
 
-def write_picture(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
-    """Write a picture; `draw` writes it to a buffer. A failure is only a warning, and returns
-    False: it must not end a program that has trained or measured for hours."""
+def write_report(path: str | Path, draw: Callable[[BinaryIO], None]) -> bool:
+    """Write a picture or a table; `draw` writes it to a buffer. A failure is only a warning, and
+    returns False: it must not end a program that has trained or measured for hours."""
     try:
         with atomic_write(path) as file:
             draw(file)

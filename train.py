@@ -45,7 +45,7 @@ from dataset import DIGITS, NAMES, Dataset, batches, load_dataset, spread, take,
 from diffusion import DiscreteDiffusion
 from model import build_network
 from options import MANY, merge_settings, parse_arguments
-from pictures import image_grid, plot_history, save_figure, style_of, write_picture
+from pictures import image_grid, plot_history, save_figure, style_of, write_report
 from trainer import Processes, Trainer, decay_start, learning_rate
 from trajectories import respaced
 from transitions import FAMILIES
@@ -92,7 +92,7 @@ def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion
     Where a setting is None, it becomes the default of the network or the transition. Raises
     ValueError.
     """
-    K, transition = len(data.palette or ()) or settings["levels"], settings["transition"]
+    K, transition = data.num_levels(settings["levels"]), settings["transition"]
     states = K + FAMILIES[transition].extra_states
     config = {"name": settings["network"], "num_levels": K, "num_states": states}
     config |= {name: v for name in NETWORK_OPTIONS if (v := settings[name]) is not None}
@@ -140,7 +140,7 @@ def load_data(
     if settings["conditional"] and len(data.classes) < 2:
         needed = f"two sub-folders, which are the classes; {data.source} has {len(data.classes)}"
         raise UserError(f"--conditional needs at least {needed}")
-    K = len(data.palette or ()) or settings["levels"]
+    K = data.num_levels(settings["levels"])
     limit = 200 if K > 32 else None  # one image of 256 levels takes 0.1 seconds
     grey = spread(load_dataset("validation", data.source, *options).images, limit)
     generator = torch.Generator().manual_seed(0)  # whatever --seed, so that bounds compare
@@ -256,7 +256,7 @@ class Run:
             f"validation bound {row['validation_bound']:7.2f} nats/image  "
             f"{row['images_per_second']:.0f} img/s"
         )
-        write_picture(self.folder.path / "metrics.csv", lambda file: write_csv(self.history, file))
+        write_report(self.folder.path / "metrics.csv", lambda file: write_csv(self.history, file))
         if with_pictures:
             averaged = self.trainer.averaged
             model = respaced(averaged, min(TIMESTEPS, averaged.timesteps))
@@ -265,9 +265,9 @@ class Run:
             known = {"diffusion": averaged.config, "dataset": self.data.description}
             options = {"columns": 8} | style_of(known)
             path = self.folder.path / "samples" / f"sample_epoch_{row['epoch']}.png"
-            write_picture(path, lambda file: image_grid(images, **options).save(file, format="png"))
+            write_report(path, lambda file: image_grid(images, **options).save(file, format="png"))
             path = self.folder.path / "loss_curve.png"
-            write_picture(path, lambda file: save_figure(plot_history(self.history), file))
+            write_report(path, lambda file: save_figure(plot_history(self.history), file))
 
     def save(self, name: str) -> None:
         """Write a checkpoint; weights.pth holds what sampling needs, in half precision."""

@@ -30,7 +30,7 @@ from experiments.baseline import MostProbable, usual_trainer
 from experiments.common import endless, experiment_parser, markdown, output, table
 from metrics import judge, load_classifier, rows_of_classes, spread, summarize_bound
 from model import UNet, accelerated
-from pictures import image_grid, new_figure, save_figure, subplots, write_picture
+from pictures import image_grid, new_figure, save_figure, subplots, write_report
 from trainer import Trainer
 from trajectories import fill_in, respaced
 from transitions import FAMILIES
@@ -39,7 +39,7 @@ BATCH_SIZE = 128
 
 
 def draw(figure, name: str) -> None:
-    write_picture(output(name, ".png"), partial(save_figure, figure))
+    write_report(output(name, ".png"), partial(save_figure, figure))
 
 
 def ours(total_steps: int, lr: float, loss_type: str = "cross_entropy") -> Trainer:
@@ -90,7 +90,7 @@ def noise(args: argparse.Namespace) -> None:
     x_t = [diffusion.q_sample(x_0, torch.tensor([t]), u) for t in range(0, 201, 25)]
     sheet = image_grid(torch.cat(x_t), columns=len(x_t))
     forward = output("noise").with_name("forward.png")
-    write_picture(forward, partial(sheet.save, format="png"))
+    write_report(forward, partial(sheet.save, format="png"))
     draw(noise_figure(), "noise")
 
 

@@ -251,3 +251,7 @@ class RandomNetwork(torch.nn.Module):
 
     def forward(self, x_t, t):
         return self.table[t, x_t[:, 0, 0, 0], x_t[:, 0, 0, 1]]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)

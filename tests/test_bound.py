@@ -14,6 +14,7 @@ from chains import (
     RandomNetwork,
     brute_force_posterior,
     make,
+    seeded,
 )
 from enumeration import fits
 
@@ -21,10 +22,6 @@ from diffusion import LOSSES, BoundTerms
 from transitions import gaussian_transitions, kl
 
 pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # -- the bound of an imperfect network, against the likelihood of its whole chain ------------------

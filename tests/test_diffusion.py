@@ -19,6 +19,7 @@ from chains import (
     make,
     products,
     random_chain,
+    seeded,
     two_masks_chain,
 )
 from enumeration import LIMITS, chi_square, fits
@@ -29,10 +30,6 @@ from trajectories import respaced
 from transitions import draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # -- the object ------------------------------------------------------------------------------------

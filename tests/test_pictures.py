@@ -21,7 +21,7 @@ from pictures import (
     read_partial_digit,
     save_figure,
     titled_frame,
-    write_picture,
+    write_report,
 )
 
 
@@ -100,13 +100,13 @@ def test_nothing_to_draw(alpha, tmp_path):
 def test_a_picture_that_fails_is_a_warning(tmp_path, capsys):
     """The old file stays."""
     path = tmp_path / "x.png"
-    assert write_picture(path, lambda file: file.write(b"a picture"))
+    assert write_report(path, lambda file: file.write(b"a picture"))
 
     def broken(file):
         file.write(b"half")
         raise RuntimeError("one line\nand another")
 
-    assert not write_picture(path, broken)
+    assert not write_report(path, broken)
     assert capsys.readouterr().err == f"warning: {path} was not written: one line\n"
     assert path.read_bytes() == b"a picture" and len(list(tmp_path.iterdir())) == 1
 
