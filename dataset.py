@@ -30,6 +30,7 @@ from cli import UserError
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from folder import SPLITS, load_folder
@@ -44,6 +45,7 @@ CLASSES["fashion"] += ("Sneaker", "Bag", "Ankle boot")
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 DOWNLOAD_SILENCE = 20.0  # seconds without data after which a download fails
 VALIDATION_SIZE = 5_000
+MAP_SIZE = 0.1  # standard deviation of an affine map's entries, where the half side is 1
 
 # SHA-256 of the unpacked files. torchvision checks its downloads, but not the files it finds.
 MNIST_FILES = {
@@ -94,7 +96,7 @@ def padded(images: Tensor) -> Tensor:
     """[N, h, w] -> [N, 1, H, W], centred in zeros, sides rounded up to multiples of 8."""
     down, right = (-side % 8 for side in images.shape[1:])
     border = (right // 2, right - right // 2, down // 2, down - down // 2)
-    return torch.nn.functional.pad(images[:, None], border)
+    return F.pad(images[:, None], border)
 
 
 def unpadded(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -295,6 +297,23 @@ def take(data: Dataset, n: int | None) -> Dataset:
     return replace(data, images=spread(data.images, n), labels=spread(data.labels, n))
 
 
+def augmented(data: Dataset, rows: Tensor, share: float, generator) -> tuple[Tensor, Tensor]:
+    """The images in `rows`, each with probability `share` under a small random affine map.
+
+    Returns them as uint8 [B, 1, H, W], and the maps: float [B, 6], 0 for an image left as it is.
+    All is done on the images' device, with `generator`.
+    """
+    images = unpadded(data.images[rows], data.size)
+    maps = torch.randn(len(rows), 6, generator=generator, device=images.device).clamp(-2, 2)
+    chosen = torch.rand(len(rows), 1, generator=generator, device=images.device) < share
+    maps = maps * chosen
+    identity = torch.eye(2, 3, device=images.device)
+    grid = F.affine_grid(identity + MAP_SIZE * maps.view(-1, 2, 3), images.shape, False)
+    mode = "nearest" if data.palette else "bilinear"
+    images = F.grid_sample(images.float(), grid, mode, "border", align_corners=False)
+    return padded(images[:, 0].round().byte()), maps
+
+
 def batches(
     data: Dataset,
     batch_size: int,
@@ -303,8 +322,12 @@ def batches(
     start: int = 0,
     num_levels: int = 2,
     binarize: str = "threshold",
-) -> Iterator[tuple[Tensor, Tensor]]:
+    augment: float = 0.0,
+) -> Iterator[tuple[Tensor, ...]]:
     """One epoch of shuffled batches (x_0, label): uint8 [batch_size, 1, H, W], int64 [batch_size].
+
+    With `augment`, this share of the images is mapped, and each batch is (x_0, label, maps): see
+    `augmented`.
 
     They depend only on (seed, epoch) and the device type of the images, so a resumed run can start
     at batch `start`. The last, incomplete batch is dropped.
@@ -320,7 +343,10 @@ def batches(
     for i in range(start, size // batch_size):
         rows = order[i * batch_size : (i + 1) * batch_size]
         noise = torch.Generator(device).manual_seed(stream_seed(seed, 2, epoch, i))
-        yield to_levels(data.images[rows], num_levels, binarize, noise), data.labels[rows]
+        images, maps = data.images[rows], ()
+        if augment:  # before quantization, for smooth edges
+            images, *maps = augmented(data, rows, augment, noise)
+        yield to_levels(images, num_levels, binarize, noise), data.labels[rows], *maps
 
 
 def stream_seed(*key: int) -> int:

@@ -144,7 +144,7 @@ class DiscreteDiffusion(nn.Module):
 
     # -- section 3.3: the network and the reverse process p_theta ----------------------------------
 
-    def x_0_logits(self, x_t: Tensor, t: Tensor, y=None, guidance: float = 0.0) -> Tensor:
+    def x_0_logits(self, x_t: Tensor, t: Tensor, y=None, guidance: float = 0.0, **told) -> Tensor:
         """The network's logits of x_0, [B, K, H, W], given labels y [B] if any. With guidance W:
         (1 + W) logits(y) - W logits(no label) (Ho and Salimans 2022)."""
         x_t = self._images("x_t", x_t, self.num_states)
@@ -153,10 +153,10 @@ class DiscreteDiffusion(nn.Module):
             raise ValueError(f"guidance must be finite, at least 0, with labels y; got {guidance}")
         t = self._network_t(t, x_t)
         if y is None:
-            return self.model(x_t, t)
+            return self.model(x_t, t, **told)
         y = self.check_labels(y, len(x_t)).to(x_t.device)
         if not guidance:
-            return self.model(x_t, t, y)
+            return self.model(x_t, t, y, **told)
         both = torch.cat([y, torch.full_like(y, -1)])
         labelled, unlabelled = self.model(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
         return labelled + guidance * (labelled - unlabelled)
@@ -205,7 +205,7 @@ class DiscreteDiffusion(nn.Module):
         log_q = self.log_q_posterior(x_t, x_0, t, log_p.dtype)
         return kl(log_q, log_p).sum((1, 2))
 
-    def loss(self, x_0: Tensor, t=None, u=None, y=None) -> Tensor:
+    def loss(self, x_0: Tensor, t=None, u=None, y=None, **told) -> Tensor:
         """The training objective (equation 5), a scalar in nats per dimension.
 
         cross_entropy   -log p~(x_0 | x_t), the second term of equation 5 alone
@@ -213,13 +213,14 @@ class DiscreteDiffusion(nn.Module):
         hybrid          T (L_{t-1} + lambda cross_entropy): lambda at each t, as the authors do
 
         t [B] and the uniforms of the noise u [B, 1, H, W] are drawn unless given; labels y [B].
+        The network gets what else it is told.
         """
         x_0 = self.check_x_0(x_0)
         if len(x_0) == 0:
             raise ValueError("x_0 is an empty batch")
         t = self.draw_t(len(x_0)).to(x_0.device) if t is None else t
         x_t = self.q_sample(x_0, t, u)
-        logits = as_float(self.x_0_logits(x_t, t, y))
+        logits = as_float(self.x_0_logits(x_t, t, y, **told))
         cross_entropy = F.cross_entropy(logits, x_0[:, 0].long())
         if self.loss_type == "cross_entropy":
             return cross_entropy

@@ -3,6 +3,7 @@
     x_t      integers [B, 1, H, W] in 0..num_states-1
     t        integers [B]
     y        labels, int64 [B] in 0..num_labels-1, -1 for none; only if num_labels > 0
+    maps     float [B, 6], how each picture was augmented, 0 for not at all; only if `augmented`
     output   float [B, num_levels, H, W]
 
 For your own network, write a class with this interface, add it to `NETWORKS`, and select it with
@@ -137,6 +138,8 @@ class UNet(nn.Module):
         ordinal: also input x_t as a number from -1 to 1, as the authors do, so that neighbouring
             levels look alike from the start.
         dropout: probability of dropout in the residual blocks.
+        augmented: the network is told how each picture was augmented. Without `maps`, it predicts
+            pictures as they are.
 
     Raises:
         ValueError: for arguments out of range; by `forward` for sides that are not multiples of 8.
@@ -152,6 +155,7 @@ class UNet(nn.Module):
         output: str = "softmax",
         ordinal: bool = False,
         dropout: float = 0.0,
+        augmented: bool = False,
     ):
         super().__init__()
         if output not in OUTPUTS:
@@ -167,6 +171,7 @@ class UNet(nn.Module):
         self.config = {"name": "unet", "num_levels": num_levels, "num_states": num_states}
         self.config |= {"channels": list(channels), "blocks": blocks, "num_labels": num_labels}
         self.config |= {"output": output, "ordinal": ordinal, "dropout": dropout}
+        self.config |= {"augmented": augmented}
         self.num_labels, self.output, self.ordinal = num_labels, output, ordinal
         self.num_levels, self.num_states, self.time_dim = num_levels, num_states, channels[0]
         high, middle, low = channels
@@ -175,6 +180,9 @@ class UNet(nn.Module):
         self.embed_t = nn.Sequential(*layers)
         if num_labels:
             self.embed_y = nn.Embedding(num_labels + 1, emb_dim)  # the last row is "no label"
+        if augmented:
+            self.embed_maps = nn.Linear(6, emb_dim, bias=False)
+            nn.init.zeros_(self.embed_maps.weight)
         self.fold = nn.Conv2d(4 * num_states, high, 3, padding=1)
         if ordinal:
             self.fold_level = nn.Conv2d(4, high, 3, padding=1)
@@ -198,11 +206,19 @@ class UNet(nn.Module):
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights between embeddings and output, which Muon orthogonalizes."""
-        edges = ("embed_t.", "embed_y.", "fold.", "fold_level.", "unfold.", "own_state.")
+        edges = (
+            "embed_t.",
+            "embed_y.",
+            "embed_maps.",
+            "fold.",
+            "fold_level.",
+            "unfold.",
+            "own_state.",
+        )
         named = self.named_parameters()
         return [p for name, p in named if p.ndim > 1 and not name.startswith(edges)]
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y=None, maps: Tensor | None = None) -> Tensor:
         if x_t.ndim != 4 or x_t.shape[1] != 1 or x_t.shape[2] % 8 or x_t.shape[3] % 8:
             rule = "images must be [B, 1, H, W] with H and W multiples of 8"
             raise ValueError(f"{rule}, got {list(x_t.shape)}")
@@ -212,6 +228,8 @@ class UNet(nn.Module):
             emb = emb + self.embed_y(torch.where(y < 0, self.num_labels, y))
         elif y is not None:
             raise ValueError("this network was built without labels")
+        if maps is not None:
+            emb = emb + self.embed_maps(maps)
         x = one_hot(x_t, self.num_states).to(emb)  # [B, S, H, W]
         h = self.fold(F.pixel_unshuffle(x, 2))
         if self.ordinal:
@@ -256,12 +274,12 @@ class Autocast(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x_t: Tensor, *args) -> Tensor:
+    def forward(self, x_t: Tensor, *args, **told) -> Tensor:
         device = x_t.device.type
         # Fused attention on CPUs is several times slower for images as small as these.
         attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
         with torch.autocast(device, torch.bfloat16), attention:
-            return self.network(x_t, *args).float()
+            return self.network(x_t, *args, **told).float()
 
 
 def accelerated(network: nn.Module, amp: bool, compiled: bool) -> nn.Module:

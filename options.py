@@ -80,6 +80,9 @@ def add_training(add: Callable) -> None:
     words = """2 levels by a threshold, for what is black and white; or dynamic: every epoch draws
         each pixel anew from Bernoulli(grey level), for soft edges and published likelihoods"""
     add("--binarize", choices=["threshold", "dynamic"], default="threshold", help=words)
+    words = """share of training pictures that go through a small random affine map, of which the
+        network is told; for few pictures, of which it would learn each by heart"""
+    add("--augment", type=share, default=0.0, metavar="P", help=words)
     words = "stretch a folder's pictures to N x N, or for two numbers to height x width"
     add("--size", type=count, nargs="+", metavar="N", help=words)
     add("--conditional", action="store_true", default=False, help="give the network the class")

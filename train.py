@@ -98,6 +98,7 @@ def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion
     config |= {name: v for name in NETWORK_OPTIONS if (v := settings[name]) is not None}
     config |= {"num_labels": len(data.classes)} if settings["conditional"] else {}
     config |= {"ordinal": True} if K > 2 and not data.palette else {}
+    config |= {"augmented": True} if settings["augment"] else {}
     torch.manual_seed(settings["seed"])
     network = build_network(config)
     names = ("timesteps", "transition", "schedule", "hybrid_weight", "reverse")
@@ -107,7 +108,7 @@ def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion
     settings |= {name: network.config.get(name) for name in NETWORK_OPTIONS}
     if init:
         source = build_diffusion(read_checkpoint(init), init).model
-        names = [name for name in network.config if name != "dropout"]
+        names = [name for name in network.config if name not in ("dropout", "augmented")]
         differing = [n for n in names if network.config[n] != source.config.get(n)]
         if differing == ["num_labels"] and not source.num_labels:
             torch.nn.init.zeros_(network.embed_y.weight)  # classes make no difference at first
@@ -177,15 +178,15 @@ class Run:
     def train(self, stop_requested: Callable[[], bool]) -> bool:
         """Train to the last step, or until `stop_requested()`. Returns whether steps are left."""
         trainer, s, size, stop = self.trainer, self.settings, self.settings["batch_size"], False
-        K = trainer.averaged.num_levels
+        K, how = trainer.averaged.num_levels, (s["binarize"], s["augment"])
         while trainer.steps < trainer.total_steps and not stop:
             epoch, done = divmod(trainer.steps, self.steps_per_epoch)
             self.loss_sum = self.loss_sum if done else 0.0
-            data = batches(self.data, size, s["seed"], epoch, done, K, s["binarize"])
+            data = batches(self.data, size, s["seed"], epoch, done, K, *how)
             bar = {"total": self.steps_per_epoch, "initial": done, "unit": "img", "leave": False}
             bar["disable"] = True if trainer.processes.rank else None  # None: only on a terminal
-            for x_0, y in tqdm(data, desc=f"epoch {epoch + 1}", unit_scale=size, **bar):
-                self.losses.append(trainer.step(x_0, y))
+            for batch in tqdm(data, desc=f"epoch {epoch + 1}", unit_scale=size, **bar):
+                self.losses.append(trainer.step(*batch))
                 stop = stop_requested()
                 self.check(stop)
                 if stop or trainer.steps == trainer.total_steps:

@@ -135,13 +135,17 @@ class Trainer:
             self.optimizer = Muon(self.network, **ADAMW, **options)
         self.update = Recorded(self._update) if self.records else self._update
 
-    def step(self, x_0: Tensor, y: Tensor | None = None) -> Tensor:
-        """Train on one batch, x_0 [B, 1, H, W] with labels y [B]; every rank passes all of it.
+    def step(self, x_0: Tensor, y: Tensor | None = None, maps: Tensor | None = None) -> Tensor:
+        """Train on one batch: x_0 [B, 1, H, W], labels y [B], and maps [B, 6] if it is augmented.
+
+        Every rank passes the whole batch.
 
         Returns the loss, a detached scalar. The noise depends on (seed, step) alone, also in a
         resumed run and for any number of processes. CUDA and CPU draw different numbers.
         """
         inputs = self._draw_noise(x_0, y)
+        if maps is not None:
+            inputs["maps"] = maps[self.shard].to(self.device)
         rate = learning_rate(self.lr, self.steps, self.total_steps, self.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate.fill_(rate) if self.records else rate
@@ -149,27 +153,27 @@ class Trainer:
         with torch.random.fork_rng(devices, enabled=self.draws):  # for dropout
             if self.draws:  # each rank draws its own masks
                 torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))
-            loss = self.update(*inputs)
+            loss = self.update(**inputs)
         move_average(self.averaged.model, self.network, self.steps)
         self.steps += 1
         return loss
 
-    def _draw_noise(self, x_0: Tensor, y: Tensor | None) -> list[Tensor]:
+    def _draw_noise(self, x_0: Tensor, y: Tensor | None) -> dict[str, Tensor]:
         """This rank's slices of x_0, t, uniforms and labels (if any), on the network's device."""
         seed = stream_seed(self.seed, 0, self.steps)
         generator = torch.Generator(self.source).manual_seed(seed)
         t = self.diffusion.draw_t(len(x_0), generator)
         u = torch.rand(x_0.shape, generator=generator, device=self.source)
-        inputs = [x_0, t, u]
+        inputs = {"x_0": x_0, "t": t, "u": u}
         if self.diffusion.num_labels:
             hidden = torch.rand(len(x_0), generator=generator, device=self.source)
             y = torch.full((len(x_0),), -1) if y is None else y
-            inputs.append(y.to(self.source).masked_fill(hidden < self.label_dropout, -1))
-        return [v[self.shard].to(self.device) for v in inputs]
+            inputs["y"] = y.to(self.source).masked_fill(hidden < self.label_dropout, -1)
+        return {name: v[self.shard].to(self.device) for name, v in inputs.items()}
 
-    def _update(self, *inputs: Tensor) -> Tensor:
+    def _update(self, **inputs: Tensor) -> Tensor:
         """Loss, gradient, optimizer. Captured in a CUDA graph, so it must not sync."""
-        loss = self.diffusion.loss(*inputs)
+        loss = self.diffusion.loss(**inputs)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
@@ -245,23 +249,23 @@ class Recorded:
     def __init__(self, function: Callable[..., Tensor]):
         self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, **inputs: Tensor) -> Tensor:
         self.calls += 1
         if self.calls <= self.WARMUP:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream), warnings.catch_warnings():
                 # torch warns about a capturable optimizer outside a graph.
                 warnings.filterwarnings("ignore", ".*capturable=True")
-                result = self.function(*inputs)
+                result = self.function(**inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.calls == self.WARMUP + 1:
-            self.inputs = [v.clone() for v in inputs]
+            self.inputs = {name: v.clone() for name, v in inputs.items()}
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.function(*self.inputs)
-        for recorded, new in zip(self.inputs, inputs, strict=True):
-            recorded.copy_(new)
+                self.result = self.function(**self.inputs)
+        for name, v in inputs.items():
+            self.inputs[name].copy_(v)
         self.graph.replay()
         return self.result.clone()
 

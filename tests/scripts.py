@@ -133,12 +133,12 @@ def signal_at_step(monkeypatch, at, *signals):
     """Send these signals to this process while step `at` (from 0) computes its loss."""
     loss, calls = DiscreteDiffusion.loss, []
 
-    def loss_with_signal(self, *arguments):
+    def loss_with_signal(self, **inputs):
         if len(calls) == at:
             for number in signals:
                 os.kill(os.getpid(), number)
         calls.append(at)
-        return loss(self, *arguments)
+        return loss(self, **inputs)
 
     monkeypatch.setattr(DiscreteDiffusion, "loss", loss_with_signal)
 

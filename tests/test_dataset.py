@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -23,6 +24,7 @@ import dataset
 from dataset import (
     DataError,
     Dataset,
+    augmented,
     batches,
     load_dataset,
     stream_seed,
@@ -515,16 +517,69 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize("binarize", ["threshold", "dynamic"])
-def test_an_epoch_continues_at_any_batch(binarize, offline):
-    """`start` skips batches and changes neither the others nor their noise."""
-    digits = take(offline, 50)
-    epoch = list(batches(digits, 12, 3, 2, binarize=binarize))
+@pytest.mark.parametrize("augment", [0.0, 0.5])
+def test_an_epoch_continues_at_any_batch(binarize, augment, offline):
+    """`start` skips batches and changes neither the others nor their noise and maps."""
+    digits, how = take(offline, 50), {"binarize": binarize, "augment": augment}
+    epoch = list(batches(digits, 12, 3, 2, **how))
     assert len(epoch) == 4
     for start in (0, 1, 3, 4):
-        rest = list(batches(digits, 12, 3, 2, start, binarize=binarize))
+        rest = list(batches(digits, 12, 3, 2, start, **how))
         assert len(rest) == 4 - start
-        for (x_0, labels), (x_0_again, labels_again) in zip(epoch[start:], rest, strict=True):
-            assert torch.equal(x_0, x_0_again) and torch.equal(labels, labels_again)
+        for batch, again in zip(epoch[start:], rest, strict=True):
+            assert len(batch) == (3 if augment else 2)
+            assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+    other = list(batches(digits, 12, 3, 3, **how))
+    assert not any(torch.equal(a[-1], b[-1]) for a, b in zip(epoch, other, strict=True))
+
+
+def test_augmented_share(offline):
+    """The share of mapped pictures; the others are as they were, to the grey level."""
+    rows, generator = torch.arange(4500), torch.Generator().manual_seed(0)
+    images, maps = augmented(offline, rows, 0.25, generator)
+    left = (maps == 0).all(1)
+    assert left.double().mean() == pytest.approx(0.75, abs=0.03)
+    assert torch.equal(images[left], offline.images[left])
+    assert (images[~left] != offline.images[~left]).flatten(1).any(1).all()
+    assert maps.abs().max() == 2 and maps[~left].std() == pytest.approx(
+        0.96, abs=0.03
+    )  # clipped at 2
+    ink = offline.images.double().mean().item()
+    assert images.double().mean().item() == pytest.approx(ink, rel=0.02)
+
+
+def test_a_map_by_hand(monkeypatch):
+    """Entry by entry: the point (x, y), from -1 to 1, gets the grey of A (x, y) + b."""
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(16.0), indexing="ij")
+    picture = (3 * x + 2 * y + 40).byte()  # linear, so interpolation is exact
+    data = Dataset(picture[None, None], torch.zeros(1, dtype=torch.long), "nowhere", size=(24, 16))
+    image, maps = augmented(
+        data, torch.zeros(50, dtype=torch.long), 1, torch.Generator().manual_seed(0)
+    )
+    for one, (a, b, shift_x, c, d, shift_y) in zip(image[:, 0], (0.1 * maps).tolist(), strict=True):
+        u, v = (2 * x + 1) / 16 - 1, (2 * y + 1) / 24 - 1
+        there_x, there_y = u + a * u + b * v + shift_x, v + c * u + d * v + shift_y
+        there_x = (8 * (there_x + 1) - 0.5).clamp(0, 15)  # beyond the edge, the edge goes on
+        there_y = (12 * (there_y + 1) - 0.5).clamp(0, 23)
+        assert (one - (3 * there_x + 2 * there_y + 40)).abs().max() < 0.51
+
+
+def test_colours_of_a_palette_are_not_mixed():
+    colours = torch.tensor([0, 7])[torch.randint(0, 2, (1, 16, 16))].byte()
+    palette = tuple((i, i, i) for i in range(8))
+    data = Dataset(
+        colours[None], torch.zeros(1, dtype=torch.long), "nowhere", size=(16, 16), palette=palette
+    )
+    ((x_0, _, maps),) = batches(
+        replace(data, images=data.images.expand(64, 1, 16, 16), labels=torch.zeros(64)),
+        64,
+        0,
+        num_levels=8,
+        binarize="palette",
+        augment=1,
+    )
+    assert maps.any(1).all() and set(x_0.unique().tolist()) == {0, 7}
+    assert not any(torch.equal(one, data.images[0]) for one in x_0)
 
 
 def test_dynamic_binarization_is_drawn_anew():

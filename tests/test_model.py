@@ -8,7 +8,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint import RELEASED, load_checkpoint
 from dataset import load_dataset, take, to_levels
 from diffusion import DiscreteDiffusion
-from model import Attention, ResBlock, UNet, as_numbers, build_network, one_hot, time_features
+from model import (
+    Attention,
+    Autocast,
+    ResBlock,
+    UNet,
+    as_numbers,
+    build_network,
+    one_hot,
+    time_features,
+)
 
 
 def mflop(network):
@@ -116,10 +125,12 @@ def test_what_the_network_refuses():
 
 def test_hidden_matrices_are_what_lies_between_embeddings_and_output():
     """All matrices except those that read t, y or pixels and those that write logits."""
-    network = UNet(3, 4, channels=(8, 16, 24), blocks=2, num_labels=10, ordinal=True)
+    options = {"num_labels": 10, "ordinal": True, "augmented": True}
+    network = UNet(3, 4, channels=(8, 16, 24), blocks=2, **options)
     hidden = {id(p) for p in network.hidden_matrices()}
     rest = {name for name, p in network.named_parameters() if id(p) not in hidden and p.ndim > 1}
-    edges = ["embed_t.0", "embed_t.2", "embed_y", "fold", "fold_level", "unfold.2", "own_state"]
+    edges = ["embed_t.0", "embed_t.2", "embed_y", "embed_maps", "fold", "fold_level"]
+    edges += ["unfold.2", "own_state"]
     assert rest == {f"{name}.weight" for name in edges}
     assert (
         all(p.ndim > 1 for p in network.hidden_matrices())
@@ -144,6 +155,25 @@ def test_ordinal_levels():
         build_network(old).load_state_dict(UNet(3).state_dict())
         and not build_network(old).config["ordinal"]
     )
+
+
+def test_augmented_networks_are_told_the_map():
+    """Zero is a picture as it is. A new network predicts the same whatever it is told."""
+    torch.manual_seed(0)
+    network, t = UNet(channels=(8, 8, 8), augmented=True), torch.ones(2, dtype=torch.long)
+    torch.nn.init.normal_(network.own_state.weight)
+    x_t, maps = torch.randint(0, 2, (2, 1, 8, 8)), torch.randn(2, 6)
+    clean = network(x_t, t)
+    assert torch.equal(network(x_t, t, maps=maps), clean)
+    torch.nn.init.normal_(network.embed_maps.weight)
+    assert torch.equal(network(x_t, t, maps=torch.zeros(2, 6)), clean)
+    torch.testing.assert_close(
+        Autocast(network)(x_t, t, maps=maps), network(x_t, t, maps=maps), atol=0.05, rtol=0.05
+    )
+    assert (network(x_t, t, maps=maps) - clean).abs().amax((1, 2, 3)).min() > 0.1
+    old = network.config
+    del old["augmented"]  # from a checkpoint older than this option
+    assert not build_network(old).config["augmented"]
 
 
 def test_it_starts_from_uniform_probabilities_and_blocks_that_change_nothing():

@@ -69,7 +69,7 @@ def test_a_run_on_own_pictures(folder, monkeypatch):
     assert "peak learning rate 0.002" in out[2] and out[-1].startswith("Done. Draw pictures: ")
     assert torch.equal(validated[0], held_out.images)
     (given, *settings), _ = served[-1]
-    assert torch.equal(given.images, data.images) and settings[-2:] == [5, "palette"]
+    assert torch.equal(given.images, data.images) and settings[-3:] == [5, "palette", 0]
     known = {"source": str(folder), "classes": ["hill", "lake"], "size": list(SIZE)}
     for name in ("last", "weights"):
         state = checkpoint_of("out", name)

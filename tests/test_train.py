@@ -245,7 +245,8 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
         --loss hybrid --hybrid-weight 0.5 --levels 4 --conditional --label-dropout 0.3
         --optimizer muon --lr 0.003 --decay cosine --channels 8 16 24 --blocks 2 --dropout 0.2
         --data offline --data-root nowhere --limit 40 --seed 5 --device cpu --compile --amp
-        --validate-every 3 --reverse joint --output logistic --network unet --out-dir here"""
+        --validate-every 3 --reverse joint --output logistic --network unet --out-dir here
+        --augment 0.4"""
     succeed("train.py", *flags.split())
     ((diffusion, total), options) = made[0]
     assert total == 2
@@ -259,19 +260,20 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     assert diffusion.config == chain | other
     network = {"channels": [8, 16, 24], "blocks": 2, "output": "logistic", "dropout": 0.2}
     other = {"name": "unet", "num_levels": 4, "num_states": 5, "num_labels": 10, "ordinal": True}
+    other |= {"augmented": True}
     assert diffusion.model.config == network | other
     root = Path("nowhere")
     splits = [(split, "offline", root, None, False) for split in ("train", "validation")]
     assert [args for args, _ in loaded] == splits
     digits, *rest = served[-1][0]
-    assert rest == [8, 5, 0, 0, 4, "threshold"]
+    assert rest == [8, 5, 0, 0, 4, "threshold", 0.4]
     everything = load_dataset("train", "offline")
     assert torch.equal(digits.images, take(everything, 40).images)
     assert torch.equal(digits.labels, take(everything, 40).labels)
     settings |= chain | network | {"loss": "hybrid", "levels": 4, "binarize": "threshold"}
     settings |= {"epochs": 50, "steps": 2, "conditional": True, "network": "unet", "limit": 40}
     settings |= {"data": "offline", "data_root": "nowhere", "device": "cpu", "compile": True}
-    settings |= {"validate_every": 3, "out_dir": "here", "size": None}
+    settings |= {"validate_every": 3, "out_dir": "here", "size": None, "augment": 0.4}
     assert checkpoint_of("here")["settings"] == settings
 
 
@@ -295,7 +297,7 @@ def test_defaults(made):
     chain |= {"loss_type": "cross_entropy", "hybrid_weight": 0.001, "reverse": "mixture"}
     assert diffusion.config == chain | {"transition": "uniform", "schedule": "cosine"}
     network = SMALL | {"channels": [24, 64, 96], "blocks": 1, "num_labels": 0}
-    network |= {"output": "softmax", "ordinal": False, "dropout": 0.0}
+    network |= {"output": "softmax", "ordinal": False, "dropout": 0.0, "augmented": False}
     assert diffusion.model.config == network
 
 
@@ -361,7 +363,7 @@ def test_validation_is_on_validation_digits(protocol, levels, seed, monkeypatch,
     grey = take(load_dataset("validation", "offline"), 200 if levels > 32 else 500).images
     expected = to_levels(grey, levels, protocol, torch.Generator().manual_seed(0))
     assert len(seen) == 2 and all(torch.equal(x_0, expected) for x_0 in seen)
-    assert served[-1][0][-1] == protocol
+    assert served[-1][0][-2:] == (protocol, 0)
     assert checkpoint_of("out")["binarize"] == protocol
 
 
@@ -513,6 +515,35 @@ def test_conditional_run_starts_from_a_network_without_classes(run, cheap):
     assert "another network, by its num_labels" in fail("train.py", *flags)
 
 
+def test_augmented_run(run, monkeypatch, cheap):
+    """It starts from a network that was not augmented, and predicts the same at first. Its step
+    gets the maps of the run's own seed; `--init` the other way round works, too."""
+    told = []
+
+    class Watched(Trainer):
+        def step(self, x_0, y, *maps):
+            told.extend(maps)
+            return super().step(x_0, y, *maps)
+
+    monkeypatch.setattr(train, "Trainer", Watched)
+    path = run / "checkpoints" / "weights.pth"
+    old, (_, free, fixed) = load_checkpoint(path), make_parser(None)
+    settings = free | fixed | {"timesteps": 10, "channels": [8, 8, 8], "augment": 0.5}
+    digits = load_dataset("train", "offline")
+    new = train.build(settings, path, digits).eval()
+    x_t, t = torch.randint(2, (4, 1, 32, 32)), torch.tensor([1, 4, 9, 10])
+    assert torch.equal(new.x_0_logits(x_t, t, maps=torch.ones(4, 6)), old.x_0_logits(x_t, t))
+    trained(f"--steps 3 --augment 0.5 --seed 3 --init {path}")
+    assert checkpoint_of("out")["network"]["augmented"]
+    expected = batches(take(digits, 64), 16, 3, augment=0.5)
+    assert all(torch.equal(maps, batch[2]) for maps, batch in zip(told, expected, strict=False))
+    assert len(told) == 3
+    trained("--steps 1 --init out/checkpoints/weights.pth", "other")
+    assert len(told) == 3 and not checkpoint_of("other")["network"]["augmented"]
+    line = fail("train.py", "--resume", "--augment", 0.8, "--out-dir", "out")
+    assert "--augment 0.8 disagrees with the run to resume: 0.5" in line
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
@@ -625,9 +656,9 @@ def test_loss_that_is_not_finite(at, monkeypatch, cheap):
     monkeypatch.setattr(train, "CHECK_STEPS", 2)
     calls, loss = [], DiscreteDiffusion.loss
 
-    def diverging(self, *args):
+    def diverging(self, **inputs):
         calls.append(1)
-        return loss(self, *args) * (math.nan if len(calls) == at else 1)
+        return loss(self, **inputs) * (math.nan if len(calls) == at else 1)
 
     monkeypatch.setattr(DiscreteDiffusion, "loss", diverging)
     code, _, err = call("train.py", *TRAIN, "--epochs", 3, "--out-dir", "out")
@@ -707,7 +738,7 @@ def one_float64_step(processes: trainer.Processes) -> tuple[list, list]:
     diffusion = DiscreteDiffusion(network, timesteps=10)
     t = Trainer(diffusion, 10, 8, label_dropout=0.3, processes=processes)
     inputs, loss = [], t.diffusion.loss
-    t.diffusion.loss = lambda *given: inputs.extend(given) or loss(*given)
+    t.diffusion.loss = lambda **given: inputs.extend(given.values()) or loss(**given)
     t.optimizer.step = lambda: None
     generator = torch.Generator().manual_seed(1)
     x_0 = torch.randint(2, (8, 1, 32, 32), generator=generator, dtype=torch.uint8)

@@ -105,7 +105,7 @@ def test_steps_are_those_written_out_by_hand(decay, monkeypatch):
 
 def test_gradients_are_clipped_to_norm_1(monkeypatch):
     loss = DiscreteDiffusion.loss
-    monkeypatch.setattr(DiscreteDiffusion, "loss", lambda *args: 1000 * loss(*args))
+    monkeypatch.setattr(DiscreteDiffusion, "loss", lambda *args, **told: 1000 * loss(*args, **told))
     trainer = Trainer(small_diffusion(0), 10, 8)
     trainer.step(*batch(0))
     norms = [p.grad.norm() for p in trainer.network.parameters() if p.grad is not None]
@@ -182,7 +182,7 @@ def test_t_does_not_depend_on_the_position_in_the_batch():
     """And is not sorted: at each position, its mean over 400 steps is that of 1..10."""
     trainer, (x_0, y), drawn = Trainer(small_diffusion(), 10, 8), batch(0), []
     for trainer.steps in range(400):
-        drawn.append(trainer._draw_noise(x_0, y)[1])
+        drawn.append(trainer._draw_noise(x_0, y)["t"])
     t = torch.stack(drawn).double()
     assert ((t.mean(0) - 5.5).abs() < 0.6).all()  # four standard deviations
     assert (t.min(0).values == 1).all() and (t.max(0).values == 10).all()
@@ -203,6 +203,25 @@ def test_share_of_hidden_labels(share, monkeypatch):
     assert torch.equal(seen[0], y if share == 0 else torch.full_like(y, -1))
     trainer.step(x_0)  # labels are optional for a network that takes them
     assert (seen[1] == -1).all()
+
+
+def test_each_process_tells_its_network_how_its_pictures_were_augmented(monkeypatch):
+    told, forward = [], UNet.forward
+
+    def spy(self, x_t, t, y=None, maps=None):
+        told.append(maps)
+        return forward(self, x_t, t, y, maps)
+
+    monkeypatch.setattr(UNet, "forward", spy)
+    network = UNet(channels=(8, 8, 8), augmented=True)
+    torch.nn.init.normal_(network.own_state.weight)  # zero, it would hide what it is told
+    diffusion = DiscreteDiffusion(network, timesteps=10, **SMALL)
+    trainer, maps = Trainer(diffusion, 10, 8), torch.randn(8, 6)
+    trainer.shard = slice(2, 6)  # of the second of several processes
+    trainer.step(batch(0)[0], maps=maps)
+    trainer.validate(batch(0)[0])
+    assert torch.equal(told[0], maps[2:6]) and all(one is None for one in told[1:])
+    assert trainer.network.embed_maps.weight.grad.abs().sum() > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,7 +303,7 @@ def test_recorded_calls(monkeypatch):
 
     class Graph:
         def replay(self):
-            recorded.result.copy_(function(*recorded.inputs))
+            recorded.result.copy_(function(**recorded.inputs))
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, fake in {
@@ -297,7 +316,7 @@ def test_recorded_calls(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     recorded = Recorded(function)
     given = [torch.full((2,), float(i)) for i in range(7)]
-    results = [recorded(x) for x in given]
+    results = [recorded(x=x) for x in given]
     assert [r.item() for r in results] == [0, 2, 4, 6, 8, 10, 12]
     assert recordings == [stream]
     assert all(x is asked[0] for x in asked) and all(asked[0] is not x for x in given)
