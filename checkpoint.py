@@ -22,6 +22,7 @@ from cli import REPOSITORY, UserError, provenance, user_errors
 
 import torch
 
+from dataset import Dataset
 from diffusion import DiscreteDiffusion
 from model import build_network
 from trajectories import respaced
@@ -144,6 +145,14 @@ def write_csv(history: list[dict], file: io.BytesIO) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+def sampling_state(diffusion: DiscreteDiffusion, data: Dataset, binarize: str, step: int) -> dict:
+    """All that sampling needs, for `save_checkpoint`; the weights in half precision."""
+    state = {"network": diffusion.model.config, "diffusion": diffusion.config, "step": step}
+    state |= {"data": data.source, "dataset": data.description, "binarize": binarize}
+    weights = diffusion.model.state_dict().items()
+    return state | {"averaged_weights": {key: w.half().cpu() for key, w in weights}}
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:

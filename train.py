@@ -38,6 +38,7 @@ from checkpoint import (
     build_diffusion,
     default_last_step,
     read_checkpoint,
+    sampling_state,
     save_checkpoint,
     write_csv,
 )
@@ -271,20 +272,14 @@ class Run:
             write_report(path, lambda file: save_figure(plot_history(self.history), file))
 
     def save(self, name: str) -> None:
-        """Write a checkpoint; weights.pth holds what sampling needs, in half precision."""
+        """Write a checkpoint; weights.pth holds what sampling needs."""
         trainer, settings = self.trainer, self.settings
         if trainer.processes.rank:
             return
-        state = {"network": trainer.network.config, "diffusion": trainer.averaged.config}
-        state |= {"data": self.data.source, "dataset": self.data.description}
-        state |= {"binarize": settings["binarize"]} | trainer.state_dict()
-        if name == "weights.pth":
-            del state["weights"], state["optimizer"]
-            weights = state["averaged_weights"].items()
-            state["averaged_weights"] = {key: w.half().cpu() for key, w in weights}
-        else:
+        state = sampling_state(trainer.averaged, self.data, settings["binarize"], trainer.steps)
+        if name != "weights.pth":
             plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-            state |= {"settings": plain}
+            state |= trainer.state_dict() | {"settings": plain}
             state |= {"steps_per_epoch": self.steps_per_epoch, "total_steps": trainer.total_steps}
             state |= {"loss_sum": self.loss_sum, "history": self.history}
             state["seconds"] = time.perf_counter() - self.started
