@@ -13,11 +13,16 @@ from transitions import (
     SCHEDULES,
     absorbing_transitions,
     check_transitions,
-    family_and_schedule,
     fitted_betas,
     linear_betas,
-    transition_matrices,
+    markov_chain,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
+
+
+def transition_matrices(transition, schedule, K, T):
+    return markov_chain(K, T, transition, schedule, None)[0].Q
 
 
 @pytest.mark.parametrize("transition, schedule, K", LEGAL)
@@ -98,8 +103,9 @@ def test_legal_combinations():
     assert {name: list(family.schedules) for name, family in FAMILIES.items()} == listed
     assert set(SCHEDULES) == {schedule for _, schedule, _ in LEGAL}
     for name, schedules in listed.items():
-        assert family_and_schedule(name, None) == (FAMILIES[name], schedules[0])
-        assert family_and_schedule(name, schedules[-1]) == (FAMILIES[name], schedules[-1])
+        for given in (None, *schedules):
+            config = markov_chain(5, 20, name, given, None)[1]
+            assert config == {"transition": name, "schedule": given or schedules[0]}
     illegal = {
         ("absorbing", "linear", 2): "mutual_info or cosine, not linear",
         ("gaussian", "linear", 4): "cosine or fitted, not linear",
