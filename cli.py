@@ -17,16 +17,14 @@ REPOSITORY = Path(__file__).resolve().parent
 
 # OpenMP reads these when torch loads. On an idle machine, threads that spin for a while before they
 # sleep are up to a third faster; beside a busy program they are slower. Set only for our own
-# scripts, not for programs that import us; what the user has set wins. Untested: KMP_BLOCKTIME, in
-# milliseconds, for LLVM's and Intel's OpenMP on macOS and Windows, where the default is 200.
-SPIN, SLEEP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}, {"OMP_WAIT_POLICY": "PASSIVE"}
+# scripts, not for programs that import us; what the user has set wins.
+SPIN, SLEEP = {"GOMP_SPINCOUNT": "10000"}, {"OMP_WAIT_POLICY": "PASSIVE"}
 load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
 WAITING = SPIN if load < (os.cpu_count() or 1) / 2 else SLEEP
-script = getattr(sys.modules["__main__"], "__file__", None) or ""
-if script and Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
-    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")  # by the user
-    if not any(name.startswith(chosen) for name in os.environ):
-        os.environ.update(WAITING)
+script = Path(getattr(sys.modules["__main__"], "__file__", None) or "/")
+ours = script.resolve().parent in (REPOSITORY, REPOSITORY / "experiments")
+if ours and not os.environ.keys() & (SPIN | SLEEP).keys():
+    os.environ.update(WAITING)
 
 import torch  # noqa: E402 (the variables come first)
 
@@ -106,8 +104,7 @@ def catch_signals() -> list[int]:
     return received
 
 
-# --------------------------------------------------------------------------------------------------
-# Arguments
+# -- arguments -------------------------------------------------------------------------------------
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -354,7 +354,6 @@ def test_waiting_threads_spin_on_an_idle_machine_in_our_scripts_only(tmp_path):
         ("repository/script.py", 1.0, {}, cli.SLEEP),
         ("repository/script.py", 0.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {}),
         ("repository/script.py", 1.0, {"GOMP_SPINCOUNT": "7"}, {}),
-        ("repository/script.py", 0.0, {"KMP_BLOCKTIME": "7"}, {}),
         ("repository/experiments/script.py", 0.0, {}, cli.SPIN),
         ("repository/.venv/bin/pytest", 0.0, {}, {}),
         ("other.py", 0.0, {}, {}),
