@@ -94,7 +94,7 @@ def read_all(folder: Path, files: tuple, times: tuple, size: tuple | None, palet
             raise UserError(f"{file} can't be read: {reason}") from None
         if not images:
             h, w = size or (rgb.height, rgb.width)
-            announce(len(files), h, w, palette)
+            announce(len(files), h, w)
         if not size and rgb.size != (w, h):
             sides = f"{rgb.height}x{rgb.width} pixels, others {h}x{w}"
             raise UserError(f"{file} has {sides}: give a --size")
@@ -128,10 +128,8 @@ def read_all(folder: Path, files: tuple, times: tuple, size: tuple | None, palet
     return splits
 
 
-def announce(n: int, h: int, w: int, palette: bool) -> None:
-    copies = 5 if palette else 2  # colours take four bytes at first; two while splitting
-    memory = max(1, copies * 1e-6 * n * h * w)
-    text = f"Reading {n:,} pictures, {h}x{w}, which takes {memory:,.0f} MB of memory"
+def announce(n: int, h: int, w: int) -> None:
+    text = f"Reading {n:,} pictures, {h}x{w}"
     if h * w > 128**2:
         text += f"\nTraining takes {h * w / 32**2:.0f} times as long as with 32x32: try --size"
     tqdm.write(text, file=sys.stderr)

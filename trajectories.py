@@ -1,11 +1,8 @@
 """Whole trajectories x_T, ..., x_0: chains of fewer timesteps, weights, and filling in.
 
 Importance weights of trajectories tighten the bound (Burda et al. 2016). Filling in is
-self-normalised importance sampling over trajectories. Replacement (RePaint less its resampling,
-Lugmayr et al. 2022) is N = 1, without weights; particle filters over the steps of a trajectory are
-in Trippe et al. 2022 and Wu et al. 2023.
-
-Images, t and y are as in diffusion.py. Everything here takes a DiscreteDiffusion.
+self-normalised importance sampling over trajectories; with N = 1 it is replacement (RePaint less
+its resampling, Lugmayr et al. 2022). Images, t and y are as in diffusion.py.
 """
 
 import math
@@ -137,19 +134,18 @@ def log_weights(
         u = torch.rand(n, *x_0.shape[1:], generator=generator, dtype=torch.float64)
         return u.to(device)
 
-    log_w = torch.empty(len(x_0) * trajectories, dtype=torch.float64)
-    total = len(log_w) * (diffusion.timesteps + 1)
+    rows, log_w = torch.arange(len(x_0)).repeat_interleave(trajectories), []
+    total = len(rows) * (diffusion.timesteps + 1)
     with tqdm(total=total, desc="weights", unit_scale=True, disable=not progress) as bar:
-        for start in range(0, len(log_w), batch_size):
-            pairs = torch.arange(start, min(start + batch_size, len(log_w)))
-            rows = pairs // trajectories
-            labels = None if y is None else y[rows]
-            for _, log_w_t in walk(diffusion, x_0[rows], partial(next_uniforms, len(rows)), labels):
-                log_w[pairs] = log_w_t.cpu()
-                bar.update(len(pairs))
+        for some in rows.split(batch_size):
+            labels = None if y is None else y[some]
+            for _, last in walk(diffusion, x_0[some], partial(next_uniforms, len(some)), labels):
+                bar.update(len(last))
+            log_w.append(last.cpu())
+    log_w = torch.cat(log_w).view(len(x_0), trajectories)
     if log_w.isnan().any():
         raise ValueError("the network's output is not finite")
-    return log_w.view(len(x_0), trajectories)
+    return log_w
 
 
 def importance_weighted(log_w: Tensor) -> Tensor:
@@ -196,7 +192,7 @@ def filling_process(
 
     For each image N = `particles` trajectories are drawn in which given pixels follow the forward
     process and the others p_theta. One of them is chosen with a probability proportional to its
-    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is the usual
+    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is
     replacement: it is biased, since early steps see the given pixels only as noise.
 
     known: integers [n or 1, 1, H, W], levels where they are given and -1 elsewhere. The others are
