@@ -192,20 +192,14 @@ def pick_device(name: str = "auto") -> torch.device:
 # --------------------------------------------------------------------------------------------------
 
 
-def processor() -> str:
-    """The GPU, if there is one, and the CPU."""
-    cpu = platform.processor() or platform.machine()
+def provenance() -> dict[str, str]:
+    """Where a number comes from: command, GPU (if any) and CPU, torch version, our commit."""
+    chips = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):  # Linux has a better name
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        chips = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     with contextlib.suppress(RuntimeError):  # the GPU may be in exclusive use
-        if torch.cuda.is_available():
-            return f"{torch.cuda.get_device_name()}, {cpu}"
-    return cpu
-
-
-def provenance() -> dict[str, str]:
-    """Where a number comes from: command, machine, torch version, our commit."""
+        chips = f"{torch.cuda.get_device_name()}, {chips}" if torch.cuda.is_available() else chips
     # Name both folders, or git may use an enclosing repository or GIT_DIR.
     git = ["git", "--git-dir", REPOSITORY / ".git", "--work-tree", REPOSITORY]
     git += ["describe", "--always", "--dirty", "--exclude=*"]
@@ -214,5 +208,5 @@ def provenance() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     command = shlex.join(["python", *sys.orig_argv[1:]])
-    machine = f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    machine = f"{chips}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return {"command": command, "machine": machine, "torch": torch.__version__, "commit": commit}

@@ -30,11 +30,8 @@ def test_every_family_makes_transition_matrices(transition, schedule, K):
     """[T+1, S, S] in float64, the identity at 0, rows summing to one, S - K extra states."""
     Q = transition_matrices(transition, schedule, K, 50)
     S = K + 1 if transition == "absorbing" else K
-    assert (
-        Q.shape == (51, S, S)
-        and Q.dtype == torch.float64
-        and FAMILIES[transition].extra_states == S - K
-    )
+    assert Q.shape == (51, S, S) and Q.dtype == torch.float64
+    assert FAMILIES[transition].extra_states == S - K
     assert torch.equal(Q[0], torch.eye(S, dtype=torch.float64))
     assert (Q >= 0).all()
     np.testing.assert_allclose(Q.sum(-1), 1, atol=1e-13)
@@ -71,9 +68,8 @@ def test_gaussian_transitions(K):
         total = sum(math.exp(-4 * n**2 / scale) for n in range(-(K - 1), K))
         for i, j in itertools.product(range(K), repeat=2):
             if i != j:
-                assert Q[t, i, j].item() == pytest.approx(
-                    math.exp(-4 * (i - j) ** 2 / scale) / total, abs=1e-14
-                )
+                exact = math.exp(-4 * (i - j) ** 2 / scale) / total
+                assert Q[t, i, j].item() == pytest.approx(exact, abs=1e-14)
     np.testing.assert_allclose(Q, Q.mT, atol=1e-15)
     assert Q[1, 1, 1].item() == pytest.approx(0.999, abs=1e-4)
 
