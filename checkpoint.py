@@ -51,12 +51,12 @@ def atomic_writes(*paths: str | Path, inputs: Iterable = ()) -> Iterator[list[io
     before the block if two of `paths` and `inputs` are the same file.
     """
     targets = [Path(path).expanduser().resolve() for path in paths]
-    uses = {Path(path).resolve(): "read" for path in inputs}
+    taken = [(Path(path).resolve(), "read") for path in inputs]
     for target in targets:
-        if target in uses:
-            use = uses[target]
-            raise UserError(f"can't write {target}: the same file is {use} by this command")
-        uses[target] = "written"
+        for other, use in taken:
+            if target == other or (target.exists() and other.exists() and target.samefile(other)):
+                raise UserError(f"can't write {target}: the same file is {use} by this command")
+        taken.append((target, "written"))
     # Shortened, as the target's name may already have the maximum of 255 bytes.
     names = [f".{target.name[:32]}.{secrets.token_hex(4)}" for target in targets]
     files = [(t, t.parent / name, io.BytesIO()) for t, name in zip(targets, names, strict=True)]
@@ -225,10 +225,10 @@ class RunFolder:
         return bool(self._files(*self.RUN))
 
     def newest(self) -> Path:
-        """The one to resume. Raises UserError if there is none."""
+        """last.pth, which --resume takes. Raises UserError if there is none."""
         last = self.checkpoints / "last.pth"
         if not last.exists():
-            raise UserError(f"--resume: there is no checkpoint in {self.checkpoints}")
+            raise UserError(f"--resume: there is no checkpoint {last}")
         return last
 
     def clear(self) -> None:

@@ -136,11 +136,8 @@ def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
     """A discretized Gaussian kernel for ordinal levels, doubly stochastic (appendix A.2.3). S = K.
 
     Q_t[i, j] = exp(-4 |i - j|^2 / ((K - 1)^2 beta_t)) / sum over n = -(K-1)..K-1 of
-    exp(-4 n^2 / ((K - 1)^2 beta_t)) for i != j. The diagonal takes the rest. Raises ValueError for
-    K = 2, where these are uniform transitions.
+    exp(-4 n^2 / ((K - 1)^2 beta_t)) for i != j. The diagonal takes the rest.
     """
-    if K == 2:
-        raise ValueError("gaussian transitions between 2 levels are uniform transitions")
     n = torch.arange(K)
     kernel = torch.exp(-4 * n.double() ** 2 / ((K - 1) ** 2 * betas[:, None]))
     kernel /= 2 * kernel.sum(-1, keepdim=True) - kernel[:, :1]
@@ -160,6 +157,7 @@ class Family(NamedTuple):
     matrices: Callable[[int, Tensor], Tensor]
     schedules: dict[str, Callable[[int, int], Tensor]]
     extra_states: int = 0
+    min_levels: int = 2  # with fewer it would be uniform transitions
 
 
 UNIFORM = {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas}
@@ -168,7 +166,7 @@ GAUSSIAN = {"cosine": information_betas, "fitted": fitted_betas}
 FAMILIES = {
     "uniform": Family(uniform_transitions, UNIFORM),
     "absorbing": Family(absorbing_transitions, ABSORBING, extra_states=1),
-    "gaussian": Family(gaussian_transitions, GAUSSIAN),
+    "gaussian": Family(gaussian_transitions, GAUSSIAN, min_levels=3),
 }
 SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.schedules))
 
@@ -259,10 +257,12 @@ def markov_chain(
 
 @lru_cache(maxsize=4)  # so that DiscreteDiffusions with the same chain share its tables
 def named_chain(K: int, T: int, transition: str, schedule: str) -> MarkovChain:
-    matrices, schedules, _ = FAMILIES[transition]
+    matrices, schedules, _, min_levels = FAMILIES[transition]
     if schedule not in schedules:
         choices = " or ".join(schedules)
         raise ValueError(f"{transition} transitions need the schedule {choices}, not {schedule}")
+    if min_levels > K:
+        raise ValueError(f"{transition} transitions between {K} levels are uniform transitions")
     steps = matrices(K, schedules[schedule](T, K))
     return MarkovChain(torch.cat([torch.eye(steps.shape[-1]).double()[None], steps]), K)
 

@@ -138,12 +138,15 @@ def test_data_reach_the_disk_before_the_rename(monkeypatch):
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_two_names_of_one_file(exists, tmp_path):
-    """Through another spelling, a symbolic link, or a linked folder."""
+    """Through another spelling, a symbolic link, a linked folder or a hard link."""
     if exists:
         Path("x").write_bytes(b"old")
+        os.link("x", "hard")
     Path("link").symlink_to("x")
     Path("up").symlink_to(tmp_path)
-    for other in ("x", "./x", tmp_path / "x", "folder/../x", "link", "up/x"):
+    names = ["x", "./x", tmp_path / "x", "folder/../x", "link", "up/x"]
+    names += ["hard"] if exists else []
+    for other in names:
         for use, outputs, inputs in (
             ("written", ["x", "y", other], []),
             ("read", ["y", other], ["x"]),
@@ -490,7 +493,7 @@ def test_what_counts_as_a_run():
     folder = RunFolder("run")
     make("run/notes.txt", "run/checkpoints/best.pth", "run/samples/sample_epoch_1.png")
     assert not folder.holds_a_run()
-    with pytest.raises(UserError, match="there is no checkpoint in run"):
+    with pytest.raises(UserError, match="there is no checkpoint run"):
         folder.newest()
     for name in ("metrics.csv", *(f"checkpoints/{n}.pth" for n in ("weights", "model_epoch_5"))):
         make(f"run/{name}")
