@@ -5,17 +5,14 @@ A checkpoint is a dict of plain values and tensors. Sampling needs the configura
 `step`, and the run's state.
 """
 
-import errno
 import io
 import json
 import os
 import secrets
-import shlex
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cli import REPOSITORY, UserError, provenance, user_errors
@@ -43,10 +40,7 @@ def default_last_step(diffusion: DiscreteDiffusion) -> str:
     return "mode" if diffusion.reverse == "mixture" else "draw"
 
 
-# --------------------------------------------------------------------------------------------------
-# Outputs
-
-UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # on some network disks
+# -- outputs ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -76,11 +70,15 @@ def atomic_writes(*paths: str | Path, inputs: Iterable = ()) -> Iterator[list[io
                 temporary.touch(exist_ok=False)
         yield [buffer for _, _, buffer in files]
         for target, temporary, buffer in files:
-            with naming(target):
-                write_to_disk(temporary, buffer)
+            with naming(target), open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
         for target, temporary, _ in files:
             with naming(target):
-                replace(temporary, target)
+                with suppress(OSError):  # no older file, or no modes on this file system
+                    shutil.copymode(target, temporary)
+                os.replace(temporary, target)
     finally:
         for _, temporary, _ in files:
             with suppress(OSError):
@@ -102,29 +100,6 @@ def naming(target: Path) -> Iterator[None]:
         raise OSError(f"can't write {target}: {error.strerror or error}") from error
 
 
-def write_to_disk(path: Path, buffer: io.BytesIO) -> None:
-    with open(path, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-
-
-def replace(temporary: Path, target: Path) -> None:
-    """os.replace that keeps the mode, and retries while a virus scanner blocks it on Windows."""
-    with suppress(OSError):  # no older file, or no modes on this file system
-        shutil.copymode(target, temporary)
-    for seconds in (0.1, 0.2, 0.4, 0.8):
-        try:
-            return os.replace(temporary, target)
-        except PermissionError:
-            time.sleep(seconds)
-    os.replace(temporary, target)
-
-
 def json_bytes(value: dict) -> bytes:
     """The dict as JSON, `provenance` first; infinities, NaN and paths become strings."""
     text = json.dumps({"provenance": provenance()} | value, default=os.fspath)
@@ -143,8 +118,7 @@ def write_csv(history: list[dict], file: io.BytesIO) -> None:
     file.write("".join(",".join(row) + "\n" for row in [history[0], *rows]).encode())
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 def sampling_state(diffusion: DiscreteDiffusion, data: Dataset, binarize: str, step: int) -> dict:
@@ -156,18 +130,15 @@ def sampling_state(diffusion: DiscreteDiffusion, data: Dataset, binarize: str, s
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
-    """Write a checkpoint atomically.
-
-    Raises OSError, or ValueError if it can't be read back (a NumPy number in it, say).
-    """
+    """Raises OSError, or ValueError if it can't be read back (a NumPy number in it, say)."""
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
         file.seek(0)
         try:
             torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types
-            name = type(error).__name__
-            raise ValueError(f"{path}: this checkpoint could not be read back ({name})") from error
+            reason = f"could not be read back ({type(error).__name__})"
+            raise ValueError(f"{path}: this checkpoint {reason}") from error
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -175,8 +146,6 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises OSError, or UserError if it is damaged or not a checkpoint of this repository.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path} is not a regular file")  # opening a named pipe would hang
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -184,12 +153,13 @@ def read_checkpoint(path: str | Path) -> dict:
             reason = f"torch.load: {type(error).__name__}"
             raise UserError(f"{path} is damaged or is not a checkpoint ({reason})") from None
     described = checkpoint if isinstance(checkpoint, dict) else {}
-    parts = [described.get(part) for part in ("network", "diffusion", "averaged_weights")]
-    if not all(isinstance(part, dict) for part in parts):
+    needed = ("network", "diffusion", "averaged_weights")
+    if not all(isinstance(described.get(part), dict) for part in needed):
         raise UserError(f"{path} is not a checkpoint of this repository")
-    if "num_classes" in parts[1]:  # the name in the first released models
-        parts[1]["num_levels"] = parts[1].pop("num_classes")
-    if "dataset" not in checkpoint:  # from when there were only digits
+    diffusion = checkpoint["diffusion"]
+    if "num_classes" in diffusion:  # the name in the first released models
+        diffusion["num_levels"] = diffusion.pop("num_classes")
+    if "dataset" not in checkpoint:  # as in all released models, from when there were only digits
         known = {"classes": [*"0123456789"], "size": [28, 28], "palette": None}
         checkpoint["dataset"] = {"source": checkpoint.get("data", "mnist")} | known
     return checkpoint
@@ -205,14 +175,11 @@ def load_checkpoint(path: str | Path, device="cpu", timesteps=None) -> DiscreteD
 
 def build_diffusion(checkpoint: dict, path, device="cpu", timesteps=None) -> DiscreteDiffusion:
     """`load_checkpoint` for the dict of `read_checkpoint`; `path` is for messages."""
-    config, weights = checkpoint["network"], checkpoint["averaged_weights"]
+    weights = checkpoint["averaged_weights"]
     try:
-        sizes = [n for v in config.values() for n in (v if isinstance(v, list | tuple) else [v])]
-        limit = max(len(weights), *(n for p in weights.values() for n in p.shape))
-        if any(isinstance(n, int) and n > limit for n in sizes):
-            raise ValueError("it describes a larger network than its weights")
-        diffusion = DiscreteDiffusion(build_network(config), **checkpoint["diffusion"])
-        diffusion.model.load_state_dict(weights)
+        network = build_network(checkpoint["network"])
+        diffusion = DiscreteDiffusion(network, **checkpoint["diffusion"])
+        network.load_state_dict(weights)
     except Exception as error:  # a broken configuration may raise anything
         reason = " ".join(str(error).split())[:300]
         message = f"{path} does not fit this version of the repository: {reason}"
@@ -225,15 +192,14 @@ def build_diffusion(checkpoint: dict, path, device="cpu", timesteps=None) -> Dis
     return diffusion.eval().to(device)
 
 
-# --------------------------------------------------------------------------------------------------
-# The folder of a training run
+# -- the folder of a training run ------------------------------------------------------------------
 
 
 class RunFolder:
     """The checkpoints, samples and reports of one run. One process owns it."""
 
-    RESUMABLE = tuple(f"checkpoints/{x}.pth" for x in ("last", "constant", "model_epoch_*"))
-    RUN = (*RESUMABLE, "checkpoints/weights.pth", "metrics.csv")
+    RUN = ("checkpoints/last.pth", "checkpoints/constant.pth", "checkpoints/model_epoch_*.pth")
+    RUN += ("checkpoints/weights.pth", "metrics.csv")
     REPORTS = ("samples/sample_epoch_*.png", "loss_curve.png", "evaluation.json")
     REPORTS += ("bound_terms.png", "gain.png", "nearest.png")
 
@@ -246,53 +212,33 @@ class RunFolder:
         """Lock the folder until the block ends or the process dies.
 
         Raises UserError if another process holds the lock, OSError if the folder can't be written.
-        Only warns if the disk has no locks.
+        Only warns if it can't be locked, as on some network disks.
         """
-        with ExitStack() as stack:
-            with naming(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                # Never deleted, so that all processes lock the same file.
-                file = stack.enter_context(open(self.path / ".lock", "a"))
-                self._lock(file.fileno())
+        with naming(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a") as lock:  # never deleted: all must lock the same file
+            try:
+                if os.name == "nt":
+                    msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                advice = "wait for it, or take another --out-dir"
+                raise UserError(f"another run is alive in {self.path}: {advice}") from None
+            except OSError as error:
+                problem = f"{self.path} can't be locked ({error.strerror})"
+                print(f"warning: {problem}: don't start a second run there", file=sys.stderr)
             yield
-
-    def _lock(self, descriptor: int) -> None:
-        try:
-            if os.name == "nt":
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            advice = "wait for it, or take another --out-dir"
-            raise UserError(f"another run is alive in {self.path}: {advice}") from None
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            warning = f"warning: {self.path} can't be locked: don't start a second run there"
-            print(warning, file=sys.stderr)
 
     def holds_a_run(self) -> bool:
         return bool(self._files(*self.RUN))
 
     def newest(self) -> Path:
-        """last.pth, else the checkpoint with the highest step.
-
-        Raises UserError if there is none, or if one that may be the newest is damaged.
-        """
-        steps, message = {}, ""
-        for path in self._files(*self.RESUMABLE):
-            try:
-                steps[path] = read_checkpoint(path).get("step", 0)
-            except UserError as error:
-                message = message or str(error)
-            if path.name == "last.pth" and path in steps:
-                return path
-        newest = max(steps, key=steps.get, default=None)
-        if newest and not message:
-            return newest
-        if newest:
-            message += f"; continue from the next newest with --resume {shlex.quote(str(newest))}"
-        raise UserError(message or f"--resume: there is no checkpoint in {self.checkpoints}")
+        """last.pth, which --resume takes. Raises UserError if there is none."""
+        last = self.checkpoints / "last.pth"
+        if not last.exists():
+            raise UserError(f"--resume: there is no checkpoint {last}")
+        return last
 
     def clear(self) -> None:
         """Delete the files of a run, and nothing else."""

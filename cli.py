@@ -17,16 +17,14 @@ REPOSITORY = Path(__file__).resolve().parent
 
 # OpenMP reads these when torch loads. On an idle machine, threads that spin for a while before they
 # sleep are up to a third faster; beside a busy program they are slower. Set only for our own
-# scripts, not for programs that import us; what the user has set wins. Untested: KMP_BLOCKTIME, in
-# milliseconds, for LLVM's and Intel's OpenMP on macOS and Windows, where the default is 200.
-SPIN, SLEEP = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}, {"OMP_WAIT_POLICY": "PASSIVE"}
+# scripts, not for programs that import us; what the user has set wins.
+SPIN, SLEEP = {"GOMP_SPINCOUNT": "10000"}, {"OMP_WAIT_POLICY": "PASSIVE"}
 load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
 WAITING = SPIN if load < (os.cpu_count() or 1) / 2 else SLEEP
-script = getattr(sys.modules["__main__"], "__file__", None) or ""
-if script and Path(script).resolve().parent in (REPOSITORY, REPOSITORY / "experiments"):
-    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_")  # by the user
-    if not any(name.startswith(chosen) for name in os.environ):
-        os.environ.update(WAITING)
+script = Path(getattr(sys.modules["__main__"], "__file__", None) or "/")
+ours = script.resolve().parent in (REPOSITORY, REPOSITORY / "experiments")
+if ours and not os.environ.keys() & (SPIN | SLEEP).keys():
+    os.environ.update(WAITING)
 
 import torch  # noqa: E402 (the variables come first)
 
@@ -106,8 +104,7 @@ def catch_signals() -> list[int]:
     return received
 
 
-# --------------------------------------------------------------------------------------------------
-# Arguments
+# -- arguments -------------------------------------------------------------------------------------
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -195,20 +192,14 @@ def pick_device(name: str = "auto") -> torch.device:
 # --------------------------------------------------------------------------------------------------
 
 
-def processor() -> str:
-    """The GPU, if there is one, and the CPU."""
-    cpu = platform.processor() or platform.machine()
+def provenance() -> dict[str, str]:
+    """Where a number comes from: command, GPU (if any) and CPU, torch version, our commit."""
+    chips = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):  # Linux has a better name
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        chips = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     with contextlib.suppress(RuntimeError):  # the GPU may be in exclusive use
-        if torch.cuda.is_available():
-            return f"{torch.cuda.get_device_name()}, {cpu}"
-    return cpu
-
-
-def provenance() -> dict[str, str]:
-    """Where a number comes from: command, machine, torch version, our commit."""
+        chips = f"{torch.cuda.get_device_name()}, {chips}" if torch.cuda.is_available() else chips
     # Name both folders, or git may use an enclosing repository or GIT_DIR.
     git = ["git", "--git-dir", REPOSITORY / ".git", "--work-tree", REPOSITORY]
     git += ["describe", "--always", "--dirty", "--exclude=*"]
@@ -217,5 +208,5 @@ def provenance() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     command = shlex.join(["python", *sys.orig_argv[1:]])
-    machine = f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    machine = f"{chips}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return {"command": command, "machine": machine, "torch": torch.__version__, "commit": commit}

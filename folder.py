@@ -14,8 +14,6 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 SPLITS = ("train", "validation", "test")
-USUAL_SIDE = 128  # of a picture; announce what larger ones cost
-MAX_COLOURS = 256
 
 
 def load_folder(folder: Path, split: str, size=None, palette: bool = False) -> tuple:
@@ -24,13 +22,14 @@ def load_folder(folder: Path, split: str, size=None, palette: bool = False) -> t
     The images are grey or, with `palette`, indices into the palette: the colours of all pictures,
     sorted by RGB value. `size`: a side or (h, w) to resize to.
 
-    Raises UserError if a picture can't be used, OSError if a sub-folder can't be read.
+    Raises UserError if a picture can't be used, OSError for a broken link or a sub-folder that
+    can't be read.
     """
     sides = (size, size) if isinstance(size, int) else size and tuple(size)
     if sides and (len(sides) != 2 or min(sides) < 1):
         raise UserError(f"the size must be one side or height and width, got {size}")
     files = find_pictures(folder)
-    times = tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
+    times = tuple(file.stat().st_mtime_ns for file in files)
     return read_all(folder, tuple(files), times, sides, palette)[split]
 
 
@@ -67,8 +66,6 @@ def open_picture(file: Path, palette: bool) -> Image.Image:
 
     Raises ValueError if the picture is unsupported, and whatever Pillow raises.
     """
-    if not file.is_file():  # opening a named pipe would hang
-        raise ValueError("it is a broken link or not a regular file")
     with Image.open(file) as opened:
         # Pillow calls a camera's JPEG with a preview MPO.
         if getattr(opened, "is_animated", False) and opened.format != "MPO":
@@ -85,28 +82,16 @@ def open_picture(file: Path, palette: bool) -> Image.Image:
     return picture.convert("RGB")
 
 
-def number_colours(rgb: Image.Image, numbers: dict[int, int]) -> np.ndarray:
-    """Each pixel's colour number, uint8 [h, w]; new colours 0xRRGGBB are added to `numbers`."""
-    packed = np.asarray(rgb).astype(np.int64) @ [1 << 16, 1 << 8, 1]
-    found, inverse = np.unique(packed, return_inverse=True)
-    found = [numbers.setdefault(colour, len(numbers)) for colour in found.tolist()]
-    if len(numbers) > MAX_COLOURS:
-        problem = f"the pictures have more than {MAX_COLOURS} colours"
-        raise UserError(f"{problem}: use --levels K, which makes them grey")
-    return np.array(found, np.uint8)[inverse].reshape(packed.shape)
-
-
 @functools.lru_cache(maxsize=1)  # a run loads two splits; pictures are read once
 def read_all(folder: Path, files: tuple, times: tuple, size: tuple | None, palette: bool) -> dict:
     """`load_folder` for every split. `times`, when the files changed, are for the cache only."""
-    images, shares, refused, numbers = [], [], [], {}
+    images, shares, colours = [], [], set()
     for file in tqdm(files, desc="reading", unit=" pictures", leave=False, disable=None):
         try:
             rgb = open_picture(file, palette)
         except Exception as error:  # Pillow raises many types
             reason = " ".join(str(error).split()) or type(error).__name__
-            refused.append(f"{file} can't be read: {reason}")
-            continue
+            raise UserError(f"{file} can't be read: {reason}") from None
         if not images:
             h, w = size or (rgb.height, rgb.width)
             announce(len(files), h, w)
@@ -115,26 +100,27 @@ def read_all(folder: Path, files: tuple, times: tuple, size: tuple | None, palet
             raise UserError(f"{file} has {sides}: give a --size")
         digest = hashlib.sha256(rgb.tobytes()).digest()
         shares.append(int.from_bytes(digest[:6], "big") / 2**48)
-        if palette:
-            nearest = rgb.resize((w, h), Image.Resampling.NEAREST)
-            images.append(number_colours(nearest, numbers))
-        else:
+        if not palette:
             grey = rgb.convert("L").resize((w, h), Image.Resampling.LANCZOS)
             images.append(np.asarray(grey))
-    if refused:
-        others = f" (nor can {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise UserError(refused[0] + others)
-    images, colours = np.stack(images), None
+            continue
+        nearest = np.asarray(rgb.resize((w, h), Image.Resampling.NEAREST))
+        images.append(nearest @ np.array([1 << 16, 1 << 8, 1], np.uint32))  # 0xRRGGBB
+        colours.update(np.unique(images[-1]).tolist())
+        if len(colours) > 256:
+            problem = "the pictures have more than 256 colours"
+            raise UserError(f"{problem}: use --levels K, which makes them grey")
+    ordered = sorted(colours)
     if palette:
-        if len(numbers) < 2:
+        if len(ordered) < 2:
             raise UserError("the pictures have only 1 colour: use --levels K for grey pictures")
-        ordered = sorted(numbers)
-        images = np.searchsorted(ordered, list(numbers)).astype(np.uint8)[images]
-        colours = tuple((c >> 16, c >> 8 & 255, c & 255) for c in ordered)
+        images = [np.searchsorted(ordered, image).astype(np.uint8) for image in images]
+    images = np.stack(images)
     flat = files[0].parent == folder
     names = ["" if flat else file.relative_to(folder).parts[0] for file in files]
     classes, labels = np.unique(names, return_inverse=True)
-    known = () if flat else tuple(classes.tolist()), (h, w), colours
+    rgb_of = tuple((c >> 16, c >> 8 & 255, c & 255) for c in ordered) or None
+    known = () if flat else tuple(classes.tolist()), (h, w), rgb_of
     part, splits = split_by(np.array(shares)), {}
     for i, split in enumerate(SPLITS):
         arrays = images[part == i], labels[part == i]
@@ -143,9 +129,8 @@ def read_all(folder: Path, files: tuple, times: tuple, size: tuple | None, palet
 
 
 def announce(n: int, h: int, w: int) -> None:
-    memory = max(1, 2e-6 * n * h * w)  # two copies, while splitting
-    text = f"Reading {n:,} pictures, {h}x{w}, which takes {memory:,.0f} MB of memory"
-    if h * w > USUAL_SIDE**2:
+    text = f"Reading {n:,} pictures, {h}x{w}"
+    if h * w > 128**2:
         text += f"\nTraining takes {h * w / 32**2:.0f} times as long as with 32x32: try --size"
     tqdm.write(text, file=sys.stderr)
 

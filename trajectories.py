@@ -1,11 +1,8 @@
 """Whole trajectories x_T, ..., x_0: chains of fewer timesteps, weights, and filling in.
 
 Importance weights of trajectories tighten the bound (Burda et al. 2016). Filling in is
-self-normalised importance sampling over trajectories. Replacement (RePaint less its resampling,
-Lugmayr et al. 2022) is N = 1, without weights; particle filters over the steps of a trajectory are
-in Trippe et al. 2022 and Wu et al. 2023.
-
-Images, t and y are as in diffusion.py. Everything here takes a DiscreteDiffusion.
+self-normalised importance sampling over trajectories; with N = 1 it is replacement (RePaint less
+its resampling, Lugmayr et al. 2022). Images, t and y are as in diffusion.py.
 """
 
 import math
@@ -21,8 +18,7 @@ from tqdm import tqdm
 from diffusion import LAST_STEPS, DiscreteDiffusion
 from transitions import Streams, check_choice, check_integers, draw
 
-# -------------------------------------------------------------------------------------------------
-# Fewer timesteps
+# -- fewer timesteps -------------------------------------------------------------------------------
 
 
 def respaced(diffusion: DiscreteDiffusion, timesteps: int | list[int]) -> DiscreteDiffusion:
@@ -31,55 +27,44 @@ def respaced(diffusion: DiscreteDiffusion, timesteps: int | list[int]) -> Discre
     Between kept timesteps, Q is the product of the skipped ones, so bar_Q at a kept timestep stays
     what the network was trained for. The network is still given the original t.
 
-    Args:
-        timesteps: how many, 1..T; or a rising list of those to keep, up to T. A number is spread so
-            that every step moves pixels about equally far.
-
-    Raises:
-        ValueError: for other numbers or lists.
+    `timesteps`: how many, 1..T, spread so that every step moves pixels about equally far; or a
+    rising list of those to keep, up to T. Raises ValueError for others.
     """
     T = diffusion.timesteps
-    if isinstance(timesteps, list | tuple) or getattr(timesteps, "ndim", 0):
-        kept = [0, *map(operator.index, timesteps)]
-    else:
-        n = operator.index(timesteps)
-        if not 1 <= n <= T:
-            raise ValueError(f"timesteps must be in 1..{T}, as many as in training, got {n}")
-        kept = [0, *evenly_spread(diffusion, n)]
+    given = isinstance(timesteps, list | tuple)
+    kept = [0, *timesteps] if given else evenly_spread(diffusion, timesteps)
     if kept[-1] != T or any(a >= b for a, b in pairwise(kept)):
         raise ValueError(f"the timesteps to keep must rise from at least 1 to {T}")
     steps = [reduce(torch.matmul, diffusion.Q[a + 1 : b + 1]) for a, b in pairwise(kept)]
-    config = {**diffusion.config, "timesteps": len(kept) - 1}
-    config["Q"] = torch.stack([diffusion.Q[0], *steps])
-    config["network_t"] = diffusion.network_t[kept]
-    config.pop("transition", None)
-    config.pop("schedule", None)
+    config = diffusion.config | {"timesteps": len(steps), "transition": None, "schedule": None}
+    config |= {"Q": torch.stack([diffusion.Q[0], *steps]), "network_t": diffusion.network_t[kept]}
     other = type(diffusion)(diffusion.model, **config)
     other.num_labels = diffusion.num_labels
     return other
 
 
 def evenly_spread(diffusion: DiscreteDiffusion, n: int) -> list[int]:
-    """n timesteps up to T, evenly spaced in the mean distance of x_t from x_0.
+    """0 and n timesteps up to T, evenly spaced in the mean distance of x_t from x_0.
 
     For uniform and absorbing transitions that is the share of pixels that are changed. With
     Gaussian transitions nearly all pixels change early, but by little.
     """
-    T, K = diffusion.timesteps, diffusion.num_levels
+    T, K, n = diffusion.timesteps, diffusion.num_levels, operator.index(n)
+    if not 1 <= n <= T:
+        raise ValueError(f"timesteps must be in 1..{T}, as many as in training, got {n}")
     level = torch.arange(diffusion.num_states, dtype=torch.float64)
     distance = (level[:K, None] - level).abs()
     distance[:, K:] = K - 1  # a mask is far from every level
     moved = torch.einsum("tij,ij->t", diffusion.bar_Q[:, :K], distance) / K  # [T+1]
     kept = [0]
-    for k in range(1, n + 1):
+    for k in range(1, n):
         nearest = int((moved - k / n * moved[T]).abs().argmin())
         # distinct, leaving room for the rest
         kept.append(min(max(nearest, kept[-1] + 1), T - (n - k)))
-    return [*kept[1:-1], T]
+    return [*kept, T]
 
 
-# -------------------------------------------------------------------------------------------------
-# Trajectories and their weights
+# -- trajectories and their weights ----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -96,11 +81,9 @@ def walk(
     Given pixels draw x_T ~ q(x_T | x_0) and x_{t-1} ~ q(x_{t-1} | x_t, x_0). The others draw from
     p(x_T) and p_theta. The log-weight sums log p - log q over the draws of given pixels.
 
-    Args:
-        known: integers [B, 1, H, W], levels where they are given and -1 where they are not.
-        next_uniforms: returns uniforms for the next draw, [B, 1, H, W]. All but the network runs on
-            their device and in their dtype.
-        y, guidance: as in `DiscreteDiffusion.x_0_logits`; last_step: as in `reverse_process`.
+    known: integers [B, 1, H, W], levels where they are given and -1 where they are not.
+    next_uniforms: returns uniforms for the next draw, [B, 1, H, W]. All but the network runs on
+    their device and in their dtype. The others: as in `DiscreteDiffusion.reverse_process`.
     """
     u = next_uniforms()
     known = known.to(u.device)
@@ -116,11 +99,9 @@ def walk(
         if step == 0:
             return
         u, t = next_uniforms(), torch.full_like(T, step)
-        x_t_there, t_there = x_t.to(diffusion.device), t.to(diffusion.device)
-        logits = diffusion.x_0_logits(x_t_there, t_there, y, guidance).to(u)
+        logits = diffusion.x_0_logits(x_t.to(diffusion.device), t, y, guidance).to(u)
         log_p = diffusion.log_p_theta(x_t, t, logits)
-        log_q = diffusion.log_q_posterior(x_t, x_0, t, u.dtype)
-        log_q = torch.where(given, log_q, log_p)
+        log_q = torch.where(given, diffusion.log_q_posterior(x_t, x_0, t, u.dtype), log_p)
         x_t = draw(log_q.exp(), u, mode=last_step == "mode" and step == 1)
 
 
@@ -138,41 +119,33 @@ def log_weights(
     Their mean estimates minus the bound (equation 1). The mean of the exponentials estimates
     p_theta(x_0); see `importance_weighted`.
 
-    Args:
-        x_0: images, integers [B, 1, H, W].
-        trajectories: N, for each image.
-        generator: a CPU generator for all draws. The draws depend on the batch size.
-        y: labels [B].
-        batch_size: trajectories at a time.
-
-    Raises:
-        ValueError: for arguments out of range, or a network whose output is not finite.
+    x_0: images, integers [B, 1, H, W]. trajectories: N, for each image. generator: a CPU generator
+    for all draws, which also depend on batch_size, the trajectories at a time. y: labels [B].
+    Raises ValueError for arguments out of range, or a network whose output is not finite.
     """
     batch_size = diffusion.suitable_batch() if batch_size is None else batch_size
     if trajectories < 1 or batch_size < 1:
         raise ValueError("trajectories and batch_size must be at least 1")
     x_0 = diffusion.check_x_0(x_0).cpu().long()
     y = None if y is None else diffusion.check_labels(y, len(x_0))
-    on_cpu = diffusion.device.type == "mps"  # MPS has no float64
-    device = torch.device("cpu") if on_cpu else diffusion.device
+    device = "cpu" if diffusion.device.type == "mps" else diffusion.device  # MPS has no float64
 
     def next_uniforms(n: int) -> Tensor:
         u = torch.rand(n, *x_0.shape[1:], generator=generator, dtype=torch.float64)
         return u.to(device)
 
-    log_w = torch.empty(len(x_0) * trajectories, dtype=torch.float64)
-    total = len(log_w) * (diffusion.timesteps + 1)
+    rows, log_w = torch.arange(len(x_0)).repeat_interleave(trajectories), []
+    total = len(rows) * (diffusion.timesteps + 1)
     with tqdm(total=total, desc="weights", unit_scale=True, disable=not progress) as bar:
-        for start in range(0, len(log_w), batch_size):
-            pairs = torch.arange(start, min(start + batch_size, len(log_w)))
-            rows = pairs // trajectories
-            labels = None if y is None else y[rows]
-            for _, log_w_t in walk(diffusion, x_0[rows], partial(next_uniforms, len(rows)), labels):
-                log_w[pairs] = log_w_t.cpu()
-                bar.update(len(pairs))
+        for some in rows.split(batch_size):
+            labels = None if y is None else y[some]
+            for _, last in walk(diffusion, x_0[some], partial(next_uniforms, len(some)), labels):
+                bar.update(len(last))
+            log_w.append(last.cpu())
+    log_w = torch.cat(log_w).view(len(x_0), trajectories)
     if log_w.isnan().any():
         raise ValueError("the network's output is not finite")
-    return log_w.view(len(x_0), trajectories)
+    return log_w
 
 
 def importance_weighted(log_w: Tensor) -> Tensor:
@@ -183,8 +156,7 @@ def importance_weighted(log_w: Tensor) -> Tensor:
     return math.log(log_w.shape[1]) - log_w.logsumexp(1)
 
 
-# -------------------------------------------------------------------------------------------------
-# Filling in
+# -- filling in ------------------------------------------------------------------------------------
 
 
 def fill_in(
@@ -220,16 +192,12 @@ def filling_process(
 
     For each image N = `particles` trajectories are drawn in which given pixels follow the forward
     process and the others p_theta. One of them is chosen with a probability proportional to its
-    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is the usual
+    weight. As N grows, x_0 follows the model's own p_theta(x_unknown | x_known). N = 1 is
     replacement: it is biased, since early steps see the given pixels only as noise.
 
-    Args:
-        known: integers [n or 1, 1, H, W], levels where they are given and -1 elsewhere.
-        seed, first, y, guidance, last_step: as in `DiscreteDiffusion.reverse_process`. Trajectory 0
-            of image i uses its random stream (seed, i), trajectory j uses (seed, i, j).
-
-    Raises:
-        ValueError: for arguments out of range.
+    known: integers [n or 1, 1, H, W], levels where they are given and -1 elsewhere. The others are
+    as in `DiscreteDiffusion.reverse_process`. Trajectory 0 of image i uses its random stream
+    (seed, i), trajectory j uses (seed, i, j). Raises ValueError for arguments out of range.
     """
     check_choice("last step", last_step, LAST_STEPS)
     if particles < 1:
@@ -253,10 +221,8 @@ def filling_process(
             if j == 0:  # where nothing is given, all weights are 1: keep the ordinary sample
                 score[(known < 0).flatten(1).all(1)] = math.inf
             better = score >= best_score
-            best_score, chosen[:, better] = (
-                torch.where(better, score, best_score),
-                walked[:, better],
-            )
+            best_score = torch.where(better, score, best_score)
+            chosen[:, better] = walked[:, better]
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""The Markov chain of one pixel: noise schedules, transition matrices, tables, and operations.
+"""The Markov chain of one pixel: noise schedules, transition matrices, and operations on them.
 
     beta_1 .. beta_T   float64 [T], how much noise each step adds
     Q_1 .. Q_T         float64 [T, S, S], Q_t[i, j] = q(x_t = j | x_{t-1} = i), for S states
@@ -10,7 +10,7 @@ Q_1 .. Q_T, and one entry in `FAMILIES`.
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +21,7 @@ from torch import Tensor
 LOG_ZERO = -1e30  # log 0 inside sums, where -inf would turn gradients into NaN
 LOG_WIDEST = math.log(1e4)  # log of a beta at which a Gaussian kernel is flat
 
-# -------------------------------------------------------------------------------------------------
-# Noise schedules: (T, K) -> beta_1 .. beta_T, float64 [T]
+# -- noise schedules: (T, K) -> beta_1 .. beta_T, float64 [T] --------------------------------------
 
 
 def cosine_betas(T: int, K: int) -> Tensor:
@@ -62,10 +61,10 @@ def fitted_betas(T: int, K: int) -> Tensor:
         return torch.linspace(beta_1, math.exp(log_beta_T), T, dtype=torch.float64)
 
     def distance(log_beta_T: float) -> float:
-        row = np.eye(K)[0]  # the first level is the slowest to become uniform
-        for spectrum, stays in zip(*gaussian_blurs(K, betas(log_beta_T)), strict=True):
-            row = blurred(row, spectrum, stays)
-        return 0.5 * np.abs(row - 1 / K).sum()
+        row = torch.eye(K, dtype=torch.float64)[0]  # the slowest level to become uniform
+        for beta in betas(log_beta_T).split(1):
+            row = row @ gaussian_transitions(K, beta)[0]
+        return 0.5 * (row - 1 / K).abs().sum().item()
 
     if distance(LOG_WIDEST) > 1e-4:
         raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
@@ -83,24 +82,23 @@ def information_betas(T: int, K: int) -> Tensor:
     if T <= 12:
         raise ValueError(f"gaussian transitions can't reach noise in {T} timesteps: take more")
 
-    def step(rows: np.ndarray, log_beta: float) -> np.ndarray:
-        spectra, stays = gaussian_blurs(K, torch.tensor([math.exp(log_beta)], dtype=torch.float64))
-        return blurred(rows, spectra[0], stays[0])
+    def step(log_beta: float) -> Tensor:
+        beta = torch.tensor([log_beta], dtype=torch.float64).exp()
+        return rows @ gaussian_transitions(K, beta)[0]
 
-    def information_after(rows: np.ndarray, log_beta: float) -> float:
-        q = step(rows, log_beta).clip(1e-300)
-        return 1 + (q * np.log(q)).sum(1).mean() / math.log(K)
+    def information_after(log_beta: float) -> float:
+        q = step(log_beta)
+        return 1 + q.xlogy(q).sum(1).mean().item() / math.log(K)
 
     few = min(K, 8)
-    rows = np.eye(K)[((np.arange(few) + 0.5) * K / few).astype(int)]  # a few x_0 for all
+    levels = ((torch.arange(few) + 0.5) * K / few).long()  # a few x_0 stand for all
+    rows = torch.eye(K, dtype=torch.float64)[levels]
     narrowest = math.log(4 / ((K - 1) ** 2 * math.log(2e9)))  # moves with probability 1e-9
     log_betas = []
     for t in range(1, T - 11):
         target = math.cos(math.pi / 2 * t / (T - 12)) ** 2
-        log_betas.append(
-            bisect(partial(information_after, rows), target, narrowest, LOG_WIDEST, 24)
-        )
-        rows = step(rows, log_betas[-1])
+        log_betas.append(bisect(information_after, target, narrowest, LOG_WIDEST, 24))
+        rows = step(log_betas[-1])
     return torch.tensor([*log_betas, *[LOG_WIDEST] * 12], dtype=torch.float64).exp()
 
 
@@ -112,8 +110,7 @@ def bisect(f: Callable, target: float, low: float, high: float, steps: int) -> f
     return high
 
 
-# -------------------------------------------------------------------------------------------------
-# Transition families: (K, betas) -> Q_1 .. Q_T, float64 [T, S, S]
+# -- transition families: (K, betas) -> Q_1 .. Q_T, float64 [T, S, S] ------------------------------
 
 
 def uniform_transitions(K: int, betas: Tensor) -> Tensor:
@@ -142,35 +139,16 @@ def gaussian_transitions(K: int, betas: Tensor) -> Tensor:
     exp(-4 n^2 / ((K - 1)^2 beta_t)) for i != j. The diagonal takes the rest.
     """
     n = torch.arange(K)
-    Q = gaussian_kernel(K, betas)[:, (n[:, None] - n).abs()]
+    kernel = torch.exp(-4 * n.double() ** 2 / ((K - 1) ** 2 * betas[:, None]))
+    kernel /= 2 * kernel.sum(-1, keepdim=True) - kernel[:, :1]
+    mirrored = torch.cat([kernel.flip(-1), kernel[:, 1:]], dim=-1)
+    Q = mirrored.unfold(-1, K, 1).flip(-2)  # windows of it; an index by |i - j| is slow
     Q.diagonal(dim1=-2, dim2=-1).zero_()
     Q.diagonal(dim1=-2, dim2=-1).copy_(1 - Q.sum(-1))
     return Q
 
 
-def gaussian_kernel(K: int, betas: Tensor) -> Tensor:
-    """The off-diagonal of `gaussian_transitions` by distance 0..K-1: float64 [T, K]."""
-    n = torch.arange(K, dtype=torch.float64)
-    kernel = torch.exp(-4 * n**2 / ((K - 1) ** 2 * betas[:, None]))
-    return kernel / (2 * kernel.sum(-1, keepdim=True) - kernel[:, :1])
-
-
-def gaussian_blurs(K: int, betas: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """For `blurred`: the spectra of the kernels [T, K+1], and what to add to the diagonals."""
-    kernel = gaussian_kernel(K, betas).numpy()
-    mirrored = np.concatenate([kernel, 0 * kernel[:, :1], kernel[:, :0:-1]], axis=1)
-    cumulative = kernel.cumsum(1)
-    return np.fft.rfft(mirrored), 1 - (cumulative + cumulative[:, ::-1] - kernel[:, :1])
-
-
-def blurred(rows: np.ndarray, spectrum: np.ndarray, stays: np.ndarray) -> np.ndarray:
-    """rows @ Q_t, [..., K], by FFT: Q_t is a convolution apart from its diagonal."""
-    K = rows.shape[-1]
-    return np.fft.irfft(spectrum * np.fft.rfft(rows, 2 * K), 2 * K)[..., :K] + stays * rows
-
-
-# -------------------------------------------------------------------------------------------------
-# The table of legal combinations
+# -- the table of legal combinations ---------------------------------------------------------------
 
 
 class Family(NamedTuple):
@@ -182,38 +160,15 @@ class Family(NamedTuple):
     min_levels: int = 2  # with fewer it would be uniform transitions
 
 
+UNIFORM = {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas}
+ABSORBING = {"mutual_info": mutual_info_betas, "cosine": cosine_betas}
+GAUSSIAN = {"cosine": information_betas, "fitted": fitted_betas}
 FAMILIES = {
-    "uniform": Family(
-        uniform_transitions,
-        {"cosine": cosine_betas, "linear": linear_betas, "mutual_info": mutual_info_betas},
-    ),
-    "absorbing": Family(
-        absorbing_transitions, {"mutual_info": mutual_info_betas, "cosine": cosine_betas}, 1
-    ),
-    "gaussian": Family(
-        gaussian_transitions, {"cosine": information_betas, "fitted": fitted_betas}, min_levels=3
-    ),
+    "uniform": Family(uniform_transitions, UNIFORM),
+    "absorbing": Family(absorbing_transitions, ABSORBING, extra_states=1),
+    "gaussian": Family(gaussian_transitions, GAUSSIAN, min_levels=3),
 }
 SCHEDULES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.schedules))
-
-
-def family_and_schedule(transition: str, schedule: str | None) -> tuple[Family, str]:
-    """The family and its schedule's name, by default the first. Raises ValueError."""
-    family = FAMILIES[check_choice("transition", transition, FAMILIES)]
-    schedule = schedule or next(iter(family.schedules))
-    if schedule not in family.schedules:
-        choices = " or ".join(family.schedules)
-        raise ValueError(f"{transition} transitions need the schedule {choices}, not {schedule}")
-    return family, schedule
-
-
-def transition_matrices(transition: str, schedule: str | None, K: int, T: int) -> Tensor:
-    """Q as float64 [T+1, S, S] with Q[0] the identity. Raises ValueError for illegal choices."""
-    family, schedule = family_and_schedule(transition, schedule)
-    if family.min_levels > K:
-        raise ValueError(f"{transition} transitions between {K} levels are uniform transitions")
-    steps = family.matrices(K, family.schedules[schedule](T, K))
-    return torch.cat([torch.eye(steps.shape[-1], dtype=torch.float64)[None], steps])
 
 
 def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
@@ -229,8 +184,7 @@ def check_transitions(Q: Tensor, K: int, T: int) -> Tensor:
     return Q
 
 
-# -------------------------------------------------------------------------------------------------
-# The chain of one pixel, looked up by t
+# -- the chain of one pixel, looked up by t --------------------------------------------------------
 
 
 class MarkovChain:
@@ -248,9 +202,7 @@ class MarkovChain:
         self.bar_Q /= self.bar_Q.sum(-1, keepdim=True)  # or rounding would grow over T products
         self.prior = self.bar_Q[-1, :K].mean(0)
         self.log_Q, self.log_bar_Q = Q.log(), self.bar_Q.log()
-        self.bar_Q_transposed, self.log_bar_Q_transposed = self.bar_Q.mT, self.log_bar_Q.mT
         self.tables: dict[tuple, Tensor] = {}  # not buffers, since MPS has no float64
-        self.tv_to_prior = 0.5 * (self.bar_Q[-1, :K] - self.prior).abs().sum(-1).max().item()
 
     def at(self, name: str, t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The matrices called `name` at t [B]: [B, S, S] on the device."""
@@ -259,20 +211,24 @@ class MarkovChain:
             self.tables[key] = getattr(self, name).to(dtype).to(device)
         return self.tables[key][t.long().to(device)]
 
-    def columns(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Column x [B, 1, H, W] of the matrix at t, pixel by pixel: [B, S, H, W]."""
-        matrices = self.at(name, t, x.device, dtype)
-        index = x.long().flatten(2).expand(-1, matrices.shape[1], -1)
-        return matrices.gather(2, index).reshape(len(x), matrices.shape[1], *x.shape[2:])
-
     def rows(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Row x of the matrix at t, pixel by pixel: [B, S, H, W]."""
-        return self.columns(f"{name}_transposed", t, x, dtype)
+        """Row x [B, 1, H, W] of the matrix at t, pixel by pixel: [B, S, H, W]."""
+        return columns(self.at(name, t, x.device, dtype).mT, x)
+
+    def columns(self, name: str, t: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Column x of the matrix at t, pixel by pixel: [B, S, H, W]."""
+        return columns(self.at(name, t, x.device, dtype), x)
 
     def log_q_x_t(self, log_p: Tensor, t: Tensor) -> Tensor:
         """log of the sum over x_0 of p(x_0) q(x_t = j | x_0): [B, K, H, W] -> [B, S, H, W]."""
         log_bar_Q = self.at("log_bar_Q", t, log_p.device, log_p.dtype)
         return log_matmul(log_p, log_bar_Q[:, : log_p.shape[1]])
+
+
+def columns(matrices: Tensor, x: Tensor) -> Tensor:
+    """[B, S, S], x [B, 1, H, W] -> [B, S, H, W]."""
+    index = x.long().flatten(2).expand(-1, matrices.shape[1], -1)
+    return matrices.gather(2, index).unflatten(2, x.shape[2:])
 
 
 def markov_chain(
@@ -283,31 +239,35 @@ def markov_chain(
         limits = "K must be in 2..256, T at least 1, T K^2 at most 2^28 to fit into memory"
         raise ValueError(f"{limits}; got K = {K}, T = {T}")
     if Q is None:
-        transition = transition or "uniform"
-        schedule = family_and_schedule(transition, schedule)[1]
-        chain, config = named_chain(transition, schedule, K, T), {"transition": transition}
-        config["schedule"] = schedule
+        transition = check_choice("transition", transition or "uniform", FAMILIES)
+        schedule = schedule or next(iter(FAMILIES[transition].schedules))
+        config = {"transition": transition, "schedule": schedule}
+        chain = named_chain(K, T, **config)
     elif transition or schedule:
         raise ValueError("give Q or the name of a transition and its schedule, not both")
     else:
         chain = MarkovChain(check_transitions(Q, K, T), K)
         config = {"Q": chain.Q}
-    if chain.tv_to_prior > 1e-3:
-        far = (
-            f"bar_Q[T] is far from stationary (total variation {chain.tv_to_prior:.3f}), so L_T > 0"
-        )
+    distance = 0.5 * (chain.bar_Q[-1, :K] - chain.prior).abs().sum(-1).max()  # total variation
+    if distance > 1e-3:
+        far = f"bar_Q[T] is far from stationary (total variation {distance:.3f}), so L_T > 0"
         warnings.warn(f"{far}. Use another schedule or a larger T.", stacklevel=1)
     return chain, config
 
 
-@lru_cache(maxsize=4)
-def named_chain(transition: str, schedule: str, K: int, T: int) -> MarkovChain:
-    """Cached, so that DiscreteDiffusions with the same chain share its tables."""
-    return MarkovChain(transition_matrices(transition, schedule, K, T), K)
+@lru_cache(maxsize=4)  # so that DiscreteDiffusions with the same chain share its tables
+def named_chain(K: int, T: int, transition: str, schedule: str) -> MarkovChain:
+    matrices, schedules, _, min_levels = FAMILIES[transition]
+    if schedule not in schedules:
+        choices = " or ".join(schedules)
+        raise ValueError(f"{transition} transitions need the schedule {choices}, not {schedule}")
+    if min_levels > K:
+        raise ValueError(f"{transition} transitions between {K} levels are uniform transitions")
+    steps = matrices(K, schedules[schedule](T, K))
+    return MarkovChain(torch.cat([torch.eye(steps.shape[-1]).double()[None], steps]), K)
 
 
-# -------------------------------------------------------------------------------------------------
-# Operations on distributions, whose states are in dimension 1
+# -- operations on distributions, whose states are in dimension 1 ----------------------------------
 
 
 def draw(probs: Tensor, u: Tensor | None = None, mode: bool = False) -> Tensor:

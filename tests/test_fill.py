@@ -1,12 +1,13 @@
 """Filling in: against conditional distributions, summed over all trajectories; the scripts."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from chains import Constant
+from chains import make, seeded
 from enumeration import NAMES, Enumeration, fits, small_chain
 from PIL import Image
 from scripts import fail, succeed, untrained
@@ -14,7 +15,7 @@ from scripts import fail, succeed, untrained
 from checkpoint import PARTICLES, load_checkpoint
 from diffusion import DiscreteDiffusion
 from pictures import image_grid, read_partial_digit
-from trajectories import fill_in, filling_process, log_weights, respaced, walk
+from trajectories import fill_in, filling_process, log_weights, walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
 
@@ -41,9 +42,8 @@ def law_of_two(e, known):
     """The law of x_0 from two walks, one chosen in proportion to its weight."""
     paths, q, w = e.walks(known)
     share = w[:, None] / (w[:, None] + w)
-    chance = 2 * (q[:, None] * q * share).sum(
-        1
-    )  # that a draw is this walk, as the first or as the second
+    # that a draw is this walk, as the first or as the second
+    chance = 2 * (q[:, None] * q * share).sum(1)
     return np.bincount(paths[:, -1], chance, minlength=len(e.states))
 
 
@@ -71,25 +71,16 @@ def test_three_pixels():
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_given_is_the_ordinary_sampler_and_all_given_the_input(name):
     d = small_chain(name)
-    y = torch.arange(50) % 2 if d.num_labels else None
-    guidance = 0.5 if d.num_labels else 0.0
-    ordinary = d.sample(50, y=y, guidance=guidance)
-    nothing = torch.full((50, 1, 1, 2), -1)
-    for known in (nothing, nothing[:1]):
-        assert torch.equal(
-            fill_in(d, n=50, known=known, particles=3, y=y, guidance=guidance), ordinary
-        )
-    image = torch.randint(
-        0, d.num_levels, (50, 1, 1, 2), generator=torch.Generator().manual_seed(0)
-    )
-    assert torch.equal(
-        fill_in(d, n=50, known=image, particles=3, y=y, guidance=guidance), image.to(torch.uint8)
-    )
+    how = {"y": torch.arange(50) % 2, "guidance": 0.5} if d.num_labels else {}
+    ordinary, nothing = d.sample(50, **how), torch.full((50, 1, 1, 2), -1)
+    image = torch.randint(0, d.num_levels, (50, 1, 1, 2), generator=seeded())
+    for known, expected in ((nothing, ordinary), (nothing[:1], ordinary), (image, image.byte())):
+        assert torch.equal(fill_in(d, n=50, known=known, particles=3, **how), expected)
     mixed = torch.where(torch.arange(50).view(-1, 1, 1, 1) % 2 == 0, image, nothing)
     mixed[::4, ..., 0] = -1
-    filled = fill_in(d, n=50, known=mixed, particles=3, y=y, guidance=guidance)
+    filled = fill_in(d, n=50, known=mixed, particles=3, **how)
     assert torch.equal(filled[1::2], ordinary[1::2])
-    assert torch.equal(filled[mixed >= 0], image[mixed >= 0].to(torch.uint8))
+    assert torch.equal(filled[mixed >= 0], image[mixed >= 0].byte())
 
 
 class Smooth(torch.nn.Module):
@@ -103,18 +94,17 @@ class Smooth(torch.nn.Module):
 @pytest.mark.parametrize("transition", ["uniform", "absorbing"])
 def test_image_i_does_not_depend_on_the_call(transition):
     d = DiscreteDiffusion(Smooth(), timesteps=5, transition=transition, image_shape=(1, 8, 8))
-    known = torch.randint(-1, 2, (7, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    sheet = fill_in(d, n=7, known=known, particles=4)
-    assert torch.equal(fill_in(d, n=7, known=known, particles=4, batch_size=3), sheet)
-    assert torch.equal(fill_in(d, n=2, first=4, known=known[4:6], particles=4), sheet[4:6])
-    assert not torch.equal(fill_in(d, n=7, seed=1, known=known, particles=4), sheet)
-    assert len(fill_in(d, n=20, known=known[:1], particles=4).flatten(1).unique(dim=0)) == 20
-    chain = list(filling_process(d, n=7, known=known, particles=4))
-    assert len(chain) == 6 and all(x_t.shape == known.shape for x_t in chain)
-    assert torch.equal(chain[-1], sheet)
-    assert not torch.equal(
-        chain[0][known >= 0], known[known >= 0]
-    )  # known pixels start from noise, too
+    known = torch.randint(-1, 2, (7, 1, 8, 8), generator=seeded())
+    draw = partial(fill_in, d, particles=4)
+    sheet = draw(known, 7)
+    assert torch.equal(draw(known, 7, batch_size=3), sheet)
+    assert torch.equal(draw(known[4:6], 2, first=4), sheet[4:6])
+    assert not torch.equal(draw(known, 7, seed=1), sheet)
+    assert len(draw(known[:1], 20).flatten(1).unique(dim=0)) == 20
+    chain = filling_process(d, known, 7, particles=4)
+    assert chain.shape == (6, *known.shape) and torch.equal(chain[-1], sheet)
+    # Known pixels start from noise, too.
+    assert not torch.equal(chain[0][known >= 0], known[known >= 0])
 
 
 def test_no_autograd_graph_is_kept():
@@ -138,22 +128,19 @@ def test_no_autograd_graph_is_kept():
 
 def test_chains_of_many_levels():
     """With the mask there are 257 states, too many for a byte."""
-    d = DiscreteDiffusion(
-        Constant(256), num_levels=256, timesteps=2, transition="absorbing", image_shape=(1, 1, 2)
-    )
+    d = make(256, 2, transition="absorbing", image_shape=(1, 1, 2))
     x_2, _, x_0 = filling_process(d, torch.tensor([255, -1]).view(1, 1, 1, 2), 3)
     assert (x_2 == 256).all() and (x_0[..., 0] == 255).all()
 
 
 def test_more_walks_extend_fewer():
     """The first N - 1 trajectories stay, so with equal weights (N - 1) / N of the images do."""
-    d = DiscreteDiffusion(Constant(2), timesteps=3, transition="absorbing", image_shape=(1, 5, 5))
+    d = make(2, 3, transition="absorbing", image_shape=(1, 5, 5))
     known = torch.full((1, 1, 5, 5), -1)
     known[..., 2, 2] = 1
     sheets = [fill_in(d, n=500, known=known, particles=N) for N in (1, 2, 3, 4)]
-    stayed = [
-        (a == b).flatten(1).all(1).double().mean().item() for a, b in itertools.pairwise(sheets)
-    ]
+    same = ((a == b).flatten(1).all(1) for a, b in itertools.pairwise(sheets))
+    stayed = [one.double().mean().item() for one in same]
     assert stayed == pytest.approx([1 / 2, 2 / 3, 3 / 4], abs=0.09)
 
 
@@ -162,28 +149,19 @@ def test_uniforms_of_exactly_zero():
 
     Image b gets a zero in draw b.
     """
-    d = DiscreteDiffusion(
-        Constant(16), num_levels=16, timesteps=50, transition="gaussian", image_shape=(1, 1, 2)
-    )
+    d = make(16, 50, transition="gaussian", image_shape=(1, 1, 2))
     known = torch.tensor([15, -1]).view(1, 1, 1, 2).expand(51, -1, -1, -1)
     uniforms = iter(0.5 * (1 - torch.eye(51))[..., None, None, None].expand(-1, -1, 1, 1, 2))
     *_, (x_0, log_w) = walk(d, known, lambda: next(uniforms))
     assert (x_0[..., 0] == 15).all() and log_w.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"known": torch.zeros(1, 1, 1, 3, dtype=torch.long)},
-        {"known": torch.zeros(2, 1, 1, 2, dtype=torch.long)},
-        {"known": torch.zeros(1, 1, 1, 2)},
-        {"known": torch.full((1, 1, 1, 2), 2)},
-        {"known": torch.full((1, 1, 1, 2), -2)},
-        {"particles": 0},
-        {"last_step": "best"},
-    ],
-    ids=str,
-)
+BAD = [torch.zeros(1, 1, 1, 3).long(), torch.zeros(2, 1, 1, 2).long(), torch.zeros(1, 1, 1, 2)]
+BAD += [torch.full((1, 1, 1, 2), 2), torch.full((1, 1, 1, 2), -2)]
+BAD = [*({"known": known} for known in BAD), {"particles": 0}, {"last_step": "best"}]
+
+
+@pytest.mark.parametrize("changes", BAD, ids=str)
 @pytest.mark.parametrize("function", [fill_in, filling_process])
 def test_bad_arguments(function, changes):
     arguments = {"known": torch.zeros(1, 1, 1, 2, dtype=torch.long), "n": 3} | changes
@@ -207,10 +185,8 @@ def checkpoint(tmp_path, monkeypatch):
 def picture_of(known, mode="RGBA", fill=77):
     """A PNG of two levels; unknown pixels are transparent over a colour."""
     known = np.array(known)
-    grey, alpha = (
-        np.where(known < 0, fill, known * 200).astype(np.uint8),
-        np.where(known < 0, 0, 255).astype(np.uint8),
-    )
+    grey = np.where(known < 0, fill, known * 200).astype(np.uint8)
+    alpha = np.where(known < 0, 0, 255).astype(np.uint8)
     if mode == "P":
         picture = Image.fromarray(np.where(known < 0, 2, known).astype(np.uint8), "P")
         picture.putpalette([0, 0, 0, 255, 255, 255, fill, fill, fill])
@@ -242,83 +218,47 @@ def test_picture_of_a_part(mode, side, checkpoint):
 def test_grey_becomes_levels_as_in_training(checkpoint):
     grey, alpha = torch.arange(256).repeat(4).view(32, 32), torch.full((32, 32), 128)
     alpha[0] = 127
-    Image.fromarray(torch.stack([grey, alpha], dim=2).to(torch.uint8).numpy(), "LA").save(
-        "part.png"
-    )
+    channels = torch.stack([grey, alpha], dim=2).byte().numpy()
+    Image.fromarray(channels, "LA").save("part.png")
     for K in (2, 4, 256):
         read = read_partial_digit("part.png", K)[0, 0]
         assert (read[0] == -1).all() and torch.equal(read[1:], grey[1:] * K // 256)
 
 
+def drawn_by_sample(checkpoint, flags):
+    """The images of sample.py, which also writes the sheet x.png."""
+    files = "--fill part.png --device cpu --out x.png --save-tensor x.pt"
+    succeed("sample.py", checkpoint, *files.split(), *flags.split())
+    return torch.load("x.pt", weights_only=True)
+
+
 def test_sample_fills_in(checkpoint):
     """The sheet shows the part, unknown pixels grey, then completions that keep known pixels."""
     picture_of(part_of_a_digit())
-    flags = "--fill part.png --n 5 --timesteps 4 --device cpu --out x.png --save-tensor x.pt"
-    succeed("sample.py", checkpoint, *flags.split(), "--particles", 3)
-    known = read_partial_digit("part.png")
-    images = torch.load("x.pt", weights_only=True)
-    assert torch.equal(
-        images,
-        fill_in(
-            respaced(load_checkpoint(checkpoint), 4),
-            n=5,
-            known=known,
-            particles=3,
-            last_step="mode",
-        ),
-    )
+    known, d = read_partial_digit("part.png"), load_checkpoint(checkpoint, timesteps=4)
+    for flags, particles in (("", PARTICLES), ("--particles 3", 3)):
+        images = drawn_by_sample(checkpoint, f"--n 5 --timesteps 4 {flags}")
+        expected = fill_in(d, known, 5, particles=particles, last_step="mode")
+        assert torch.equal(images, expected)
     assert (images[:, known[0] >= 0] == known[known >= 0]).all() and len(images.unique(dim=0)) == 5
     with Image.open("x.png") as sheet:
         assert np.array_equal(sheet, image_grid(torch.cat([known, images.long()])))
         assert sheet.getpixel((2 * (2 + 5), 2 * (2 + 20))) == 96
-    succeed("sample.py", checkpoint, *flags.split())
-    default = torch.load("x.pt", weights_only=True)
-    assert torch.equal(
-        default,
-        fill_in(
-            respaced(load_checkpoint(checkpoint), 4),
-            n=5,
-            known=known,
-            particles=PARTICLES,
-            last_step="mode",
-        ),
-    )
 
 
 def test_classes_of_what_is_filled_in(checkpoint):
     """No class unless one is given; with all, each row starts with the part."""
     picture_of(part_of_a_digit())
-    flags = (
-        "--fill part.png --timesteps 2 --particles 2 --device cpu --out x.png --save-tensor x.pt"
-    )
-    d, known = respaced(load_checkpoint("classes.pth"), 2), read_partial_digit("part.png")
-    succeed("sample.py", "classes.pth", *flags.split(), "--n", 3)
-    images = torch.load("x.pt", weights_only=True)
-    assert torch.equal(images, fill_in(d, n=3, known=known, particles=2, last_step="mode"))
-    assert not torch.equal(
-        images, fill_in(d, n=3, known=known, particles=2, y=torch.arange(3), last_step="mode")
-    )
-    succeed(
-        "sample.py",
-        "classes.pth",
-        *flags.split(),
-        "--n",
-        2,
-        "--digit",
-        "0123456789",
-        "--guidance",
-        1,
-    )
-    images = torch.load("x.pt", weights_only=True)
-    y = torch.arange(10).repeat_interleave(2)
-    assert torch.equal(
-        images, fill_in(d, n=20, known=known, particles=2, y=y, guidance=1.0, last_step="mode")
-    )
+    d, known = load_checkpoint("classes.pth", timesteps=2), read_partial_digit("part.png")
+    draw = partial(fill_in, d, known, particles=2, last_step="mode")
+    few = "--timesteps 2 --particles 2"
+    images = drawn_by_sample("classes.pth", f"{few} --n 3")
+    assert torch.equal(images, draw(3)) and not torch.equal(images, draw(3, y=torch.arange(3)))
+    images = drawn_by_sample("classes.pth", f"{few} --n 2 --digit 0123456789 --guidance 1")
+    assert torch.equal(images, draw(20, y=torch.arange(10).repeat_interleave(2), guidance=1.0))
     with Image.open("x.png") as sheet:
-        rows = torch.cat(
-            [known.expand(10, 1, -1, -1, -1), images.long().view(10, 2, 1, 32, 32)], dim=1
-        )
-        assert np.array_equal(sheet, image_grid(rows.flatten(0, 1), columns=3))
+        rows = [known.expand(10, 1, -1, -1, -1), images.long().view(10, 2, 1, 32, 32)]
+        assert np.array_equal(sheet, image_grid(torch.cat(rows, dim=1).flatten(0, 1), columns=3))
 
 
 def test_gif_of_filling_in(checkpoint):
@@ -326,15 +266,14 @@ def test_gif_of_filling_in(checkpoint):
     picture_of(part_of_a_digit())
     flags = "--fill part.png --particles 2 --timesteps 3 --n 4"
     succeed("visualize_denoising.py", "classes.pth", *flags.split())
-    d, known = respaced(load_checkpoint("classes.pth"), 3), read_partial_digit("part.png")
+    d, known = load_checkpoint("classes.pth", timesteps=3), read_partial_digit("part.png")
     with Image.open("denoising_process.gif") as gif:
         assert gif.n_frames == 4
         first = np.asarray(gif.convert("L"))[24:]
         gif.seek(3)
         last = np.asarray(gif.convert("L"))[24:]
-    assert np.array_equal(
-        last, image_grid(fill_in(d, n=4, known=known, particles=2, last_step="mode"))
-    )
+    drawn = fill_in(d, known, 4, particles=2, last_step="mode")
+    assert np.array_equal(last, image_grid(drawn))
     assert np.array_equal(first, image_grid(filling_process(d, known, 4, particles=2)[0]))
 
 

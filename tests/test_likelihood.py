@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from chains import Constant
+from chains import Constant, seeded
 from enumeration import NAMES, Enumeration, small_chain
 
 from diffusion import DiscreteDiffusion
@@ -31,9 +31,10 @@ def log_weights_of(monkeypatch, e, image, paths, partial=False):
     return log_weights(e.d, x_0, 1, y=y, batch_size=len(paths))[:, 0]
 
 
-@pytest.mark.parametrize(
-    "name, y", [*((name, None) for name in NAMES), ("labels", 0), ("labels", 1)]
-)
+CASES = [*((name, None) for name in NAMES), ("labels", 0), ("labels", 1)]
+
+
+@pytest.mark.parametrize("name, y", CASES)
 def test_weights_of_every_trajectory(name, y, monkeypatch):
     """Each is p(x_{0:T}) / q(x_{1:T} | x_0), and the mean over q is p(x_0)."""
     e = Enumeration(small_chain(name), y=y)
@@ -59,13 +60,10 @@ def test_mean_log_weight_is_the_bound_term_by_term(name, monkeypatch):
         means = [q @ log_w[0].numpy(), *(q @ step.numpy() for step in log_w.diff(dim=0))]
         assert means[0] == pytest.approx(-e.d.L_T(x_0).item(), abs=1e-12)
         for t, mean in zip(range(e.T, 0, -1), means[1:], strict=True):
-            weight = np.prod(
-                [e.bar_Q[t][a, e.states[:, i]] for i, a in enumerate(e.states[image])], axis=0
-            )
-            x_t, time = (
-                torch.from_numpy(e.states[weight > 0])[:, None, None],
-                torch.full(((weight > 0).sum(),), t),
-            )
+            pixels = [e.bar_Q[t][a, e.states[:, i]] for i, a in enumerate(e.states[image])]
+            weight = np.prod(pixels, axis=0)
+            x_t = torch.from_numpy(e.states[weight > 0])[:, None, None]
+            time = torch.full((len(x_t),), t)
             logits = e.d.x_0_logits(x_t, time).double()
             terms = e.d.L_t_minus_1(x_0.expand(len(x_t), -1, -1, -1), x_t, time, logits)
             assert mean == pytest.approx(-weight[weight > 0] @ terms.numpy(), abs=1e-10)
@@ -77,17 +75,14 @@ def test_drawn_weights_follow_their_distribution(name):
     e, n = Enumeration(small_chain(name)), 4000
     images = [e.images[0], e.images[-1]]
     x_0 = torch.from_numpy(e.states[images])[:, None, None]
-    drawn = log_weights(
-        e.d, x_0.to(torch.uint8), n, torch.Generator().manual_seed(0), batch_size=999
-    )
+    drawn = log_weights(e.d, x_0.byte(), n, seeded(), batch_size=999)
     assert drawn.shape == (2, n)
     for image, log_w in zip(images, drawn.numpy(), strict=True):
         _, q, w = e.walks(e.states[image])
         grid = np.quantile(np.log(w), np.linspace(0.01, 0.99, 50)) + 1e-6
         exact = np.array([q[np.log(w) <= point].sum() for point in grid])
-        assert (
-            np.abs((log_w[:, None] <= grid).mean(0) - exact).max() < 2.2 / n**0.5
-        )  # Kolmogorov: once in 10,000
+        distance = np.abs((log_w[:, None] <= grid).mean(0) - exact).max()
+        assert distance < 2.2 / n**0.5  # Kolmogorov: once in 10,000
         assert log_w.std() > 0.1
 
 
@@ -134,9 +129,9 @@ def test_weights_on_cuda_are_those_on_the_cpu(reverse):
         torch.nn.init.normal_(p, std=0.1)
     d = DiscreteDiffusion(network, timesteps=20, reverse=reverse)
     x_0, y = torch.randint(0, 2, (6, 1, 32, 32)), torch.arange(6)
-    on_cpu = log_weights(d, x_0, 3, torch.Generator().manual_seed(0), y, batch_size=4)
-    other = log_weights(d, x_0, 3, torch.Generator().manual_seed(0), y + 1, batch_size=4)
-    on_gpu = log_weights(d.cuda(), x_0.cuda(), 3, torch.Generator().manual_seed(0), y, batch_size=4)
+    on_cpu = log_weights(d, x_0, 3, seeded(), y, batch_size=4)
+    other = log_weights(d, x_0, 3, seeded(), y + 1, batch_size=4)
+    on_gpu = log_weights(d.cuda(), x_0.cuda(), 3, seeded(), y, batch_size=4)
     assert on_gpu.device.type == "cpu" and torch.allclose(on_gpu, on_cpu, rtol=1e-3)
     assert not torch.allclose(on_gpu, other, rtol=1e-2)
     known = x_0.masked_fill(torch.rand(x_0.shape) < 0.5, -1).cuda()
@@ -181,16 +176,13 @@ def test_gain_by_hand():
     assert result["images"] == 2 and [row["trajectories"] for row in rows] == [1, 2, 3]
     gains = [0, (math.log(2) - math.log(3) / 3) / 2, (math.log(5 / 3) - math.log(3) / 3) / 2]
     assert [row["gain"] for row in rows] == pytest.approx(gains, abs=1e-12)
-    assert [row["gain_standard_error"] for row in rows] == pytest.approx(
-        gains, abs=1e-12
-    )  # of 0 and twice the mean
+    errors = [row["gain_standard_error"] for row in rows]
+    assert errors == pytest.approx(gains, abs=1e-12)  # of 0 and twice the mean
     assert [row["nats_per_image"] for row in rows] == pytest.approx([5 - gain for gain in gains])
-    assert [row["standard_error"] for row in rows] == pytest.approx(
-        [math.hypot(0.3, gain) for gain in gains]
-    )
-    four = summarize_gain(torch.tensor([[1.0, 3, 1, 1], [2, 2, 2, 2]]).double().log(), bound)[
-        "by_trajectories"
-    ]
+    errors = [math.hypot(0.3, gain) for gain in gains]
+    assert [row["standard_error"] for row in rows] == pytest.approx(errors)
+    w = torch.tensor([[1.0, 3, 1, 1], [2, 2, 2, 2]], dtype=torch.float64)
+    four = summarize_gain(w.log(), bound)["by_trajectories"]
     assert [row["trajectories"] for row in four] == [1, 2, 4]
     groups = (math.log(2) + math.log(1)) / 2 - math.log(3) / 4
     assert four[1]["gain"] == pytest.approx(groups / 2)  # from both groups of two

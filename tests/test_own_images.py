@@ -190,7 +190,5 @@ def test_refusals(names, flags, words):
 
 def test_a_picture_that_cannot_be_read():
     grey_pictures(*(f"x/{i}.png" for i in range(20)))
-    for i in (3, 5):
-        Path(f"x/{i}.png").write_bytes(b"no picture")
-    line = fail("train.py", *SMALL, "--data", "x")
-    assert "3.png can't be read" in line and "(nor can 1 more)" in line
+    Path("x/3.png").write_bytes(b"no picture")
+    assert "3.png can't be read" in fail("train.py", *SMALL, "--data", "x")

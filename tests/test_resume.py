@@ -374,15 +374,6 @@ def test_a_run_stays_with_its_digits(monkeypatch, my_run):
     assert "(mnist) differ in source from those that the run was trained on (offline)" in line
 
 
-def test_without_last_the_newest_is_the_one_with_most_steps(my_run, cheap):
-    """Copying a run changes the times of its files, not its order."""
-    folder = my_run / "checkpoints"
-    (folder / "last.pth").unlink()
-    for name, age in (("constant.pth", 0), ("model_epoch_4.pth", 10)):
-        os.utime(folder / name, (1e9 - age, 1e9 - age))
-    assert "all its 16 steps" in fail("train.py", "--resume", "--out-dir", my_run)
-
-
 def test_resume_of_an_older_run_knows_what_its_settings_meant(cheap):
     """A run from before there was --optimizer was AdamW's, one from before --decay a cosine's; with
     its levels' old name and no steps per epoch it goes on."""

@@ -13,11 +13,16 @@ from transitions import (
     SCHEDULES,
     absorbing_transitions,
     check_transitions,
-    family_and_schedule,
     fitted_betas,
     linear_betas,
-    transition_matrices,
+    markov_chain,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:bar_Q")
+
+
+def transition_matrices(transition, schedule, K, T):
+    return markov_chain(K, T, transition, schedule, None)[0].Q
 
 
 @pytest.mark.parametrize("transition, schedule, K", LEGAL)
@@ -25,11 +30,8 @@ def test_every_family_makes_transition_matrices(transition, schedule, K):
     """[T+1, S, S] in float64, the identity at 0, rows summing to one, S - K extra states."""
     Q = transition_matrices(transition, schedule, K, 50)
     S = K + 1 if transition == "absorbing" else K
-    assert (
-        Q.shape == (51, S, S)
-        and Q.dtype == torch.float64
-        and FAMILIES[transition].extra_states == S - K
-    )
+    assert Q.shape == (51, S, S) and Q.dtype == torch.float64
+    assert FAMILIES[transition].extra_states == S - K
     assert torch.equal(Q[0], torch.eye(S, dtype=torch.float64))
     assert (Q >= 0).all()
     np.testing.assert_allclose(Q.sum(-1), 1, atol=1e-13)
@@ -66,9 +68,8 @@ def test_gaussian_transitions(K):
         total = sum(math.exp(-4 * n**2 / scale) for n in range(-(K - 1), K))
         for i, j in itertools.product(range(K), repeat=2):
             if i != j:
-                assert Q[t, i, j].item() == pytest.approx(
-                    math.exp(-4 * (i - j) ** 2 / scale) / total, abs=1e-14
-                )
+                exact = math.exp(-4 * (i - j) ** 2 / scale) / total
+                assert Q[t, i, j].item() == pytest.approx(exact, abs=1e-14)
     np.testing.assert_allclose(Q, Q.mT, atol=1e-15)
     assert Q[1, 1, 1].item() == pytest.approx(0.999, abs=1e-4)
 
@@ -98,8 +99,9 @@ def test_legal_combinations():
     assert {name: list(family.schedules) for name, family in FAMILIES.items()} == listed
     assert set(SCHEDULES) == {schedule for _, schedule, _ in LEGAL}
     for name, schedules in listed.items():
-        assert family_and_schedule(name, None) == (FAMILIES[name], schedules[0])
-        assert family_and_schedule(name, schedules[-1]) == (FAMILIES[name], schedules[-1])
+        for given in (None, *schedules):
+            config = markov_chain(5, 20, name, given, None)[1]
+            assert config == {"transition": name, "schedule": given or schedules[0]}
     illegal = {
         ("absorbing", "linear", 2): "mutual_info or cosine, not linear",
         ("gaussian", "linear", 4): "cosine or fitted, not linear",
