@@ -15,9 +15,9 @@ of sample.py. The bound uses all timesteps.
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 from cli import UserError, integer, number, path
@@ -46,7 +46,7 @@ NO_BOUND = "the offline digits are in MNIST's training split, which this model w
 
 def parse_arguments() -> argparse.Namespace:
     p = cli.parser(__doc__)
-    add = p.add_argument
+    add, count = p.add_argument, {"type": integer(1), "metavar": "N"}
     add("checkpoint", nargs="?", type=path(), help="a .pth file (default: the released model)")
     words = "of the images (default test); choose settings on validation"
     add("--split", choices=["test", "validation"], default="test", help=words)
@@ -54,12 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--timesteps", type=int, metavar="N", help=words)
     add("--images", type=integer(2), metavar="N", help="images for the bound (default all)")
     one_of = p.add_mutually_exclusive_group().add_argument
-    one_of("--repeats", type=integer(1), metavar="N", help="timesteps drawn per image (default 4)")
+    one_of("--repeats", **count, help="timesteps drawn per image (default 4)")
     one_of("--exact", action="store_true", help="use every timestep: T passes over the images")
     words = "random binarizations to average over (default 1), for --binarize dynamic models"
-    add("--binarizations", type=integer(1), metavar="N", help=words)
+    add("--binarizations", **count, help=words)
     words = "also the importance-weighted bound: N passes per image and timestep"
-    add("--trajectories", type=integer(1), metavar="N", help=words)
+    add("--trajectories", **count, help=words)
     words = "images for --trajectories (default 100: the gain varies little between images)"
     add("--weighted-images", type=integer(2), metavar="N", help=words)
     words = f"images to draw and judge (default 500, at least {MIN_SAMPLES}; 0: only the bound)"
@@ -110,8 +110,7 @@ def prepare_outputs(args: argparse.Namespace) -> None:
 # The images
 
 
-@dataclass
-class Images:
+class Images(NamedTuple):
     """What a model is measured on."""
 
     name: str  # of `test`

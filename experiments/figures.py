@@ -254,13 +254,12 @@ def judge_weights(judged: DiscreteDiffusion, usual: bool, x_0: Tensor) -> dict:
 def race_figure(rows: dict[str, dict]):
     ylabels = "bound, nats per image", "Fréchet distance"
     figure, axes = subplots(*ylabels, xlabel="minutes of training", yscale="log")
-    for name, one in rows.items():
-        minutes = [point["minutes"] for point in one["curve"]]
-        bounds = [point["bound"]["nats_per_image"] for point in one["curve"]]
-        distances = [point["samples"]["frechet_distance"] for point in one["curve"]]
-        for axis, values in zip(axes, (bounds, distances), strict=True):
-            axis.plot(minutes, values, marker="o", label=name)
-            axis.yaxis.set_major_formatter("{x:g}")
+    keys = ("bound", "nats_per_image"), ("samples", "frechet_distance")
+    for axis, (part, key) in zip(axes, keys, strict=True):
+        for name, one in rows.items():
+            points = [(point["minutes"], point[part][key]) for point in one["curve"]]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.yaxis.set_major_formatter("{x:g}")
     axes[1].legend()
     return figure
 
