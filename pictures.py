@@ -73,27 +73,22 @@ def read_partial_digit(path: str | Path, num_levels: int = 2, palette=None, size
     sizes = ((28, 28), (32, 32)) if size is None else (size,)
     with open(path, "rb") as file:
         try:
-            picture = Image.open(file, formats=["PNG"])
-            width, height = picture.size
-            rgba = picture.convert("RGBA") if (height, width) in sizes else None
+            picture = Image.open(file, formats=["PNG"]).convert("RGBA")
         except Exception as error:  # Pillow raises many types
             reason = type(error).__name__
             raise UserError(f"{path} is damaged or is not a PNG ({reason})") from None
-    if rgba is None:
+    if (picture.height, picture.width) not in sizes:
         wanted = " or ".join(f"{w}x{h}" for h, w in sizes)
-        raise UserError(f"{path} is {width}x{height} pixels: give {wanted}")
-    given = torch.from_numpy(np.array(rgba.getchannel("A"))) >= 128
+        raise UserError(f"{path} is {picture.width}x{picture.height} pixels: give {wanted}")
+    rgba, grey = (torch.from_numpy(np.array(one)) for one in (picture, picture.convert("L")))
+    given, levels = rgba[..., 3] >= 128, to_levels(grey, num_levels).long()
     if given.all():
         raise UserError(f"{path} has nothing to draw: make unknown pixels transparent")
-    if palette is None:
-        levels = to_levels(torch.from_numpy(np.array(rgba.convert("L"))), num_levels).long()
-    else:
-        colours = torch.from_numpy(np.array(rgba))[..., None, :3]
-        same = (colours == torch.tensor(palette)).all(-1)  # [h, w, K]
-        levels = same.byte().argmax(-1)
-        foreign = colours[given & ~same.any(-1)]
-        if len(foreign):
-            colour = tuple(foreign[0, 0].tolist())
+    if palette is not None:
+        same = (rgba[..., None, :3] == torch.tensor(palette)).all(-1)  # [h, w, K]
+        levels, foreign = same.byte().argmax(-1), rgba[given & ~same.any(-1), :3].tolist()
+        if foreign:
+            colour = tuple(foreign[0])
             raise UserError(f"{path} has the colour {colour}, which no training picture has")
     return padded(torch.where(given, levels, -1)[None])
 

@@ -152,10 +152,8 @@ def headline() -> dict[str, Row]:
 
 def headline_table(result: dict, small: bool = False) -> str:
     """In brackets: as many real digits of the same classes. `small`: for the front page."""
-    quality = ["frechet_distance", "label_accuracy"]
-    if not small:
-        quality[1:1] = ["precision", "recall", "isolated_white"]
-    rows, lines = result["rows"], []
+    every = ["frechet_distance", "precision", "recall", "isolated_white", "label_accuracy"]
+    quality, rows, lines = every[::4] if small else every, result["rows"], []
     for label, one in rows.items():
         samples, real = one["samples"], one.get("real_digits_of_these_classes", one["real_digits"])
         source, key = one, "bound"
