@@ -57,7 +57,20 @@ def endless(digits: Dataset) -> Iterator[tuple]:
 # ------------------------------------------------------------------------------------------------
 # Noise
 
-K, DIGIT = 8, 8
+LEVELS, DIGIT = 8, 8
+
+
+def mutual_information(diffusion: DiscreteDiffusion) -> Tensor:
+    """I(x_t; x_0) of a pixel with K equally likely levels, as a share of log K: float64 [T+1]."""
+    q = diffusion.bar_Q[:, : diffusion.num_levels]  # q(x_t | x_0), [T+1, K, S]
+    nats = torch.xlogy(q, q) - torch.xlogy(q, q.mean(1, keepdim=True))
+    return nats.sum(2).mean(1) / math.log(diffusion.num_levels)
+
+
+def changed(diffusion: DiscreteDiffusion) -> Tensor:
+    """The share of pixels whose level differs from x_0: float64 [T+1]."""
+    K = diffusion.num_levels
+    return 1 - diffusion.bar_Q[:, :K].diagonal(dim1=1, dim2=2).mean(1)
 
 
 def noise_figure():
@@ -67,12 +80,9 @@ def noise_figure():
     for transition, family in FAMILIES.items():
         style = "--" if transition == "absorbing" else "-"
         for schedule in family.schedules:
-            diffusion = DiscreteDiffusion(torch.nn.Identity(), K, 200, transition, schedule)
-            q = diffusion.bar_Q[:, :K]  # q(x_t | x_0), [T+1, K, S], for K equally likely levels
-            nats = torch.xlogy(q, q) - torch.xlogy(q, q.mean(1, keepdim=True))
-            changed = 1 - q.diagonal(dim1=1, dim2=2).mean(1)
-            left.plot(changed, style, label=f"{transition}, {schedule}")
-            right.plot(nats.sum(2).mean(1) / math.log(K), style)
+            diffusion = DiscreteDiffusion(torch.nn.Identity(), LEVELS, 200, transition, schedule)
+            left.plot(changed(diffusion), style, label=f"{transition}, {schedule}")
+            right.plot(mutual_information(diffusion), style)
     figure.legend(loc="outside right upper")
     return figure
 
