@@ -15,6 +15,7 @@ from cli import UserError
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -49,56 +50,45 @@ def image_grid(
     of each level. `size`, (h, w), crops the padding.
     """
     x = without_padding(x, size)
-    n, _, H, W = x.shape
+    n, _, H, _ = x.shape
     columns = columns or math.isqrt(n - 1) + 1
     rows, gap = math.ceil(n / columns), 2
     colours = np.array(palette or np.linspace(0, 255, num_levels).round()[:, None])
     colours = np.append(colours, np.full_like(colours[:1], BACKGROUND), axis=0).astype(np.uint8)
-    shape = rows * (H + gap) + gap, columns * (W + gap) + gap
-    sheet = np.full((*shape, colours.shape[1]), BACKGROUND, dtype=np.uint8)
-    states = x[:, 0].cpu().long().clamp(max=num_levels).numpy()
-    for i, image in enumerate(states):
-        top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
-        sheet[top : top + H, left : left + W] = colours[image]  # colours[-1] is the background
-    scale = 2 if n <= 1024 else 1
-    new_size = shape[1] * scale, shape[0] * scale
-    return Image.fromarray(sheet.squeeze()).resize(new_size, Image.Resampling.NEAREST)
+    states = x[:, 0].cpu().long().clamp(max=num_levels)
+    # colours[-1] is the background
+    states = F.pad(states, (gap, 0, gap, 0, 0, rows * columns - n), value=-1)
+    sheet = states.unflatten(0, (rows, columns)).transpose(1, 2).reshape(rows * (H + gap), -1)
+    picture = Image.fromarray(colours[F.pad(sheet, (0, gap, 0, gap), value=-1)].squeeze())
+    return ImageOps.scale(picture, 2 if n <= 1024 else 1, Image.Resampling.NEAREST)
 
 
 def read_partial_digit(path: str | Path, num_levels: int = 2, palette=None, size=None) -> Tensor:
     """The known pixels of an image, int64 [1, 1, H, W]: levels, or -1 where they are unknown.
 
     The file is an 8-bit PNG of the model's image size: `size`, or 28x28 or 32x32 for MNIST. Pixels
-    that are at least half transparent are unknown. Padding is known.
-
-    Raises:
-        OSError: if the file can't be read.
-        UserError: if it is not such a PNG, has no unknown pixel or a colour not in the palette.
+    that are at least half transparent are unknown. Padding is known. Raises OSError, or UserError
+    if it is not such a PNG, has no unknown pixel or a colour not in the palette.
     """
     sizes = ((28, 28), (32, 32)) if size is None else (size,)
     with open(path, "rb") as file:
         try:
-            picture = Image.open(file, formats=["PNG"])
-            width, height = picture.size
-            rgba = picture.convert("RGBA") if (height, width) in sizes else None
+            picture = Image.open(file, formats=["PNG"]).convert("RGBA")
         except Exception as error:  # Pillow raises many types
             reason = type(error).__name__
             raise UserError(f"{path} is damaged or is not a PNG ({reason})") from None
-    if rgba is None:
+    if (picture.height, picture.width) not in sizes:
         wanted = " or ".join(f"{w}x{h}" for h, w in sizes)
-        raise UserError(f"{path} is {width}x{height} pixels: give {wanted}")
-    given = torch.from_numpy(np.array(rgba.getchannel("A"))) >= 128
+        raise UserError(f"{path} is {picture.width}x{picture.height} pixels: give {wanted}")
+    rgba, grey = (torch.from_numpy(np.array(one)) for one in (picture, picture.convert("L")))
+    given, levels = rgba[..., 3] >= 128, to_levels(grey, num_levels).long()
     if given.all():
         raise UserError(f"{path} has nothing to draw: make unknown pixels transparent")
-    if palette is None:
-        levels = to_levels(torch.from_numpy(np.array(rgba.convert("L"))), num_levels).long()
-    else:
-        colours = torch.from_numpy(np.array(rgba))[..., None, :3]
-        same = (colours == torch.tensor(palette)).all(-1)  # [h, w, K]
-        levels = same.byte().argmax(-1)
-        foreign = given & ~same.any(-1)
-        if foreign.any():
-            colour = tuple(colours[foreign][0, 0].tolist())
+    if palette is not None:
+        same = (rgba[..., None, :3] == torch.tensor(palette)).all(-1)  # [h, w, K]
+        levels, foreign = same.byte().argmax(-1), rgba[given & ~same.any(-1), :3].tolist()
+        if foreign:
+            colour = tuple(foreign[0])
             raise UserError(f"{path} has the colour {colour}, which no training picture has")
     return padded(torch.where(given, levels, -1)[None])
 
@@ -155,7 +145,7 @@ def save_figure(figure: Figure, file: BinaryIO) -> None:
 
 def subplots(*ylabels: str, **settings) -> tuple[Figure, list[Axes]]:
     figure = new_figure(3 + 4 * len(ylabels), 4)
-    axes = [figure.add_subplot(1, len(ylabels), 1 + i) for i in range(len(ylabels))]
+    axes = figure.subplots(1, len(ylabels), squeeze=False)[0]
     for axis, ylabel in zip(axes, ylabels, strict=True):
         axis.set(ylabel=ylabel, **settings)
         axis.grid(alpha=0.3, which="both")
@@ -177,24 +167,26 @@ def plot_history(history: list[dict]) -> Figure:
 @default_style()
 def plot_terms(network_t: Tensor, t: Tensor, terms: Tensor) -> Figure:
     """The mean bound term at each t, from flat `t` and `terms` of a chain with `network_t`."""
-    sums = terms.new_zeros(len(network_t)).index_add_(0, t, terms)
-    counts = t.bincount(minlength=len(network_t))
-    seen, labels = counts > 0, {"title": "Where the bound comes from", "xlabel": "t"}
+    t, group = t.unique(return_inverse=True)
+    means = terms.new_zeros(len(t)).scatter_reduce(0, group, terms, "mean", include_self=False)
+    labels = {"title": "Where the bound comes from", "xlabel": "t"}
     figure, (axis,) = subplots("mean term of the bound, nats per image", yscale="log", **labels)
-    axis.plot(network_t[seen], (sums / counts)[seen], marker=".", linewidth=0.8)
+    axis.plot(network_t[t], means, marker=".", linewidth=0.8)
     return figure
 
 
 @default_style()
-def plot_gains(bounds: dict[str, tuple[float, list[dict]]]) -> Figure:
-    """Plot {name: (plain bound, rows of `metrics.summarize_gain`)}."""
+def plot_gains(bounds: dict[str, dict]) -> Figure:
+    """The bounds of evaluate.py's report by name, and their gains by number of trajectories."""
     labels = {"title": "Averaging weights before the logarithm", "xlabel": "trajectories"}
     figure, (axis,) = subplots("bound, nats per image", **labels)
-    for i, (name, (plain, rows)) in enumerate(bounds.items()):
-        axis.axhline(plain, label=f"plain bound, {name}: {plain:.2f}", color=f"C{i}", ls="--")
-        x, y = [row["trajectories"] for row in rows], [plain - row["gain"] for row in rows]
-        style = {"color": f"C{i}", "label": f"importance-weighted, {name}: {y[-1]:.2f}"}
-        axis.errorbar(x, y, [row["gain_standard_error"] for row in rows], marker=".", **style)
+    for colour, (name, bound) in zip(("C0", "C1"), bounds.items(), strict=False):
+        plain, rows = bound["nats_per_image"], bound["importance_weighted"]["by_trajectories"]
+        axis.axhline(plain, label=f"plain bound, {name}: {plain:.2f}", color=colour, ls="--")
+        keys = "trajectories", "nats_per_image", "gain_standard_error"
+        x, y, error = ([row[key] for row in rows] for key in keys)
+        label = f"importance-weighted, {name}: {y[-1]:.2f}"
+        axis.errorbar(x, y, error, marker=".", color=colour, label=label)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     figure.legend(loc="outside lower center", ncols=2)

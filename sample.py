@@ -12,7 +12,6 @@ Image i of a seed does not depend on --n, --first or --batch-size.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import cli
@@ -47,8 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--first", type=integer(0, 2**62), default=0, metavar="I", help=words)
     group = p.add_mutually_exclusive_group()
     words = """draw --n images of this class, of every class (all) or without a class (none), if the
-        model was trained with --conditional; by default image i has class i mod the number of
-        classes"""
+        model was trained with --conditional; by default image i has class i mod their number"""
     group.add_argument("--class", dest="label", metavar="NAME|NUMBER", help=words)
     words = f"the same for digits; {DIGITS}: all"
     group.add_argument("--digit", choices=[*DIGITS, DIGITS, "none"], metavar="D", help=words)
@@ -66,7 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     args = p.parse_args()
     args.label = "all" if args.digit == DIGITS else args.digit or args.label
     args.n = args.n or (10 if args.label == "all" else 16)
-    args.out = args.out or default_sheet(args)
+    name = f"d3pm_{'completions' if args.fill else 'generated_samples'}_{args.checkpoint.stem}.png"
+    args.out = args.out or Path(name)
     unlabelled = args.label == "none" or (args.fill and args.label is None)
     if args.guidance is not None and unlabelled:
         p.error("--guidance needs a class: give --class, and not none")
@@ -75,44 +74,37 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def default_sheet(args: argparse.Namespace) -> Path:
-    """The default --out, which stays below the 255 bytes that a file name may have."""
-    stem = os.fsencode(args.checkpoint.stem)[:200].decode(errors="ignore")
-    return Path(f"d3pm_{'completions' if args.fill else 'generated_samples'}_{stem}.png")
-
-
 def labels_to_draw(
     diffusion: DiscreteDiffusion, names: list[str], args: argparse.Namespace
 ) -> tuple[Tensor | None, int | None]:
     """The labels, int64 [n] or None, and the columns of the picture (None: a square)."""
-    last, label = diffusion.num_labels - 1, args.label
-    if last < 0 and (label is not None or args.guidance is not None):
+    K, label = diffusion.num_labels, args.label
+    if not K and (label is not None or args.guidance is not None):
         flag = "--digit" if args.digit else "--guidance" if label is None else "--class"
         raise UserError(f"{flag}: {args.checkpoint} was trained without classes")
     if label == "none" or (args.fill and label is None):
         return None, None
     if label is None:
         return diffusion.labels(args.n, args.first), None
-    known = {str(i): [i] for i in range(last + 1)} | {"all": [*range(last + 1)]}
-    known |= {name: [i] for i, name in enumerate(names)}
+    if label == "all":
+        return torch.arange(K).repeat_interleave(args.n), args.n
+    known = {str(i): i for i in range(K)} | {name: i for i, name in enumerate(names)}
     if label not in known:
-        some = ", ".join(names[:20]) + (", ..." if last >= 20 else "")
-        raise UserError(f"unknown class {label!r}: choose from {some}; 0 to {last}; all; none")
-    y = torch.tensor(known[label]).repeat_interleave(args.n)
-    return y, args.n if len(known[label]) > 1 else None
+        some = ", ".join(names[:20]) + (", ..." if K > 20 else "")
+        raise UserError(f"unknown class {label!r}: choose from {some}; 0 to {K - 1}; all; none")
+    return torch.full((args.n,), known[label]), None
 
 
 def main() -> None:
     args = parse_arguments()
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
-    device = cli.pick_device(args.device)
-    checkpoint = files.read_checkpoint(args.checkpoint)
-    style, classes = style_of(checkpoint), checkpoint["dataset"]["classes"]
+    device, checkpoint = cli.pick_device(args.device), files.read_checkpoint(args.checkpoint)
     diffusion = files.build_diffusion(checkpoint, args.checkpoint, device, args.timesteps)
     if args.timesteps is None:
         diffusion = respaced(diffusion, min(TIMESTEPS, diffusion.timesteps))
-    y, columns = labels_to_draw(diffusion, classes, args)
+    y, columns = labels_to_draw(diffusion, checkpoint["dataset"]["classes"], args)
+    style = style_of(checkpoint)
     known = read_partial_digit(args.fill, **style) if args.fill else None
     n = args.n if y is None else len(y)
     last_step = args.last_step or files.default_last_step(diffusion)
@@ -124,8 +116,8 @@ def main() -> None:
         if known is None:
             sheet = images = diffusion.sample(n, **request)
         else:  # each row starts with the given picture
-            particles = args.particles or PARTICLES
-            images = fill_in(diffusion, known, n, particles=particles, **request)
+            request["particles"] = args.particles or PARTICLES
+            images = fill_in(diffusion, known, n, **request)
             rows = images.long().unflatten(0, (-1, columns or n))
             sheet = torch.cat([known.expand(len(rows), 1, -1, -1, -1), rows], dim=1).flatten(0, 1)
             columns = columns and columns + 1

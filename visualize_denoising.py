@@ -48,9 +48,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    centiseconds = round(100 / args.fps)
-    if abs(100 / centiseconds - args.fps) > 0.005:
-        print(f"{100 / centiseconds:.4g} frames per second: GIF counts hundredths of a second")
     if args.checkpoint == RELEASED:
         print(f"Using the released model, {RELEASED}")
     device, checkpoint = cli.pick_device(args.device), files.read_checkpoint(args.checkpoint)
@@ -63,16 +60,16 @@ def main() -> None:
         if known is None:
             chain = diffusion.reverse_process(y=diffusion.labels(args.n), **request)
         else:
-            particles = args.particles or PARTICLES
-            chain = filling_process(diffusion, known, particles=particles, progress=True, **request)
+            request |= {"particles": args.particles or PARTICLES, "progress": True}
+            chain = filling_process(diffusion, known, **request)
         times = diffusion.network_t.flip(0).tolist()  # T, ..., 0
         frames = [
             titled_frame(x_t, f"t = {t}", **style)
             for t, x_t in zip(tqdm(times, desc="denoising", unit="step"), chain, strict=True)
         ]
-        durations = [10 * centiseconds] * diffusion.timesteps + [HOLD_MS]
-        animation = {"save_all": True, "append_images": frames[1:], "loop": 0}
-        frames[0].save(file, format="gif", duration=durations, **animation)
+        durations = [10 * round(100 / args.fps)] * diffusion.timesteps + [HOLD_MS]
+        animation = {"save_all": True, "append_images": frames[1:], "duration": durations}
+        frames[0].save(file, format="gif", loop=0, **animation)
     print(f"Wrote {args.out}")
 
 

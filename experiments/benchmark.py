@@ -7,7 +7,6 @@ Contestants take turns, so that all see the same machine; results are medians of
 clone runs in its own process. So does the plain network, with torch's default thread settings.
 """
 
-import argparse
 import inspect
 import os
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 from cli import REPOSITORY, WAITING, UserError, add_device, parser, path, pick_device, run
 
 from checkpoint import TIMESTEPS, write_json
-from experiments.common import markdown, output, render
+from experiments.common import markdown, output
 
 BATCH_SIZE = 128
 DRAWN = (1, 16, 64, 256)  # batch sizes
@@ -43,7 +42,7 @@ def worker(script: str, device: str, batch_size: int, few: int) -> None:
     import torch
 
     from diffusion import DiscreteDiffusion
-    from experiments.baseline import PlainUNet, usual_trainer
+    from experiments.baseline import usual_trainer
     from model import build_network
     from trainer import Trainer
 
@@ -52,19 +51,18 @@ def worker(script: str, device: str, batch_size: int, few: int) -> None:
 
     def prepare(name: str):
         kind, _, option = name.partition(", ")
-        if name == "PlainUNet":
+        if kind == "PlainUNet":
             trainer = usual_trainer(batch_size, place)
+        else:
+            network = build_network({"name": "unet"}).to(place, memory_format=torch.channels_last)
+            loss = option if option == "variational" else "cross_entropy"
+            options = {"amp": option == "--amp", "compiled": option == "--compile"}
+            diffusion = DiscreteDiffusion(network, loss_type=loss)
+            trainer = Trainer(diffusion, 10**6, batch_size, optimizer="muon", **options)
+        if not option.startswith("batch"):
             return trainer.network, lambda: trainer.step(x_0)
-        network = PlainUNet() if kind == "PlainUNet" else build_network({"name": "unet"})
-        network = network.to(place, memory_format=torch.channels_last)
-        if option.startswith("batch"):
-            n, diffusion = int(option[6:]), DiscreteDiffusion(network, timesteps=few).eval()
-            return network, lambda: diffusion.sample(n, batch_size=n)
-        loss = option if option == "variational" else "cross_entropy"
-        options = {"optimizer": "muon", "amp": option == "--amp", "compiled": option == "--compile"}
-        diffusion = DiscreteDiffusion(network, loss_type=loss)
-        trainer = Trainer(diffusion, 10**6, batch_size, **options)
-        return network, lambda: trainer.step(x_0)
+        n, drawn = int(option[6:]), DiscreteDiffusion(trainer.network, timesteps=few).eval()
+        return trainer.network, lambda: drawn.sample(n, batch_size=n)
 
     for name in map(str.strip, sys.stdin):
         new = name not in works
@@ -87,16 +85,12 @@ def start(folder: Path, device: str, script: str = "") -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
 
-def take_turns(contestants: list[tuple]) -> dict[tuple, tuple[int, float]]:
-    """{(whose, task): (weights, images or network passes per second)}.
+def take_turns(contestants: list[tuple]) -> dict[str, dict[str, tuple[int, float]]]:
+    """{whose: {task: (weights, images or network passes per second)}}.
 
-    Args:
-        contestants: (whose, process, task) of each.
-
-    Raises:
-        UserError: if a process fails.
+    `contestants`: (whose, process, task) of each. Raises UserError if a process fails.
     """
-    seconds, result = defaultdict(list), {}
+    seconds, rates = defaultdict(list), defaultdict(dict)
     for whose, process, name in contestants * ROUNDS:
         try:
             print(name, file=process.stdin, flush=True)
@@ -105,9 +99,8 @@ def take_turns(contestants: list[tuple]) -> dict[tuple, tuple[int, float]]:
             raise UserError(f"{name!r} failed in {whose}: see above") from None
         seconds[whose, name].append(float(time))
         images = int(name.split()[-1]) * FEW if "batch" in name else BATCH_SIZE
-        rate = images / statistics.median(seconds[whose, name])
-        result[whose, name] = int(weights), rate
-    return result
+        rates[whose][name] = int(weights), images / statistics.median(seconds[whose, name])
+    return rates
 
 
 def table(result: dict) -> str:
@@ -120,8 +113,7 @@ def table(result: dict) -> str:
     plain, lines = networks["PlainUNet"]["images_per_second"], []
     for name, one in networks.items():
         rate = one["images_per_second"]
-        relative = f"{rate / plain:.1f}"
-        lines.append([name, f"{one['weights']:,}", *compared(name, rate), relative])
+        lines.append([name, f"{one['weights']:,}", *compared(name, rate), f"{rate / plain:.1f}"])
     heading = [f"training, batch {result['batch_size']}", "weights", "images per second"]
     train = markdown([*heading, "before", "ratio", "PlainUNet = 1"], lines)
     drawing = result["drawing"].items()
@@ -136,30 +128,31 @@ def main() -> None:
     p.add_argument("--before", type=path(), metavar="FOLDER", help=words)
     p.add_argument("--no-compile", action="store_true", help="skip the compiled network")
     add_device(p.add_argument)
-    for name in ("--data", "--data-root"):  # ignored flags of older versions
-        p.add_argument(name, help=argparse.SUPPRESS)
     args = p.parse_args()
     device = str(pick_device(args.device))
     names = [*TRAINED[: 3 if args.no_compile else 4], *(f"UNet, batch {n}" for n in DRAWN)]
     ours, plain = start(REPOSITORY, device, "train.py"), start(REPOSITORY, device)
-    turns = [("ours", ours, name) for name in names]
-    turns += [("ours", plain, name) for name in ("PlainUNet", f"PlainUNet, batch {DRAWN[2]}")]
+    turns = [("this clone", ours, name) for name in names]
+    turns += [("this clone", plain, name) for name in ("PlainUNet", f"PlainUNet, batch {DRAWN[2]}")]
     if args.before:
         before = start(args.before.resolve(), device, "train.py")
-        turns += [(args.before, before, name) for name in names]
+        turns += [("--before", before, name) for name in names]
     rates = take_turns(turns)
-    before = {name: rate for (whose, name), (_, rate) in rates.items() if whose != "ours"}
-    ours = {name: one for (whose, name), one in rates.items() if whose == "ours"}
-    drawing = {name: rate for name, (_, rate) in ours.items() if "batch" in name}
-    networks = {
-        name: {"weights": weights, "images_per_second": rate}
-        for name, (weights, rate) in ours.items()
-        if name not in drawing
+    result = {
+        "device": device,
+        "batch_size": BATCH_SIZE,
+        "drawing": {},
+        "training": {"networks": {}},
     }
-    result = {"device": device, "batch_size": BATCH_SIZE, "before": before, "drawing": drawing}
-    result["training"] = {"networks": networks}
+    result["before"] = {name: rate for name, (_, rate) in rates["--before"].items()}
+    for name, (weights, rate) in rates["this clone"].items():
+        if "batch" in name:
+            result["drawing"][name] = rate
+        else:
+            one = {"weights": weights, "images_per_second": rate}
+            result["training"]["networks"][name] = one
     write_json(output("benchmark"), result)
-    print(render(table, output("benchmark")))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,10 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
-from itertools import chain, count
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from cli import REPOSITORY, UserError, parser, path
-
-from dataset import Dataset, batches
 
 OUT = REPOSITORY / "results_d3pm" / "experiments"
 # The columns that are measured on samples, and their decimals
@@ -41,18 +36,12 @@ def output(name: str, suffix: str = ".json") -> Path:
     return OUT / name / f"{name}{suffix}"
 
 
-def endless(digits: Dataset, batch_size: int) -> Iterator[tuple]:
-    """The batches of one epoch after another."""
-    return chain.from_iterable(batches(digits, batch_size, epoch=epoch) for epoch in count())
-
-
-def render(make: Callable[[dict], Any], file: Path) -> Any:
-    """`make` of the result in `file`. Raises UserError if the file is damaged."""
+def read_result(file: Path) -> dict:
+    """Raises OSError, or UserError if the file is damaged."""
     try:
-        result = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from None
-    return make(result)
 
 
 # ------------------------------------------------------------------------------------------------

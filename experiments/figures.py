@@ -13,8 +13,9 @@ import math
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, count, islice
 
 from cli import add_device, add_speed, integer, pick_device, run
 
@@ -23,11 +24,11 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 import metrics
-from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, save_checkpoint, write_json
-from dataset import Dataset, load_dataset, sha256, to_levels
+from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, write_json
+from dataset import Dataset, batches, load_dataset, sha256, to_levels
 from diffusion import DiscreteDiffusion
-from experiments.baseline import MostProbable, usual_trainer
-from experiments.common import endless, experiment_parser, markdown, output, table
+from experiments.baseline import most_probable, usual_trainer
+from experiments.common import experiment_parser, markdown, output, table
 from metrics import judge, load_classifier, rows_of_classes, spread, summarize_bound
 from model import UNet, accelerated
 from pictures import image_grid, new_figure, save_figure, subplots, write_report
@@ -48,6 +49,11 @@ def ours(total_steps: int, lr: float, loss_type: str = "cross_entropy") -> Train
     return Trainer(diffusion, total_steps, BATCH_SIZE, lr, "muon")
 
 
+def endless(digits: Dataset) -> Iterator[tuple]:
+    """The batches of one epoch after another."""
+    return chain.from_iterable(batches(digits, BATCH_SIZE, epoch=epoch) for epoch in count())
+
+
 # ------------------------------------------------------------------------------------------------
 # Noise
 
@@ -57,14 +63,14 @@ LEVELS, DIGIT = 8, 8
 def mutual_information(diffusion: DiscreteDiffusion) -> Tensor:
     """I(x_t; x_0) of a pixel with K equally likely levels, as a share of log K: float64 [T+1]."""
     q = diffusion.bar_Q[:, : diffusion.num_levels]  # q(x_t | x_0), [T+1, K, S]
-    logs = torch.where(q > 0, (q / q.mean(1, keepdim=True)).log(), 0.0)
-    return (q * logs).sum(2).mean(1) / math.log(diffusion.num_levels)
+    nats = torch.xlogy(q, q) - torch.xlogy(q, q.mean(1, keepdim=True))
+    return nats.sum(2).mean(1) / math.log(diffusion.num_levels)
 
 
 def changed(diffusion: DiscreteDiffusion) -> Tensor:
     """The share of pixels whose level differs from x_0: float64 [T+1]."""
     K = diffusion.num_levels
-    return 1 - diffusion.bar_Q[:, :K, :K].diagonal(dim1=1, dim2=2).mean(1)
+    return 1 - diffusion.bar_Q[:, :K].diagonal(dim1=1, dim2=2).mean(1)
 
 
 def noise_figure():
@@ -99,44 +105,32 @@ def noise(args: argparse.Namespace) -> None:
 # other load on the machine makes no difference.
 
 RATE = 390  # on two cores
-SAVED = 1_000  # steps between checkpoints
 MINUTES = (1, 2, 5, 10, 30, 60, 120)
 EPOCHS = 50
-DIGITS = {"offline": ("offline digits", 2e-3), "mnist": ("full MNIST", 1e-4)}
+DIGITS = {"offline digits": ("offline", 2e-3), "full MNIST": ("mnist", 1e-4)}
 
 
-def on_the_way(data: str, args: argparse.Namespace) -> list[dict]:
-    """Loss, bound and samples at each of `args.minutes`, up to the end of the run.
-
-    Continues an interrupted run, or one that ended before the last of the minutes.
-    """
+def on_the_way(data: str, lr: float, args: argparse.Namespace) -> list[dict]:
+    """Loss, bound and samples at each of `args.minutes`, up to the end of the run."""
     digits = load_dataset("train", data, args.data_root)
     x_0 = to_levels(load_dataset("validation", data, args.data_root).images)
     total = EPOCHS * (len(digits.images) // BATCH_SIZE)
     marks = {min(total, round(m * 60 * RATE / BATCH_SIZE)) for m in args.minutes}
     torch.manual_seed(0)
-    trainer, stream = ours(total, DIGITS[data][1]), endless(digits, BATCH_SIZE)
-    rows, losses, file = [], [], output("expect").with_name(f"{data}.pth")
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        trainer.load_state_dict(state)
-        rows, losses = state["rows"], state["losses"]
-    stream = islice(stream, trainer.steps, None)
-    while trainer.steps < max(marks):
-        losses = [*losses[-99:], trainer.step(*next(stream)).item()]
+    trainer, rows, losses = ours(total, lr), [], []
+    for batch in islice(endless(digits), max(marks)):
+        losses = [*losses[-99:], trainer.step(*batch).item()]
         if trainer.steps in marks:
             row = {"minutes": trainer.steps * BATCH_SIZE / RATE / 60, "steps": trainer.steps}
-            row |= {"train_loss": sum(losses) / len(losses), "bound": trainer.validate(x_0)}
+            row |= {"train_loss": statistics.mean(losses), "bound": trainer.validate(x_0)}
             drawn = respaced(trainer.averaged, TIMESTEPS).sample(8, last_step="mode")
             rows.append(row | {"samples": drawn})
-        if trainer.steps in marks or trainer.steps % SAVED == 0:
-            save_checkpoint(file, trainer.state_dict() | {"rows": rows, "losses": losses})
     return rows
 
 
 def expect(args: argparse.Namespace) -> None:
     """A panel for each data set, a row of samples for each time."""
-    rows = {name: on_the_way(data, args) for data, (name, _) in DIGITS.items()}
+    rows = {name: on_the_way(data, lr, args) for name, (data, lr) in DIGITS.items()}
     figure = new_figure(13, 5)
     for axis, (name, points) in zip(figure.subplots(1, len(rows)), rows.items(), strict=True):
         picture = image_grid(torch.cat([point.pop("samples") for point in points]), columns=8)
@@ -158,30 +152,27 @@ def expect(args: argparse.Namespace) -> None:
 
 COMPLETIONS, NUM_DIGITS, TRAJECTORIES = 8, 250, (1, 4, 16)
 NUMBERS = {"read_as_true_class": "true class", "frechet_distance": "Fréchet distance"}
-
-
-def given_parts() -> dict[str, Tensor]:
-    """Masks of known pixels, bool [32, 32]. Digits are 28x28 with a border of 2."""
-    upper, left, around = (torch.zeros(32, 32, dtype=torch.bool) for _ in range(3))
-    upper[:16] = left[:, :16] = around[:] = True
-    around[11:21, 11:21] = False
-    return {"upper half": upper, "left half": left, "around a hole of 10x10": around}
+row, column = torch.arange(32)[:, None], torch.arange(32)
+GIVEN = {
+    "upper half": row < 16,
+    "left half": column < 16,
+    "around a hole of 10x10": ((row - 15.5).abs() > 5) | ((column - 15.5).abs() > 5),
+}
 
 
 def measure_filling(diffusion: DiscreteDiffusion, digits: Dataset) -> dict:
     """How the classifier reads completions, the given part on black, and the real digits."""
-    classifier, K, parts = load_classifier(diffusion.device), diffusion.num_levels, {}
-    levels = to_levels(digits.images, K)
-    reference, _ = judge(classifier, levels, K)
+    classifier, levels, parts = load_classifier(diffusion.device), to_levels(digits.images), {}
+    reference, _ = judge(classifier, levels, 2)
     rows = rows_of_classes(digits.labels, torch.full((10,), NUM_DIGITS // 10))
     x, labels = levels[rows].long(), digits.labels[rows]
-    for part, given in given_parts().items():
+    for part, given in GIVEN.items():
         images, known = {"part alone": torch.where(given, x, 0)}, torch.where(given, x, -1)
         for N in TRAJECTORIES:
             images[f"N = {N}"] = fill_in(diffusion, known, len(x), particles=N, progress=True)
         images["real digits"], parts[part] = x, {}
         for name, image in images.items():
-            features, logits = judge(classifier, image, K)
+            features, logits = judge(classifier, image, 2)
             right = (logits.argmax(1) == labels).double().mean().item()
             distance = metrics.frechet_distance(features, reference)
             parts[part][name] = {"read_as_true_class": right, "frechet_distance": distance}
@@ -202,15 +193,15 @@ def filling_table(result: dict) -> str:
 def filling_figure(diffusion: DiscreteDiffusion, digits: Dataset):
     """A row for each digit: the digit, the given part, the completions."""
     rows = rows_of_classes(digits.labels, torch.ones(10, dtype=torch.long))
-    x = to_levels(digits.images[rows], diffusion.num_levels).long()
+    x = to_levels(digits.images[rows]).long()
     figure = new_figure(15, 5.6)
-    for axis, (part, given) in zip(figure.subplots(1, 3), given_parts().items(), strict=True):
+    for axis, (part, given) in zip(figure.subplots(1, 3), GIVEN.items(), strict=True):
         known = torch.where(given, x, -1)
         each = known.repeat_interleave(COMPLETIONS, dim=0)
         filled = fill_in(diffusion, each, len(each), particles=PARTICLES, progress=True)
         filled = filled.long().unflatten(0, (10, COMPLETIONS))
         sheet = torch.cat([x[:, None], known[:, None], filled], dim=1).flatten(0, 1)
-        axis.imshow(image_grid(sheet, diffusion.num_levels, 2 + COMPLETIONS), cmap="gray")
+        axis.imshow(image_grid(sheet, columns=2 + COMPLETIONS), cmap="gray")
         axis.set(title=f"Digit, {part}, completions", xticks=[], yticks=[])
     return figure
 
@@ -237,7 +228,7 @@ RACE_TIMESTEPS, RACE_SAMPLES = 20, 500
 
 def compete(trainer: Trainer, usual: bool, digits: Dataset, x_0: Tensor) -> list[dict]:
     """Train one contestant; return its curve. The usual recipe has no averaged weights."""
-    stream, seconds, curve = endless(digits, BATCH_SIZE), [], []
+    stream, seconds, curve = endless(digits), [], []
 
     def train(steps: int) -> None:
         trainer.network.train()
@@ -262,11 +253,9 @@ def compete(trainer: Trainer, usual: bool, digits: Dataset, x_0: Tensor) -> list
 
 def judge_weights(judged: DiscreteDiffusion, usual: bool, x_0: Tensor) -> dict:
     """Bound and quality of samples. The usual argmax step is for samples: its bound is infinite."""
-    generator = torch.Generator().manual_seed(0)
-    bound = judged.bound_terms(spread(x_0, RACE_SAMPLES), 2, generator)
-    drawing = judged.around(MostProbable(judged.model)) if usual else judged
-    samples = respaced(drawing, RACE_TIMESTEPS).sample(RACE_SAMPLES)
-    classifier = load_classifier()
+    bound = judged.bound_terms(spread(x_0, RACE_SAMPLES), 2, torch.Generator().manual_seed(0))
+    drawing = judged.around(most_probable(judged.model)) if usual else judged
+    samples, classifier = respaced(drawing, RACE_TIMESTEPS).sample(RACE_SAMPLES), load_classifier()
     reference, _ = judge(classifier, x_0, 2)
     report = metrics.quality(samples, reference, classifier, 2)
     return {"bound": summarize_bound(bound), "samples": report}
@@ -275,13 +264,12 @@ def judge_weights(judged: DiscreteDiffusion, usual: bool, x_0: Tensor) -> dict:
 def race_figure(rows: dict[str, dict]):
     ylabels = "bound, nats per image", "Fréchet distance"
     figure, axes = subplots(*ylabels, xlabel="minutes of training", yscale="log")
-    for name, one in rows.items():
-        minutes, curve = [point["minutes"] for point in one["curve"]], one["curve"]
-        bounds = [point["bound"]["nats_per_image"] for point in curve]
-        distances = [point["samples"]["frechet_distance"] for point in curve]
-        for axis, values in zip(axes, (bounds, distances), strict=True):
-            axis.plot(minutes, values, marker="o", label=name)
-            axis.yaxis.set_major_formatter("{x:g}")
+    keys = ("bound", "nats_per_image"), ("samples", "frechet_distance")
+    for axis, (part, key) in zip(axes, keys, strict=True):
+        for name, one in rows.items():
+            points = [(point["minutes"], point[part][key]) for point in one["curve"]]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.yaxis.set_major_formatter("{x:g}")
     axes[1].legend()
     return figure
 

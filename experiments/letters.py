@@ -19,7 +19,7 @@ from string import ascii_uppercase as LETTERS
 from cli import UserError, parser, path, run
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 SIZE, FIT = 28, 24  # of a picture, and of the letter in it, in pixels
@@ -35,26 +35,18 @@ def draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
     return box and sheet.crop(box)
 
 
-def picture(drawn: Image.Image) -> np.ndarray:
-    """Scaled to fit and centred: uint8 [28, 28]."""
-    scale = FIT / max(drawn.size)
-    size = [max(1, round(side * scale)) for side in drawn.size]
-    sheet = Image.new("L", (SIZE, SIZE))
-    corner = [(SIZE - side) // 2 for side in size]
-    sheet.paste(drawn.resize(size, Image.Resampling.BOX), tuple(corner))
-    return np.asarray(sheet)
-
-
 def letters_of(file: Path) -> np.ndarray | None:
     """The alphabet, uint8 [26, 28, 28]; None if the font lacks a letter or can't be read."""
     try:
         font = ImageFont.truetype(str(file), 128)  # Pillow 10.1 takes no Path
         missing, alphabet = draw(font, MISSING), [draw(font, letter) for letter in LETTERS]
+        if any(letter is None or letter == missing for letter in alphabet):
+            return None
+        fit = {"method": Image.Resampling.BOX, "centering": (0.49, 0.49)}  # rounded down
+        fitted = [ImageOps.pad(letter, (FIT, FIT), **fit) for letter in alphabet]
     except (OSError, ValueError):
         return None
-    if any(letter is None or letter == missing for letter in alphabet):
-        return None
-    return np.stack([picture(letter) for letter in alphabet])
+    return np.stack([ImageOps.expand(letter, (SIZE - FIT) // 2) for letter in fitted])
 
 
 def legible(fonts: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ may start with a folder. Its command and its source follow.
 """
 
 import re
-from functools import partial
 from pathlib import Path
 
 from cli import UserError, parser, path, run
@@ -42,10 +41,10 @@ def filled(name: str, folder: Path) -> str:
     if file.stem not in MAKERS:
         raise UserError(f"there is no experiment {file.stem!r} with a table")
     command, make = MAKERS[file.stem]
+    result = common.read_result(file)
     if "/" in name:  # on the front page, which shows less
-        return common.render(partial(make, small=True), file) + "\n"
-    below = f"`python -m experiments.{command}`: {common.render(source, file)}"
-    return f"{common.render(make, file)}\n\n{below}\n"
+        return make(result, small=True) + "\n"
+    return f"{make(result)}\n\n`python -m experiments.{command}`: {source(result)}\n"
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ with the missing rows.
 """
 
 import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,17 +44,19 @@ class Row(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 # Networks that are trained for the table
 
+ADAMW, ABSORBING = "--lr 2e-3 --optimizer adamw", "--transition absorbing"
 CHOICES = {
-    "uniform, cosine, cross-entropy": "",
-    "uniform, cosine, variational": "--loss variational",
-    "uniform, cosine, hybrid": "--loss hybrid",
-    "uniform, cosine, cross-entropy, joint form": "--reverse joint",
-    "uniform, cosine, variational, joint form": "--loss variational --reverse joint",
-    "uniform, cosine, hybrid, joint form": "--loss hybrid --reverse joint",
-    "uniform, linear, cross-entropy": "--schedule linear",
-    "absorbing, mutual_info, cross-entropy": "--transition absorbing",
-    "absorbing, mutual_info, variational": "--transition absorbing --loss variational",
-    "absorbing, mutual_info, hybrid": "--transition absorbing --loss hybrid",
+    "uniform, cosine, cross-entropy": ADAMW,
+    "uniform, cosine, variational": f"{ADAMW} --loss variational",
+    "uniform, cosine, hybrid": f"{ADAMW} --loss hybrid",
+    "uniform, cosine, cross-entropy, joint form": f"{ADAMW} --reverse joint",
+    "uniform, cosine, variational, joint form": f"{ADAMW} --loss variational --reverse joint",
+    "uniform, cosine, hybrid, joint form": f"{ADAMW} --loss hybrid --reverse joint",
+    "uniform, linear, cross-entropy": f"{ADAMW} --schedule linear",
+    "absorbing, mutual_info, cross-entropy": f"{ADAMW} {ABSORBING}",
+    "absorbing, mutual_info, variational": f"{ADAMW} {ABSORBING} --loss variational",
+    "absorbing, mutual_info, hybrid": f"{ADAMW} {ABSORBING} --loss hybrid",
+    "the paper's configuration": "--recipe paper",
 }
 LEVELS = {
     "uniform": "--transition uniform",
@@ -71,24 +72,23 @@ LEVELS = {
 def choices() -> dict[str, Row]:
     drawn = f"--num-samples 500 --timesteps 50 --last-step draw {NO_BOUND}"
     evaluate = [f"--split validation {flags}" for flags in ("--num-samples 0", drawn)]
-    flags = {label: f"--lr 2e-3 --optimizer adamw {flags}" for label, flags in CHOICES.items()}
-    flags["the paper's configuration"] = "--recipe paper"
     return {
-        f"{label}, seed {seed}": Row(label, evaluate, f"--steps 650 {flags[label]} --seed {seed}")
-        for label in flags
+        f"{label}, seed {seed}": Row(label, evaluate, f"--steps 650 {flags} --seed {seed}")
+        for label, flags in CHOICES.items()
         for seed in range(3)
     }
 
 
 def levels() -> dict[str, Row]:
     """Trained on the bound. Two seeds for the first four rows of 256 levels, else one."""
-    rows, every = {}, "--timesteps 200 --loss variational --optimizer muon --lr 2e-3"
-    sizes = dict.fromkeys((8, 32), ("--steps 400 --batch-size 64", 1000))
-    for K, (size, images) in (sizes | {256: ("--steps 800 --batch-size 16", 200)}).items():
+    rows, short = {}, "--steps 400 --batch-size 64"
+    sizes = (8, short, 1000), (32, short, 1000), (256, "--steps 800 --batch-size 16", 200)
+    for K, size, images in sizes:
         evaluate = [f"--split validation --num-samples 0 --images {images}"]
         for i, (label, flags) in enumerate(LEVELS.items()):
             for seed in range(2 if K == 256 and i < 4 else 1):
-                train = f"--levels {K} {size} {every} {flags} --seed {seed}"
+                train = f"--levels {K} {size} --timesteps 200 --loss variational --optimizer muon"
+                train = f"{train} --lr 2e-3 {flags} --seed {seed}"
                 rows[f"{K} levels, {label}, seed {seed}"] = Row(label, evaluate, train)
     return rows
 
@@ -152,10 +152,8 @@ def headline() -> dict[str, Row]:
 
 def headline_table(result: dict, small: bool = False) -> str:
     """In brackets: as many real digits of the same classes. `small`: for the front page."""
-    quality = ["frechet_distance", "label_accuracy"]
-    if not small:
-        quality[1:1] = ["precision", "recall", "isolated_white"]
-    rows, lines = result["rows"], []
+    every = ["frechet_distance", "precision", "recall", "isolated_white", "label_accuracy"]
+    quality, rows, lines = every[::4] if small else every, result["rows"], []
     for label, one in rows.items():
         samples, real = one["samples"], one.get("real_digits_of_these_classes", one["real_digits"])
         source, key = one, "bound"
@@ -203,7 +201,7 @@ def measure(row: Row, folder: Path, every: list) -> dict:
     for flags in row.evaluate:
         where = ["--out-dir", folder, "--overwrite"]
         command("evaluate.py", checkpoint, *flags.split(), *every, *where)
-        report = json.loads((folder / "evaluation.json").read_text())
+        report = common.read_result(folder / "evaluation.json")
         dropped = BOUNDS if NO_BOUND in flags else ()
         kept = [key for key in KEPT if key in report and key not in dropped]
         result = {key: report[key] for key in kept} | result
@@ -212,9 +210,8 @@ def measure(row: Row, folder: Path, every: list) -> dict:
 
 def complete(name: str, rows: dict[str, Row], every: list, data_root: Path) -> dict:
     """Measure missing rows; return the result. Raises UserError if a row has other flags there."""
-    file, result, flags = common.output(name), {"title": TABLES[name][0], "rows": {}}, {}
-    if file.exists():
-        result = common.render(dict, file)
+    file, flags = common.output(name), {}
+    result = common.read_result(file) if file.exists() else {"title": TABLES[name][0], "rows": {}}
     done = result["rows"]
     for key, row in rows.items():
         start = f"train.py {row.train}" if row.train else f"checkpoint {sha256(row.checkpoint)}"

@@ -130,10 +130,11 @@ def test_plots_hold_the_numbers():
     (axis,) = plot_terms(torch.tensor([0, 10, 20, 50]), t, terms).axes
     assert axis.lines[0].get_xydata().tolist() == [[10, 1.5], [50, 6]]
     rows = [
-        {"trajectories": 1, "gain": 0.0, "gain_standard_error": 0.0},
-        {"trajectories": 2, "gain": 3.0, "gain_standard_error": 0.5},
+        {"trajectories": 1, "nats_per_image": 80.0, "gain_standard_error": 0.0},
+        {"trajectories": 2, "nats_per_image": 77.0, "gain_standard_error": 0.5},
     ]
-    (axis,) = plot_gains({"no labels": (80.0, rows)}).axes
+    bound = {"nats_per_image": 80.0, "importance_weighted": {"by_trajectories": rows}}
+    (axis,) = plot_gains({"no labels": bound}).axes
     plain, (weighted, _, (errors,)) = axis.lines[0], axis.containers[0]
     assert list(plain.get_ydata()) == [80, 80]
     assert weighted.get_xydata().tolist() == [[1, 80], [2, 77]]

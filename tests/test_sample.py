@@ -96,15 +96,6 @@ def test_completions_have_their_own_name(checkpoint):
     assert out == "Wrote d3pm_completions_small.png\n" and Path(out.split()[1]).exists()
 
 
-@pytest.mark.parametrize("stem", ["x" * 251, "ü" * 125])
-def test_long_name_of_a_checkpoint(stem, checkpoint):
-    """Up to the file systems' 255 bytes."""
-    shutil.copy(checkpoint, f"{stem}.pth")
-    out = succeed("sample.py", f"{stem}.pth", "--n", 1, "--timesteps", 1, *CPU)
-    (name,) = files(Path()) - {f"{stem}.pth"}
-    assert out == f"Wrote {name}\n" and name.startswith(f"d3pm_generated_samples_{stem[:100]}")
-
-
 def test_image_i_does_not_depend_on_the_call(checkpoint, monkeypatch):
     """--n, --first and --batch-size select images; --seed changes them."""
     sheet = draw(checkpoint, "--n 7")
@@ -268,21 +259,12 @@ def test_sixteen_digits_of_classes_in_turn(conditional):
     assert np.array_equal(frames()[0][-1][24:], image_grid(draw(path, "--n 16 --timesteps 3")))
 
 
-@pytest.mark.parametrize(
-    "fps, duration, message",
-    [
-        (10, 100, None),
-        (33.333, 30, None),
-        (40, 20, "50 frames per second"),  # 2.5 hundredths: rounded to even
-        (15, 70, "14.29 frames per second"),  # 6.67 hundredths: rounded up
-    ],
-)
-def test_rate_of_frames(fps, duration, message, checkpoint):
-    """Rounded to hundredths of a second; if that changes the rate, the script says so first."""
+@pytest.mark.parametrize("fps, duration", [(10, 100), (33.333, 30), (40, 20), (15, 70)])
+def test_rate_of_frames(fps, duration, checkpoint):
+    """Rounded to hundredths of a second: 2.5 to even, 6.67 up."""
     flags = "--n", 1, "--timesteps", 2, "--fps", fps
-    out = succeed("visualize_denoising.py", checkpoint, *flags, *CPU)
+    succeed("visualize_denoising.py", checkpoint, *flags, *CPU)
     assert frames()[1][:2] == [duration] * 2
-    assert out.startswith(message) if message else len(out.splitlines()) == 1
 
 
 def test_gif_elsewhere(checkpoint):
