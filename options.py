@@ -20,6 +20,7 @@ RECIPES = {
 }
 OLD_NAMES = {"released": "bound"}  # of recipes
 MANY = 20_000  # images; fewer are few steps per epoch and take a higher rate
+FEW_PICTURES = "hybrid", 4e-3  # default loss and rate for two levels: best on the offline digits
 
 
 def add_group(p: argparse.ArgumentParser, title: str, defaults: dict) -> Callable:
@@ -70,8 +71,10 @@ def add_training(add: Callable) -> None:
     add("--transition", choices=FAMILIES, default="uniform", help="how noise acts")
     schedules = "; ".join(f"{name}: {', '.join(f.schedules)}" for name, f in FAMILIES.items())
     add("--schedule", choices=SCHEDULES, help=f"of the noise (default: the first of {schedules})")
-    add("--loss", choices=LOSSES, default="cross_entropy", help="objective")
-    add("--hybrid-weight", type=number, default=0.001, metavar="W", help="the hybrid loss's lambda")
+    few = f"for two levels, below {MANY:,} images"
+    words = f"objective (default cross_entropy; {few}, {FEW_PICTURES[0]})"
+    add("--loss", choices=LOSSES, help=words)
+    add("--hybrid-weight", type=number, default=0.005, metavar="W", help="the hybrid loss's lambda")
     words = "p(x_(t-1) | x_t) as the mixture of posteriors, or in the paper's joint form"
     add("--reverse", choices=REVERSES, default="mixture", help=words)
     words = """K grey levels: 2 for line art and masks, more for shades; or the palette itself, for
@@ -90,7 +93,8 @@ def add_training(add: Callable) -> None:
     add("--label-dropout", type=share, default=0.1, metavar="P", help=words)
     words = "Muon needs half the steps of the others"
     add("--optimizer", choices=OPTIMIZERS, default="muon", help=words)
-    words = f"peak learning rate, after a warm-up (default 1e-4; below {MANY:,} images 2e-3)"
+    words = f"peak learning rate, after a warm-up (default 1e-4; below {MANY:,} images 2e-3, or"
+    words += f" {FEW_PICTURES[1]:g} for two levels)"
     add("--lr", type=cli.number(0, above=True), help=words)
     add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
     add("--network", choices=NETWORKS, default="unet", help="from model.py")

@@ -43,9 +43,9 @@ from checkpoint import (
     write_csv,
 )
 from dataset import DIGITS, NAMES, Dataset, batches, load_dataset, spread, take, to_levels
-from diffusion import DiscreteDiffusion
+from diffusion import LOSSES, DiscreteDiffusion
 from model import build_network
-from options import MANY, merge_settings, parse_arguments
+from options import FEW_PICTURES, MANY, merge_settings, parse_arguments
 from pictures import image_grid, plot_history, save_figure, style_of, write_report
 from trainer import Processes, Trainer, decay_start, learning_rate
 from trajectories import respaced
@@ -104,7 +104,7 @@ def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion
     network = build_network(config)
     names = ("timesteps", "transition", "schedule", "hybrid_weight", "reverse")
     options = {name: settings[name] for name in names} | {"image_shape": data.images.shape[1:]}
-    diffusion = DiscreteDiffusion(network, K, loss_type=settings["loss"], **options)
+    diffusion = DiscreteDiffusion(network, K, loss_type=settings["loss"] or LOSSES[0], **options)
     settings["schedule"] = diffusion.config["schedule"]
     settings |= {name: network.config.get(name) for name in NETWORK_OPTIONS}
     if init:
@@ -138,11 +138,12 @@ def load_data(
         raise UserError(f"{these} that the run was trained on ({trained_on['source']})")
     if settings["data"] not in NAMES:
         settings["data"] = data.source  # the full path, for --resume from elsewhere
-    settings["lr"] = settings["lr"] or (1e-4 if len(data.images) >= MANY else 2e-3)
+    few, K = len(data.images) < MANY, data.num_levels(settings["levels"])
+    loss, lr = FEW_PICTURES if few and K == 2 else ("cross_entropy", 2e-3 if few else 1e-4)
+    settings |= {"loss": settings["loss"] or loss, "lr": settings["lr"] or lr}
     if settings["conditional"] and len(data.classes) < 2:
         needed = f"two sub-folders, which are the classes; {data.source} has {len(data.classes)}"
         raise UserError(f"--conditional needs at least {needed}")
-    K = data.num_levels(settings["levels"])
     limit = 200 if K > 32 else None  # one image of 256 levels takes 0.1 seconds
     grey = spread(load_dataset("validation", data.source, *options).images, limit)
     generator = torch.Generator().manual_seed(0)  # whatever --seed, so that bounds compare
@@ -322,9 +323,8 @@ def make_run(
     """Build everything, and go on from the checkpoint if there is one. Raises UserError."""
     with user_errors():
         processes.share(settings["batch_size"])
-        known = settings["data"] in NAMES and settings["levels"] != "palette"
-        # Bad flags fail before a download, of which the shape is known.
-        diffusion = build(settings, init, LIKE_MNIST) if known else None
+        if settings["data"] in NAMES and settings["levels"] != "palette":
+            build(dict(settings), init, LIKE_MNIST)  # so that bad flags fail before a download
     device = processes.start(cli.pick_device(settings["device"]))
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     data, validation = load_data(settings, checkpoint, processes)
@@ -339,7 +339,7 @@ def make_run(
     names = ("batch_size", "lr", "optimizer", "decay", "label_dropout", "seed", "amp")
     options = {name: settings[name] for name in names} | {"compiled": settings["compile"]}
     with user_errors():
-        diffusion = diffusion or build(settings, init, data)
+        diffusion = build(settings, init, data)
         trainer = Trainer(diffusion.to(device), total, **options, processes=processes)
         run = Run(trainer, data.to(trainer.source), validation, settings)
         if checkpoint:

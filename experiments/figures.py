@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 import metrics
-from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, write_json
+from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, save_checkpoint, write_json
 from dataset import Dataset, batches, load_dataset, sha256, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.baseline import most_probable, usual_trainer
@@ -45,7 +45,7 @@ def draw(figure, name: str) -> None:
 
 def ours(total_steps: int, lr: float, loss_type: str = "cross_entropy") -> Trainer:
     network = UNet().to(memory_format=torch.channels_last)
-    diffusion = DiscreteDiffusion(network, loss_type=loss_type)
+    diffusion = DiscreteDiffusion(network, loss_type=loss_type, hybrid_weight=0.005)
     return Trainer(diffusion, total_steps, BATCH_SIZE, lr, "muon")
 
 
@@ -105,32 +105,46 @@ def noise(args: argparse.Namespace) -> None:
 # other load on the machine makes no difference.
 
 RATE = 390  # on two cores
+SAVED = 1_000  # steps between checkpoints
 MINUTES = (1, 2, 5, 10, 30, 60, 120)
 EPOCHS = 50
-DIGITS = {"offline digits": ("offline", 2e-3), "full MNIST": ("mnist", 1e-4)}
+DIGITS = {
+    "offline digits": ("offline", 4e-3, "hybrid"),
+    "full MNIST": ("mnist", 1e-4, "cross_entropy"),
+}
 
 
-def on_the_way(data: str, lr: float, args: argparse.Namespace) -> list[dict]:
-    """Loss, bound and samples at each of `args.minutes`, up to the end of the run."""
+def on_the_way(data: str, lr: float, loss: str, args: argparse.Namespace) -> list[dict]:
+    """Loss, bound and samples at each of `args.minutes`, up to the end of the run.
+
+    Continues an interrupted run, or one that ended before the last of the minutes.
+    """
     digits = load_dataset("train", data, args.data_root)
     x_0 = to_levels(load_dataset("validation", data, args.data_root).images)
     total = EPOCHS * (len(digits.images) // BATCH_SIZE)
     marks = {min(total, round(m * 60 * RATE / BATCH_SIZE)) for m in args.minutes}
     torch.manual_seed(0)
-    trainer, rows, losses = ours(total, lr), [], []
-    for batch in islice(endless(digits), max(marks)):
+    trainer, rows, losses = ours(total, lr, loss), [], []
+    file = output("expect").with_name(f"{data}.pth")
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        trainer.load_state_dict(state)
+        rows, losses = state["rows"], state["losses"]
+    for batch in islice(endless(digits), trainer.steps, max(marks)):
         losses = [*losses[-99:], trainer.step(*batch).item()]
         if trainer.steps in marks:
             row = {"minutes": trainer.steps * BATCH_SIZE / RATE / 60, "steps": trainer.steps}
             row |= {"train_loss": statistics.mean(losses), "bound": trainer.validate(x_0)}
             drawn = respaced(trainer.averaged, TIMESTEPS).sample(8, last_step="mode")
             rows.append(row | {"samples": drawn})
+        if trainer.steps in marks or trainer.steps % SAVED == 0:
+            save_checkpoint(file, trainer.state_dict() | {"rows": rows, "losses": losses})
     return rows
 
 
 def expect(args: argparse.Namespace) -> None:
     """A panel for each data set, a row of samples for each time."""
-    rows = {name: on_the_way(data, lr, args) for name, (data, lr) in DIGITS.items()}
+    rows = {name: on_the_way(*how, args) for name, how in DIGITS.items()}
     figure = new_figure(13, 5)
     for axis, (name, points) in zip(figure.subplots(1, len(rows)), rows.items(), strict=True):
         picture = image_grid(torch.cat([point.pop("samples") for point in points]), columns=8)

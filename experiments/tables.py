@@ -44,7 +44,8 @@ class Row(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 # Networks that are trained for the table
 
-ADAMW, ABSORBING = "--lr 2e-3 --optimizer adamw", "--transition absorbing"
+ADAMW = "--lr 2e-3 --optimizer adamw --loss cross_entropy --hybrid-weight 0.001"
+ABSORBING = "--transition absorbing"
 CHOICES = {
     "uniform, cosine, cross-entropy": ADAMW,
     "uniform, cosine, variational": f"{ADAMW} --loss variational",
@@ -57,6 +58,13 @@ CHOICES = {
     "absorbing, mutual_info, variational": f"{ADAMW} {ABSORBING} --loss variational",
     "absorbing, mutual_info, hybrid": f"{ADAMW} {ABSORBING} --loss hybrid",
     "the paper's configuration": "--recipe paper",
+}
+OFFLINE = {
+    "hybrid, rate 4e-3": "--loss hybrid --hybrid-weight 0.005 --lr 4e-3",
+    "cross-entropy, rate 2e-3": "--loss cross_entropy --lr 2e-3",
+    "hybrid, rate 2e-3": "--loss hybrid --hybrid-weight 0.005 --lr 2e-3",
+    "variational, rate 2e-3": "--loss variational --lr 2e-3",
+    "cross-entropy, rate 4e-3": "--loss cross_entropy --lr 4e-3",
 }
 LEVELS = {
     "uniform": "--transition uniform",
@@ -91,6 +99,33 @@ def levels() -> dict[str, Row]:
                 train = f"{train} --lr 2e-3 {flags} --seed {seed}"
                 rows[f"{K} levels, {label}, seed {seed}"] = Row(label, evaluate, train)
     return rows
+
+
+def offline() -> dict[str, Row]:
+    """Five epochs are a minute on one core. Three seeds of the longest runs of the first two."""
+    evaluate, rows = ["--num-samples 1000 --repeats 8"], {}
+    for i, (loss, flags) in enumerate(OFFLINE.items()):
+        for epochs in (5, 10, 25, 50) if i < 2 else (50,):
+            for seed in range(3 if i < 2 and epochs == 50 else 1):
+                label = f"{epochs} epochs, {loss}"
+                train = f"--epochs {epochs} {flags} --seed {seed}"
+                rows[f"{label}, seed {seed}"] = Row(label, evaluate, train)
+    return rows
+
+
+def offline_table(result: dict) -> str:
+    """Bound and Fréchet distance by loss and number of epochs."""
+    cells: dict[str, dict[str, str]] = {}
+    for label, runs in by_label(result).items():
+        epochs, _, loss = label.partition(", ")
+        bound = nats([one["bound"] for one in runs], 1)
+        distance = measured([one["samples"] for one in runs], "frechet_distance", 2)
+        cells.setdefault(loss, {})[epochs] = f"{bound}; {distance}"
+    columns = sorted(
+        {epochs for row in cells.values() for epochs in row}, key=lambda text: int(text.split()[0])
+    )
+    lines = [[loss, *(row.get(epochs, "") for epochs in columns)] for loss, row in cells.items()]
+    return markdown([result["title"], *columns], lines)
 
 
 def levels_table(result: dict) -> str:
@@ -179,6 +214,7 @@ TABLES = {
     "steps": ("1,000 samples", steps, common.table),
     "guidance": ("5,000 samples", guidance, common.table),
     "choices": ("650 steps", choices, common.table),
+    "offline": ("bound; Fréchet distance", offline, offline_table),
     "levels": ("bits per dimension", levels, levels_table),
 }
 

@@ -23,6 +23,7 @@ from model import build_network
 
 REPOSITORY = cli.REPOSITORY
 TRAIN = "--data offline --limit 64 --batch-size 16 --channels 8 8 8 --timesteps 10 --device cpu"
+TRAIN += " --loss cross_entropy --lr 2e-3"
 TRAIN = TRAIN.split()  # 4 steps per epoch
 # PYTHONUNBUFFERED would hide that a log is not written line by line.
 ENVIRONMENT = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}

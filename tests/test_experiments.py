@@ -18,7 +18,7 @@ import pytest
 import torch
 from fontTools import subset
 from PIL import Image
-from scripts import ENVIRONMENT, call, fail, succeed, untrained
+from scripts import ENVIRONMENT, call, fail, spy, succeed, untrained
 
 import dataset
 from checkpoint import json_bytes, read_checkpoint
@@ -592,18 +592,32 @@ def test_fill(out, tmp_path, constants):
     assert Image.open(out / "fill" / "fill.png").size[0] > 100
 
 
-def test_expect(out, constants):
-    """Each mark once, the last ones at the end of the run."""
+def test_expect(out, constants, monkeypatch):
+    """Each mark once, the last ones at the end of the run; a run that was stopped goes on."""
     data = {"load_dataset": lambda *_: random_digits(64), "BATCH_SIZE": 16, "UNet": Tiny}
-    constants(figures, TIMESTEPS=2, RATE=16 / 60, EPOCHS=2, **data)
-    succeed("experiments.figures", "expect", "--minutes", 1, 6, 100, 200)
+    constants(figures, TIMESTEPS=2, RATE=16 / 60, EPOCHS=2, SAVED=5, **data)
+    flags, expect = ("experiments.figures", "expect", "--minutes"), out / "expect"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", no_power_at(5))
+        assert "no power" in call(*flags, 1, 6, 100)[2]
+    steps = spy(monkeypatch, Trainer, "step")
+    succeed(*flags, 1, 6, 100, 200)
     rows = result_of("expect", out)["rows"]
-    assert list(rows) == ["offline digits", "full MNIST"]
+    assert list(rows) == ["offline digits", "full MNIST"] and len(steps) == 8 - 5 + 8
+    assert rows["full MNIST"][2]["train_loss"] < 1  # cross-entropy per pixel
     for points in rows.values():
         assert [point["steps"] for point in points] == [1, 6, 8]
         assert [point["minutes"] for point in points] == pytest.approx([1, 6, 8])
-        assert points[0]["bound"] > points[2]["bound"] and 0.5 < points[2]["train_loss"] < 1
-    assert min(Image.open(out / "expect" / "expect.png").size) > 100
+        assert points[0]["bound"] > points[2]["bound"] and points[2]["train_loss"] > 0.5
+    height, width = Image.open(expect / "expect.png").size
+    assert min(height, width) > 100
+    steps.clear()
+    succeed(*flags, 1, 6, 100)
+    assert not steps  # both are finished
+    for file in expect.glob("*.pth"):
+        file.unlink()
+    succeed(*flags, 1, 6, 100)
+    assert result_of("expect", out)["rows"] == rows  # the same as in one go
 
 
 def test_letters(fresh_directory, tmp_path):

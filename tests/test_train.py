@@ -106,7 +106,7 @@ def test_what_a_checkpoint_holds(run):
     digits = load_dataset("train", "offline")
     assert last["dataset"] == weights["dataset"] == digits.description
     assert last["data"] == "offline" and last["binarize"] == "threshold"
-    d = DiscreteDiffusion(build_network(last["network"]), timesteps=10)
+    d = DiscreteDiffusion(build_network(last["network"]), timesteps=10, hybrid_weight=0.005)
     assert last["diffusion"] == d.config
     assert last["loss_sum"] == pytest.approx(4 * last["history"][-1]["train_loss"])
     assert constant["step"] == 12  # 0.7 * 16 = 11.2
@@ -291,10 +291,10 @@ def test_defaults(made):
     ((diffusion, total), options) = made[0]
     assert total == 50 * (4500 // 128)
     options.pop("processes")
-    settings = {"batch_size": 128, "lr": 2e-3, "optimizer": "muon", "decay": "late", "seed": 0}
+    settings = {"batch_size": 128, "lr": 4e-3, "optimizer": "muon", "decay": "late", "seed": 0}
     assert options == settings | {"label_dropout": 0.1, "amp": False, "compiled": False}
     chain = {"num_levels": 2, "timesteps": 200, "image_shape": (1, 32, 32)}
-    chain |= {"loss_type": "cross_entropy", "hybrid_weight": 0.001, "reverse": "mixture"}
+    chain |= {"loss_type": "hybrid", "hybrid_weight": 0.005, "reverse": "mixture"}
     assert diffusion.config == chain | {"transition": "uniform", "schedule": "cosine"}
     network = SMALL | {"channels": [24, 64, 96], "blocks": 1, "num_labels": 0}
     network |= {"output": "softmax", "ordinal": False, "dropout": 0.0, "augmented": False}
@@ -323,7 +323,8 @@ def test_the_recipe_is_that_of_what_is_released():
 def test_recipe_of_the_paper(monkeypatch, cheap):
     """The joint form, hybrid loss, Adam without decay of weights or rate; no mode at the end."""
     made, drawn = spy(monkeypatch, train, "Trainer"), spy(monkeypatch, DiscreteDiffusion, "sample")
-    trained("--recipe paper --batch-size 16 --timesteps 10 --steps 1")
+    flags = [flag for flag in TRAIN if flag not in ("--loss", "cross_entropy", "--lr", "2e-3")]
+    succeed("train.py", *flags, "--recipe", "paper", "--steps", 1)
     ((d, _), options) = made[0]
     assert (d.reverse, d.loss_type, d.hybrid_weight) == ("joint", "hybrid", 0.001)
     assert [options[name] for name in ("optimizer", "lr", "decay")] == ["adam", 2e-4, "constant"]
@@ -334,8 +335,16 @@ def test_recipe_of_the_paper(monkeypatch, cheap):
     assert (args.timesteps, args.batch_size) == (1000, 128)
 
 
-@pytest.mark.parametrize("n, rate", [(32, 1e-4), (31, 2e-3)])
-def test_many_images_are_trained_at_another_rate(n, rate, monkeypatch, cheap):
+@pytest.mark.parametrize(
+    "n, levels, rate, loss",
+    [
+        (32, 2, 1e-4, "cross_entropy"),
+        (31, 2, 4e-3, "hybrid"),
+        (31, 3, 2e-3, "cross_entropy"),
+        (32, 3, 1e-4, "cross_entropy"),
+    ],
+)
+def test_loss_and_rate_depend_on_the_number_of_images(n, levels, rate, loss, monkeypatch, cheap):
     """However few --limit leaves of them. Validation digits come from where the training digits
     were found: `auto` found MNIST."""
     assert train.MANY == 20_000
@@ -343,8 +352,15 @@ def test_many_images_are_trained_at_another_rate(n, rate, monkeypatch, cheap):
     few = Dataset(torch.zeros(n, 1, 32, 32).byte(), torch.arange(n) % 10, "mnist")
     monkeypatch.setattr(train, "load_dataset", lambda *_: few)
     made, loaded = spy(monkeypatch, train, "Trainer"), spy(monkeypatch, train, "load_dataset")
-    trained("--steps 1 --limit 16 --data auto")
-    assert made[0][1]["lr"] == rate
+    flags = f"--steps 1 --limit 16 --batch-size 16 --channels 8 8 8 --levels {levels} --device cpu"
+    succeed("train.py", *flags.split(), "--out-dir", "out")
+    ((diffusion, _), options) = made[0]
+    assert (diffusion.loss_type, options["lr"]) == (loss, rate)
+    flags += " --loss variational --lr 3e-3 --out-dir other"
+    succeed("train.py", *flags.split())
+    ((diffusion, _), options) = made[1]
+    assert (diffusion.loss_type, options["lr"]) == ("variational", 3e-3)
+    del loaded[2:]
     assert [args[:2] for args, _ in loaded] == [("train", "auto"), ("validation", "mnist")]
 
 
@@ -369,7 +385,10 @@ def test_validation_is_on_validation_digits(protocol, levels, seed, monkeypatch,
 
 def test_of_32_levels_all_validation_digits_are_used(made):
     settings = {"data": "offline", "data_root": "data", "levels": 32, "binarize": "threshold"}
-    settings |= dict.fromkeys(["lr", "size", "conditional"]) | {"limit": 16, "batch_size": 16}
+    settings |= dict.fromkeys(["lr", "loss", "size", "conditional"]) | {
+        "limit": 16,
+        "batch_size": 16,
+    }
     assert len(train.load_data(settings, None, trainer.Processes())[1]) == 500
 
 
