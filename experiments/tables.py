@@ -66,18 +66,6 @@ OFFLINE = {
     "variational, rate 2e-3": "--loss variational --lr 2e-3",
     "cross-entropy, rate 4e-3": "--loss cross_entropy --lr 4e-3",
 }
-SMALL = {
-    "none": "",
-    "augment 0.5": "--augment 0.5",
-    "augment 0.8": "--augment 0.8",
-    "dropout 0.1": "--dropout 0.1",
-    "augment 0.8, dropout 0.1": "--augment 0.8 --dropout 0.1",
-    "dropout 0.3": "--dropout 0.3",
-    "weight decay 0.1": "--weight-decay 0.1",
-    "weight decay 0.3": "--weight-decay 0.3",
-    "average of 5,000 steps": "--average 5000",
-    "dropout 0.5": "--dropout 0.5",
-}
 LEVELS = {
     "uniform": "--transition uniform",
     "absorbing": "--transition absorbing",
@@ -138,23 +126,6 @@ def offline_table(result: dict) -> str:
     )
     lines = [[loss, *(row.get(epochs, "") for epochs in columns)] for loss, row in cells.items()]
     return markdown([result["title"], *columns], lines)
-
-
-def small() -> dict[str, Row]:
-    """What keeps a network from learning few pictures by heart."""
-    evaluate, every = ["--split validation --num-samples 1000"], "--epochs 150 --loss variational"
-    return {name: Row(name, evaluate, f"{every} --lr 2e-3 {SMALL[name]}") for name in SMALL}
-
-
-def augment() -> dict[str, Row]:
-    """With how many digits augmentation stops helping: the same number of steps for all."""
-    evaluate, rows = ["--split validation --num-samples 1000 --images 2500"], {}
-    for n in (1_000, 4_500, 15_000, 55_000):
-        every = f"--steps 5250 --loss variational --lr 2e-3 --validate-every {-(-525 * 128 // n)}"
-        for share in (0, 0.5):
-            label = f"{n:,} digits" + ", augmented" * (share > 0)
-            rows[label] = Row(label, evaluate, f"{every} --limit {n} --augment {share}")
-    return rows
 
 
 def levels_table(result: dict) -> str:
@@ -244,8 +215,6 @@ TABLES = {
     "guidance": ("5,000 samples", guidance, common.table),
     "choices": ("650 steps", choices, common.table),
     "offline": ("bound; Fréchet distance", offline, offline_table),
-    "small": ("150 epochs", small, common.table),
-    "augment": ("5,250 steps", augment, common.table),
     "levels": ("bits per dimension", levels, levels_table),
 }
 
