@@ -210,7 +210,7 @@ class Evaluation:
         show(f"bound, {name}", {"nats": bound})
         if args.trajectories:
             rows, N = spread(rows, args.weighted_images or 100), args.trajectories
-            inputs = self.binarized([rows[seed::n] for seed in range(n)], labelled)
+            inputs = self.binarized([rows[i::n] for i in range(min(n, len(rows)))], labelled)
             log_w = [log_weights(d, x_0, N, noise, y, progress=True) for x_0, noise, y in inputs]
             bound["importance_weighted"] = summarize_gain(torch.cat(log_w), bound)
             columns = bound["importance_weighted"]["by_trajectories"]

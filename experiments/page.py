@@ -18,9 +18,9 @@ from experiments import benchmark, common, figures, tables
 
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 MAKERS = {name: (f"tables {name}", show) for name, (_, _, show) in tables.TABLES.items()}
+MAKERS["offline"] = "tables offline --data offline", tables.offline_table
 MAKERS["benchmark"] = "benchmark", benchmark.table
 MAKERS["fill"] = "figures fill", figures.filling_table
-MAKERS["time_to_quality"] = "figures time_to_quality", common.table
 
 
 def source(result: dict) -> str:
@@ -44,7 +44,7 @@ def filled(name: str, folder: Path) -> str:
     result = common.read_result(file)
     if "/" in name:  # on the front page, which shows less
         return make(result, small=True) + "\n"
-    return f"{make(result)}\n\n`python -m experiments.{command}`: {source(result)}\n"
+    return f"{make(result)}\n\n`python -m experiments.{command}`: {source(result)} "
 
 
 def main() -> None:

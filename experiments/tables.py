@@ -3,6 +3,7 @@
     python -m experiments.tables choices --data-root data      # minutes a run
     python -m experiments.tables choices --data-root data --rows "the paper's configuration"
     python -m experiments.tables levels --data-root data       # 256 levels: up to 15 minutes, 2 GB
+    python -m experiments.tables offline --data offline        # ten minutes a run
     python -m experiments.tables headline --data-root data --amp         # minutes on a GPU
 
 Choices, levels and guidance use validation digits, the other tables test digits. Each row is saved

@@ -340,6 +340,26 @@ def test_levels_by_hand():
     assert lines[3] == "| b | 1.000 |  |  |"
 
 
+def test_offline_by_hand():
+    """Three seeds of the longest runs that are compared; the columns are in order of their number."""
+    rows = tables.offline()
+    assert len(rows) == len({row.train for row in rows.values()}) == 2 * (3 + 3) + 3
+    assert "--epochs 5 --loss hybrid" in rows["5 epochs, hybrid, rate 4e-3, seed 0"].train
+    runs = [("10 epochs, a", 70.04, 0.5), ("5 epochs, a", 90, 2), ("5 epochs, a", 92, 3)]
+    rows = {
+        f"{i}": {
+            "row": row,
+            "bound": {"nats_per_image": bound, "standard_error": 1},
+            "samples": {"frechet_distance": distance},
+        }
+        for i, (row, bound, distance) in enumerate([*runs, ("5 epochs, b", 80, 1)])
+    }
+    lines = tables.offline_table({"title": "both", "rows": rows}).splitlines()
+    assert lines[0] == "| both | 5 epochs | 10 epochs |"
+    a = "91.0 (90.0 to 92.0); 2.50 (2.00 to 3.00)"
+    assert lines[2:] == [f"| a | {a} | 70.0 ± 1.0; 0.50 |", "| b | 80.0 ± 1.0; 1.00 |  |"]
+
+
 # ------------------------------------------------------------------------------------------------
 # The page
 
@@ -357,7 +377,7 @@ def filled_page(fresh_directory, tmp_path):
 def test_page(filled_page, tmp_path):
     p = json.loads((tmp_path / "choices.json").read_text())["provenance"]
     source = f"{p['machine']}, torch {torch.__version__}, commit {p['commit']}"
-    source = f"\n`python -m experiments.tables choices`: {source}\n"
+    source = f"\n`python -m experiments.tables choices`: {source} <!-- end -->\n"
     assert "| a | 70.00 ± 0.25 |" in filled_page and source in filled_page
     assert filled_page.startswith("# Results\n") and filled_page.endswith("<!-- end -->\nmore\n")
     assert succeed("experiments.page", "page.md") == filled_page  # filled again, it stays
