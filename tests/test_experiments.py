@@ -341,7 +341,7 @@ def test_levels_by_hand():
 
 
 def test_offline_by_hand():
-    """Three seeds of the longest runs that are compared; the columns are in order of their number."""
+    """Three seeds of the longest runs that are compared; columns in order of their number."""
     rows = tables.offline()
     assert len(rows) == len({row.train for row in rows.values()}) == 2 * (3 + 3) + 3
     assert "--epochs 5 --loss hybrid" in rows["5 epochs, hybrid, rate 4e-3, seed 0"].train
