@@ -146,6 +146,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
     Raises OSError, or UserError if it is damaged or not a checkpoint of this repository.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a regular file")  # opening a named pipe would hang
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)

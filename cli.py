@@ -138,7 +138,7 @@ def path(suffix: str = "") -> Callable[[str], Path]:
     def parse(text: str) -> Path:
         if not text.strip():
             raise argparse.ArgumentTypeError("is empty (an unset variable?)")
-        value = Path(text).expanduser()
+        value = Path(os.path.expanduser(text))  # "~nobody" stays as it is
         if suffix and value.suffix != suffix:
             raise argparse.ArgumentTypeError(f"must end in {suffix}, got {text}")
         return value

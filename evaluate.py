@@ -102,6 +102,8 @@ def prepare_outputs(args: argparse.Namespace) -> None:
     for file in filter(Path.exists, (args.out_dir / name for name in OUTPUTS)):
         if file.samefile(args.checkpoint):
             raise UserError(f"can't write {file}: the same file is read by this command")
+        if not file.is_file():
+            raise UserError(f"can't write {file}: it is not a regular file")
         if not args.overwrite:
             raise UserError(f"{file} exists: give --overwrite, or another --out-dir")
 
@@ -190,7 +192,7 @@ class Evaluation:
         return to_levels(grey, self.diffusion.num_levels, self.binarize, generator)
 
     def binarized(self, parts: list[Tensor], labelled: bool) -> Iterator[tuple]:
-        """x_0 of test images, rows by rows, in one random binarization after the other; with a
+        """x_0 of test images, one part of the rows at a time, each in its own binarization; with a
         generator for the noise, and labels or None."""
         test = self.images.test
         for seed, rows in enumerate(parts):

@@ -20,7 +20,7 @@ RECIPES = {
 }
 OLD_NAMES = {"released": "bound"}  # of recipes
 MANY = 20_000  # images; fewer are few steps per epoch and take a higher rate
-FEW_PICTURES = "hybrid", 4e-3  # default loss and rate for two levels: best on the offline digits
+FEW_PICTURES = "hybrid", 4e-3  # default loss and rate (of Muon) for two levels
 
 
 def add_group(p: argparse.ArgumentParser, title: str, defaults: dict) -> Callable:
@@ -44,7 +44,7 @@ def make_parser(description: str | None) -> tuple[argparse.ArgumentParser, dict,
     recipes = "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items())
     words = f"several flags in one; a flag of your own wins; {recipes}"
     add("--recipe", type=lambda name: OLD_NAMES.get(name, name), choices=RECIPES, help=words)
-    words = "start from the averaged weights of this model, with or without classes"
+    words = "start from the averaged weights of this model, to which --conditional may add classes"
     add("--init", **file, help=words)
     words = "continue from this checkpoint or the newest; a longer run restarts before the decay"
     add("--resume", **file, nargs="?", const=True, help=words)
@@ -84,7 +84,7 @@ def add_training(add: Callable) -> None:
         each pixel anew from Bernoulli(grey level), for soft edges and published likelihoods"""
     add("--binarize", choices=["threshold", "dynamic"], default="threshold", help=words)
     words = """share of training pictures that go through a small random affine map, of which the
-        network is told; for few pictures, of which it would learn each by heart"""
+        network is told; for few pictures, which it would memorize in a long run"""
     add("--augment", type=share, default=0.0, metavar="P", help=words)
     words = "stretch a folder's pictures to N x N, or for two numbers to height x width"
     add("--size", type=count, nargs="+", metavar="N", help=words)
@@ -94,7 +94,7 @@ def add_training(add: Callable) -> None:
     words = "Muon needs half the steps of the others"
     add("--optimizer", choices=OPTIMIZERS, default="muon", help=words)
     words = f"peak learning rate, after a warm-up (default 1e-4; below {MANY:,} images 2e-3, or"
-    words += f" {FEW_PICTURES[1]:g} for two levels)"
+    words += f" {FEW_PICTURES[1]:g} for Muon and two levels)"
     add("--lr", type=cli.number(0, above=True), help=words)
     add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
     add("--network", choices=NETWORKS, default="unet", help="from model.py")

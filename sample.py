@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--save-tensor", type=path(), metavar="FILE.pt", help=words)
     add("--seed", type=cli.SEED, default=0, help="random seed (default 0)")
     words = "index of the first image (default 0)"
-    add("--first", type=integer(0, 2**62), default=0, metavar="I", help=words)
+    add("--first", type=integer(0, 2**61), default=0, metavar="I", help=words)
     group = p.add_mutually_exclusive_group()
     words = """draw --n images of this class, of every class (all) or without a class (none), if the
         model was trained with --conditional; by default image i has class i mod their number"""

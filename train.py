@@ -1,7 +1,7 @@
 """Train a D3PM on binarized MNIST, or on your own pictures.
 
     python train.py                                  # 50 epochs, into results_d3pm/
-    python train.py --data offline --epochs 5        # a first look in two minutes, no download
+    python train.py --data offline --epochs 5        # a first look in a minute or two
     python train.py --data FOLDER --conditional      # your pictures; sub-folders are the classes
     python train.py --resume --epochs 80             # go on after Ctrl-C, or for longer
     python train.py --lr 2e-3 --steps 4000           # good digits soon on full MNIST
@@ -140,6 +140,7 @@ def load_data(
         settings["data"] = data.source  # the full path, for --resume from elsewhere
     few, K = len(data.images) < MANY, data.num_levels(settings["levels"])
     loss, lr = FEW_PICTURES if few and K == 2 else ("cross_entropy", 2e-3 if few else 1e-4)
+    lr = lr if settings["optimizer"] == "muon" else min(lr, 2e-3)
     settings |= {"loss": settings["loss"] or loss, "lr": settings["lr"] or lr}
     if settings["conditional"] and len(data.classes) < 2:
         needed = f"two sub-folders, which are the classes; {data.source} has {len(data.classes)}"
@@ -292,7 +293,8 @@ class Run:
         best = min(self.history[::-1], key=lambda row: row["validation_bound"], default=None)
         if best and best is not self.history[-1]:
             worse = self.history[-1]["validation_bound"] - best["validation_bound"]
-            kept = sorted(self.folder.checkpoints.glob("model_epoch_*[0-9].pth"))
+            kept = sorted(self.folder.checkpoints.glob("model_epoch_*.pth"))
+            kept = [path for path in kept if path.stem[12:].isdecimal()]
             nearest = min(kept, key=lambda path: abs(int(path.stem[12:]) - best["epoch"]))
             print(
                 f"It overfits: the validation bound was best after epoch {best['epoch']} and is "

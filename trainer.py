@@ -220,7 +220,7 @@ def learning_rate(peak: float, step: int, total: int, decay: str = "late") -> fl
     rate = peak * min(1.0, (step + 1) / max(1, min(WARMUP_STEPS, total // 10)))
     if decay == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * step / total))
-    return rate * min(1.0, (total - step) / (LATE * total)) if decay == "late" else rate
+    return rate * min(1.0, max(0, total - step) / (LATE * total)) if decay == "late" else rate
 
 
 def decay_start(total: int) -> int:
@@ -264,8 +264,8 @@ class Recorded:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.function(**self.inputs)
-        for name, v in inputs.items():
-            self.inputs[name].copy_(v)
+        for name, recorded in self.inputs.items():
+            recorded.copy_(inputs[name])
         self.graph.replay()
         return self.result.clone()
 

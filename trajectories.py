@@ -28,11 +28,11 @@ def respaced(diffusion: DiscreteDiffusion, timesteps: int | list[int]) -> Discre
     what the network was trained for. The network is still given the original t.
 
     `timesteps`: how many, 1..T, spread so that every step moves pixels about equally far; or a
-    rising list of those to keep, up to T. Raises ValueError for others.
+    rising list of those to keep, up to T. Raises ValueError for others, TypeError unless integers.
     """
     T = diffusion.timesteps
     given = isinstance(timesteps, list | tuple)
-    kept = [0, *timesteps] if given else evenly_spread(diffusion, timesteps)
+    kept = [0, *map(operator.index, timesteps)] if given else evenly_spread(diffusion, timesteps)
     if kept[-1] != T or any(a >= b for a, b in pairwise(kept)):
         raise ValueError(f"the timesteps to keep must rise from at least 1 to {T}")
     steps = [reduce(torch.matmul, diffusion.Q[a + 1 : b + 1]) for a, b in pairwise(kept)]

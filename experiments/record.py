@@ -1,12 +1,12 @@
-"""One try at dynamically binarized MNIST: as much network as a GPU can train in ten minutes.
+"""One attempt at dynamically binarized MNIST: the largest network that a GPU trains in ten minutes.
 
     python -m experiments.record --data-root data
-    python -m experiments.record --data-root data --init results_d3pm/experiments/record/weights.pth
+    python -m experiments.record --data-root data --init record.pth
 
 A few networks are timed first. The largest one that sees IMAGES in the time left is trained from
-scratch, with dropout and augmentation. The learning rate follows the clock, down to 0. Another run
-can continue with --init. Every minute, weights.pth and record.json are written to
-results_d3pm/experiments/record/. `evaluate.py` takes the weights.
+scratch, with dropout and augmentation. The learning rate follows the clock, down to 0. Every
+minute, weights.pth and record.json are written to results_d3pm/experiments/record/. `evaluate.py`
+takes the weights. Another run can continue from a copy of them, record.pth.
 """
 
 import itertools
@@ -107,16 +107,21 @@ def main() -> None:
     add_device(p.add_argument)
     args = p.parse_args()
     deadline, device = time.monotonic() + 60 * args.minutes, pick_device(args.device)
+    weights = output("record").with_name("weights.pth")
     data = load_dataset("train", args.data, args.data_root)
     grey = load_dataset("validation", args.data, args.data_root).images
     validation = to_levels(grey, 2, "dynamic", torch.Generator().manual_seed(0))
     if args.init:
         timed, size = [], max(BATCH_SIZES)
         diffusion = build_diffusion(read_checkpoint(args.init), args.init, device)
-        if not diffusion.model.config.get("augmented"):
-            p.error(f"--init: {args.init} was not trained with augmentation")
+        if not diffusion.model.config.get("augmented") or diffusion.loss_type != "variational":
+            p.error(f"--init: {args.init} was not trained by this script")
+        if args.init.resolve() == weights.resolve():
+            p.error(f"--init: copy {args.init} first, as it would be overwritten")
     else:
         timed, chosen = choose(data, device, deadline)
+        if time.monotonic() >= deadline:
+            raise UserError("timing the networks took all the time: give more --minutes")
         diffusion, size = new_diffusion(chosen["network"]).to(device), chosen["batch_size"]
     contestant = Contestant(diffusion, data, size, compiled=True, seed=1 if args.init else 0)
     averaged, curve = contestant.trainer.averaged, []
@@ -124,8 +129,13 @@ def main() -> None:
         curve.append(row | {"validation_bound": contestant.trainer.validate(validation)})
         print(", ".join(f"{name} {value:,.4g}" for name, value in curve[-1].items()))
         state = sampling_state(averaged, data, "dynamic", contestant.trainer.steps)
-        save_checkpoint(output("record").with_name("weights.pth"), state)
-        result = {"network": averaged.model.config, "batch_size": size, "timed": timed}
+        save_checkpoint(weights, state)
+        result = {
+            "init": args.init,
+            "network": averaged.model.config,
+            "batch_size": size,
+            "timed": timed,
+        }
         write_json(output("record"), result | {"curve": curve, "provenance": provenance()})
 
 

@@ -423,7 +423,7 @@ def test_damaged_and_missing_files(saved):
             read_checkpoint("bad.pth")
     with pytest.raises(FileNotFoundError):
         read_checkpoint("nowhere.pth")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match="not a regular file"):
         read_checkpoint(".")
 
 

@@ -566,7 +566,7 @@ def no_work(monkeypatch):
         ("--split train", "invalid choice"),
         ("--device nonsense", "can't be used"),
         ("--out-dir x.pth", "can't write"),
-        ("--out-dir taken", "nearest.png exists: give --overwrite"),
+        ("--out-dir taken", "not a regular file"),
         ("--out-dir=", "is empty"),
     ],
 )

@@ -76,7 +76,11 @@ def test_another_run_continues_from_the_weights_with_other_batches(attempt, tmp_
     _, steps = attempt("--minutes", 2)
     first, before = steps[-1][-1], [x_0 for _, _, x_0, *_ in steps]
     weights = tmp_path / "record" / "weights.pth"
+    with pytest.raises(SystemExit):
+        attempt("--init", weights)  # which would be overwritten
+    weights = weights.rename(tmp_path / "record.pth")
     result, steps = attempt("--minutes", 0.2, "--init", weights)
+    assert result["init"] == str(weights)
     assert result["timed"] == [] and result["network"] == first.network.config
     assert len(steps[0][2]) == 16
     assert not any(torch.equal(steps[0][2], x_0) for x_0 in before)
@@ -91,6 +95,8 @@ def test_another_run_continues_from_the_weights_with_other_batches(attempt, tmp_
 
 def test_too_little_time_for_any_network_takes_the_fastest(attempt, monkeypatch):
     monkeypatch.setattr(record, "IMAGES", 10**9)
+    with pytest.raises(cli.UserError, match="give more --minutes"):
+        attempt("--minutes", 0.5)
     result, _ = attempt("--minutes", 2)
     speeds = [row["images_per_second"] for row in result["timed"]]
     assert result["batch_size"] == result["timed"][speeds.index(max(speeds))]["batch_size"]
