@@ -385,7 +385,7 @@ def test_validation_is_on_validation_digits(protocol, levels, seed, monkeypatch,
 
 def test_of_32_levels_all_validation_digits_are_used(made):
     settings = {"data": "offline", "data_root": "data", "levels": 32, "binarize": "threshold"}
-    settings |= dict.fromkeys(["lr", "loss", "size", "conditional"]) | {
+    settings |= dict.fromkeys(["lr", "loss", "size", "conditional", "optimizer"]) | {
         "limit": 16,
         "batch_size": 16,
     }
