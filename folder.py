@@ -139,7 +139,7 @@ def split_by(shares: np.ndarray) -> np.ndarray:
     """Each picture's index into SPLITS: 90, 5 and 5 %, at least one picture each.
 
     `shares` are hashes of the contents in [0, 1), so copies share a split and a new picture moves
-    no other (but for a few dozen pictures). Raises UserError for fewer than 3 different pictures.
+    no other, unless there are only a few dozen. Raises UserError for fewer than 3 different ones.
     """
     distinct = np.unique(shares)
     if len(distinct) < 3:

@@ -20,6 +20,7 @@ RECIPES = {
 }
 OLD_NAMES = {"released": "bound"}  # of recipes
 MANY = 20_000  # images; fewer are few steps per epoch and take a higher rate
+HYBRID_WEIGHT = 0.005  # with T = 200, the sum of the bound and cross-entropy
 FEW_PICTURES = "hybrid", 4e-3  # default loss and rate (of Muon) for two levels
 
 
@@ -74,7 +75,8 @@ def add_training(add: Callable) -> None:
     few = f"for two levels, below {MANY:,} images"
     words = f"objective (default cross_entropy; {few}, {FEW_PICTURES[0]})"
     add("--loss", choices=LOSSES, help=words)
-    add("--hybrid-weight", type=number, default=0.005, metavar="W", help="the hybrid loss's lambda")
+    words = "the hybrid loss's lambda"
+    add("--hybrid-weight", type=number, default=HYBRID_WEIGHT, metavar="W", help=words)
     words = "p(x_(t-1) | x_t) as the mixture of posteriors, or in the paper's joint form"
     add("--reverse", choices=REVERSES, default="mixture", help=words)
     words = """K grey levels: 2 for line art and masks, more for shades; or the palette itself, for

@@ -3,10 +3,14 @@
 import argparse
 import json
 import math
+from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 from statistics import mean
 
 from cli import REPOSITORY, UserError, parser, path
+
+from dataset import Dataset, batches
 
 OUT = REPOSITORY / "results_d3pm" / "experiments"
 # The columns that are measured on samples, and their decimals
@@ -34,6 +38,12 @@ def experiment_parser(description: str | None) -> argparse.ArgumentParser:
 
 def output(name: str, suffix: str = ".json") -> Path:
     return OUT / name / f"{name}{suffix}"
+
+
+def endless(data: Dataset, batch_size: int, seed: int = 0, **how) -> Iterator[tuple]:
+    """The batches of one epoch after another; `how` as in `batches`."""
+    epochs = (batches(data, batch_size, seed, epoch, **how) for epoch in count())
+    return chain.from_iterable(epochs)
 
 
 def read_result(file: Path) -> dict:

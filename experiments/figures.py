@@ -13,9 +13,8 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
 from functools import partial
-from itertools import chain, count, islice
+from itertools import islice
 
 from cli import add_device, add_speed, integer, pick_device, run
 
@@ -25,12 +24,13 @@ from torch.optim.swa_utils import update_bn
 
 import metrics
 from checkpoint import PARTICLES, RELEASED, TIMESTEPS, load_checkpoint, save_checkpoint, write_json
-from dataset import Dataset, batches, load_dataset, sha256, to_levels
+from dataset import Dataset, load_dataset, sha256, to_levels
 from diffusion import DiscreteDiffusion
 from experiments.baseline import most_probable, usual_trainer
-from experiments.common import experiment_parser, markdown, output, table
+from experiments.common import endless, experiment_parser, markdown, output, table
 from metrics import judge, load_classifier, rows_of_classes, spread, summarize_bound
 from model import UNet, accelerated
+from options import FEW_PICTURES, HYBRID_WEIGHT
 from pictures import image_grid, new_figure, save_figure, subplots, write_report
 from trainer import Trainer
 from trajectories import fill_in, respaced
@@ -45,13 +45,8 @@ def draw(figure, name: str) -> None:
 
 def ours(total_steps: int, lr: float, loss_type: str = "cross_entropy") -> Trainer:
     network = UNet().to(memory_format=torch.channels_last)
-    diffusion = DiscreteDiffusion(network, loss_type=loss_type, hybrid_weight=0.005)
+    diffusion = DiscreteDiffusion(network, loss_type=loss_type, hybrid_weight=HYBRID_WEIGHT)
     return Trainer(diffusion, total_steps, BATCH_SIZE, lr, "muon")
-
-
-def endless(digits: Dataset) -> Iterator[tuple]:
-    """The batches of one epoch after another."""
-    return chain.from_iterable(batches(digits, BATCH_SIZE, epoch=epoch) for epoch in count())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,12 +104,12 @@ SAVED = 1_000  # steps between checkpoints
 MINUTES = (1, 2, 5, 10, 30, 60, 120)
 EPOCHS = 50
 DIGITS = {
-    "offline digits": ("offline", 4e-3, "hybrid"),
-    "full MNIST": ("mnist", 1e-4, "cross_entropy"),
+    "offline digits": ("offline", *FEW_PICTURES),
+    "full MNIST": ("mnist", "cross_entropy", 1e-4),
 }
 
 
-def on_the_way(data: str, lr: float, loss: str, args: argparse.Namespace) -> list[dict]:
+def on_the_way(data: str, loss: str, lr: float, args: argparse.Namespace) -> list[dict]:
     """Loss, bound and samples at each of `args.minutes`, up to the end of the run.
 
     Continues an interrupted run, or one that ended before the last of the minutes.
@@ -130,7 +125,7 @@ def on_the_way(data: str, lr: float, loss: str, args: argparse.Namespace) -> lis
         state = torch.load(file, weights_only=True)
         trainer.load_state_dict(state)
         rows, losses = state["rows"], state["losses"]
-    for batch in islice(endless(digits), trainer.steps, max(marks)):
+    for batch in islice(endless(digits, BATCH_SIZE), trainer.steps, max(marks)):
         losses = [*losses[-99:], trainer.step(*batch).item()]
         if trainer.steps in marks:
             row = {"minutes": trainer.steps * BATCH_SIZE / RATE / 60, "steps": trainer.steps}
@@ -242,7 +237,7 @@ RACE_TIMESTEPS, RACE_SAMPLES = 20, 500
 
 def compete(trainer: Trainer, usual: bool, digits: Dataset, x_0: Tensor) -> list[dict]:
     """Train one contestant; return its curve. The usual recipe has no averaged weights."""
-    stream, seconds, curve = endless(digits), [], []
+    stream, seconds, curve = endless(digits, BATCH_SIZE), [], []
 
     def train(steps: int) -> None:
         trainer.network.train()

@@ -19,9 +19,9 @@ from cli import UserError, add_device, number, path, pick_device, provenance, ru
 import torch
 
 from checkpoint import build_diffusion, read_checkpoint, sampling_state, save_checkpoint, write_json
-from dataset import Dataset, batches, load_dataset, to_levels
+from dataset import Dataset, load_dataset, to_levels
 from diffusion import DiscreteDiffusion
-from experiments.common import experiment_parser, output
+from experiments.common import endless, experiment_parser, output
 from model import build_network
 from trainer import Trainer
 
@@ -44,10 +44,8 @@ class Contestant:
     def __init__(self, diffusion, data: Dataset, size: int, compiled=False, seed=0):
         options = {"optimizer": "muon", "amp": True, "compiled": compiled, "seed": seed}
         self.trainer = Trainer(diffusion, LONG, size, 2e-3, **options)
-        data = data.to(self.trainer.source)
-        how = {"binarize": "dynamic", "augment": 0.5}
-        epochs = (batches(data, size, seed, epoch, **how) for epoch in itertools.count())
-        self.batches, self.size = itertools.chain.from_iterable(epochs), size
+        data, how = data.to(self.trainer.source), {"binarize": "dynamic", "augment": 0.5}
+        self.batches, self.size = endless(data, size, seed, **how), size
 
     def train(self, n: int) -> float:
         """Train n steps. Returns the mean loss, in nats per pixel, after a device sync."""
