@@ -360,6 +360,9 @@ def test_loss_and_rate_depend_on_the_number_of_images(n, levels, rate, loss, mon
     succeed("train.py", *flags.split())
     ((diffusion, _), options) = made[1]
     assert (diffusion.loss_type, options["lr"]) == ("variational", 3e-3)
+    flags = flags.replace("--lr 3e-3 --out-dir other", "--optimizer adamw --out-dir third")
+    succeed("train.py", *flags.split())
+    assert made[2][1]["lr"] == min(rate, 2e-3)  # the higher rate is Muon's
     del loaded[2:]
     assert [args[:2] for args, _ in loaded] == [("train", "auto"), ("validation", "mnist")]
 

@@ -388,6 +388,11 @@ def test_state_that_does_not_fit(damage):
     assert "\n" not in str(error.value)
 
 
+def test_the_rate_stays_at_0_after_the_decay():
+    """A schedule that follows the clock may end between two looks at it."""
+    assert [learning_rate(1, step, 1000) for step in (1000, 1001, 1020)] == [0, 0, 0]
+
+
 def test_learning_rate_by_hand():
     late = [learning_rate(2.0, step, 1000) for step in (0, 49, 99, 100, 700, 701, 850, 999)]
     assert late == pytest.approx([0.02, 1, 2, 2, 2, 2 * 299 / 300, 1, 2 / 300])
