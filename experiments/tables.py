@@ -4,6 +4,7 @@
     python -m experiments.tables choices --data-root data --rows "the paper's configuration"
     python -m experiments.tables levels --data-root data       # 256 levels: up to 15 minutes, 2 GB
     python -m experiments.tables offline --data offline        # ten minutes a run
+    python -m experiments.tables small --data offline          # half an hour a run
     python -m experiments.tables headline --data-root data --amp         # minutes on a GPU
 
 Choices, levels and guidance use validation digits, the other tables test digits. Each row is saved
@@ -11,6 +12,7 @@ to results_d3pm/experiments/NAME/NAME.json as soon as it is measured. An interru
 with the missing rows.
 """
 
+import csv
 import hashlib
 import subprocess
 import sys
@@ -66,6 +68,17 @@ OFFLINE = {
     "hybrid, rate 2e-3": "--loss hybrid --hybrid-weight 0.005 --lr 2e-3",
     "variational, rate 2e-3": "--loss variational --lr 2e-3",
     "cross-entropy, rate 4e-3": "--loss cross_entropy --lr 4e-3",
+}
+SHOWN = "frechet_distance", "recall", "isolated_white"
+ON_THE_BOUND = "--loss variational --lr 2e-3 --amp --compile"
+SMALL = {
+    "none": "--augment 0",
+    "augment 0.5": "--augment 0.5",
+    "augment 0.8": "--augment 0.8",
+    "dropout 0.1": "--augment 0 --dropout 0.1",
+    "dropout 0.3": "--augment 0 --dropout 0.3",
+    "dropout 0.5": "--augment 0 --dropout 0.5",
+    "augment 0.8, dropout 0.1": "--augment 0.8 --dropout 0.1",
 }
 LEVELS = {
     "uniform": "--transition uniform",
@@ -127,6 +140,35 @@ def offline_table(result: dict) -> str:
     )
     lines = [[loss, *(row.get(epochs, "") for epochs in columns)] for loss, row in cells.items()]
     return markdown([result["title"], *columns], lines)
+
+
+def small() -> dict[str, Row]:
+    """What keeps a network from learning few pictures by heart: 150 epochs."""
+    evaluate = ["--split validation --num-samples 1000 --repeats 8"]
+    every = f"--epochs 150 {ON_THE_BOUND}"
+    return {name: Row(name, evaluate, f"{every} {flags}") for name, flags in SMALL.items()}
+
+
+def augment() -> dict[str, Row]:
+    """With how many digits augmentation stops helping: the same number of steps for all."""
+    evaluate, rows = ["--split validation --num-samples 1000"], {}
+    for n in (1_000, 4_500, 15_000, 55_000):
+        every = f"--steps 2625 {ON_THE_BOUND} --validate-every {-(-525 * 128 // n)} --limit {n}"
+        for share in (0, 0.5):
+            label = f"{n:,} digits" + ", augmented" * (share > 0)
+            rows[label] = Row(label, evaluate, f"{every} --augment {share}")
+    return rows
+
+
+def overfitting_table(result: dict) -> str:
+    """The bound at the end, that at its best on the way, the training loss, and the samples."""
+    heading, lines = [result["title"], "bound", "best on the way", "training loss"], []
+    for one in result["rows"].values():
+        best = f"{one['best']['validation_bound']:.1f} (epoch {one['best']['epoch']:.0f})"
+        loss = f"{one['last']['train_loss'] * 1024:.1f}"  # 32x32 pixels
+        quality = [measured([one["samples"]], key, 2) for key in SHOWN]
+        lines.append([one["row"], nats([one["bound"]], 1), best, loss, *quality])
+    return markdown([*heading, *(common.QUALITY[key][0] for key in SHOWN)], lines)
 
 
 def levels_table(result: dict) -> str:
@@ -216,6 +258,8 @@ TABLES = {
     "guidance": ("5,000 samples", guidance, common.table),
     "choices": ("650 steps", choices, common.table),
     "offline": ("bound; Fréchet distance", offline, offline_table),
+    "small": ("150 epochs", small, overfitting_table),
+    "augment": ("2,625 steps", augment, overfitting_table),
     "levels": ("bits per dimension", levels, levels_table),
 }
 
@@ -235,6 +279,10 @@ def measure(row: Row, folder: Path, every: list) -> dict:
         if not checkpoint.with_name("weights.pth").exists():  # written last
             resume = ["--resume"] * checkpoint.exists()
             command("train.py", *row.train.split(), *every, "--out-dir", folder, *resume)
+        with (folder / "metrics.csv").open(newline="") as file:
+            history = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+        result["last"] = history[-1]
+        result["best"] = min(history, key=lambda line: line["validation_bound"])
     for flags in row.evaluate:
         where = ["--out-dir", folder, "--overwrite"]
         command("evaluate.py", checkpoint, *flags.split(), *every, *where)

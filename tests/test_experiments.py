@@ -21,6 +21,7 @@ from PIL import Image
 from scripts import ENVIRONMENT, call, fail, spy, succeed, untrained
 
 import dataset
+import train
 from checkpoint import json_bytes, read_checkpoint
 from dataset import Dataset, to_levels
 from diffusion import DiscreteDiffusion
@@ -358,6 +359,29 @@ def test_offline_by_hand():
     assert lines[0] == "| both | 5 epochs | 10 epochs |"
     a = "91.0 (90.0 to 92.0); 2.50 (2.00 to 3.00)"
     assert lines[2:] == [f"| a | {a} | 70.0 ± 1.0; 0.50 |", "| b | 80.0 ± 1.0; 1.00 |  |"]
+
+
+def test_what_helps_few_pictures(commands, cheap, only, out, monkeypatch):
+    """The best validation bound is one on the way; training losses are per image."""
+    rows = tables.augment()
+    assert ["--augment 0.5" in row.train for row in rows.values()] == [False, True] * 4
+    assert all("--steps 2625" in row.train for row in rows.values())
+    assert "--validate-every 15 --limit 4500" in rows["4,500 digits"].train
+    rows = tables.small()
+    assert ["--augment 0 " in f"{row.train} " for row in rows.values()] == [1, 0, 0, 1, 1, 1, 0]
+    bounds = iter([70.0, 60.06, 65.0])
+    monkeypatch.setattr(Trainer, "validate", lambda self, x_0: next(bounds))
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    (key, row), made = ("augment 0.5", rows["augment 0.5"]), spy(monkeypatch, train, "Trainer")
+    only("small", {key: row._replace(train=row.train.replace("--epochs 150", "--epochs 3"))})
+    lines = succeed("experiments.tables", "small", *TRIAL).splitlines()
+    assert made[0][0][0].config["loss_type"] == "variational" and made[0][1]["lr"] == 2e-3
+    one = result_of("small", out)["rows"][key]
+    assert one["best"]["epoch"] == 2 and one["last"]["validation_bound"] == 65
+    bound, loss = one["bound"], one["last"]["train_loss"] * 1024
+    assert lines[0].startswith("| 150 epochs | bound | best on the way | training loss | Fréchet")
+    start = f"{bound['nats_per_image']:.1f} ± {bound['standard_error']:.1f} | 60.1 (epoch 2)"
+    assert lines[2].startswith(f"| augment 0.5 | {start} | {loss:.1f} | ")
 
 
 # ------------------------------------------------------------------------------------------------
