@@ -16,12 +16,13 @@ from transitions import FAMILIES, SCHEDULES
 RECIPES = {
     "bound": "--loss variational --optimizer muon --lr 1e-3 --timesteps 1000 --channels 64 128 192",
     "paper": "--reverse joint --loss hybrid --hybrid-weight 0.001 --optimizer adam --lr 2e-4 "
-    "--decay constant --timesteps 1000 --dropout 0.1 --batch-size 128",
+    "--decay constant --timesteps 1000 --dropout 0.1 --batch-size 128 --augment 0",
 }
 OLD_NAMES = {"released": "bound"}  # of recipes
 MANY = 20_000  # images; fewer are few steps per epoch and take a higher rate
 HYBRID_WEIGHT = 0.005  # with T = 200, the sum of the bound and cross-entropy
 FEW_PICTURES = "hybrid", 4e-3  # default loss and rate (of Muon) for two levels
+LONG, AUGMENT = 75, 0.5  # epochs from which few pictures of two levels are augmented, and the share
 
 
 def add_group(p: argparse.ArgumentParser, title: str, defaults: dict) -> Callable:
@@ -85,9 +86,9 @@ def add_training(add: Callable) -> None:
     words = """2 levels by a threshold, for what is black and white; or dynamic: every epoch draws
         each pixel anew from Bernoulli(grey level), for soft edges and published likelihoods"""
     add("--binarize", choices=["threshold", "dynamic"], default="threshold", help=words)
-    words = """share of training pictures that go through a small random affine map, of which the
-        network is told; for few pictures, which it would memorize in a long run"""
-    add("--augment", type=share, default=0.0, metavar="P", help=words)
+    words = f"""share of training pictures that go through a small random affine map, of which the
+        network is told (default 0; {few}, seen {LONG} times or more, {AUGMENT})"""
+    add("--augment", type=share, metavar="P", help=words)
     words = "stretch a folder's pictures to N x N, or for two numbers to height x width"
     add("--size", type=count, nargs="+", metavar="N", help=words)
     add("--conditional", action="store_true", default=False, help="give the network the class")
@@ -145,7 +146,7 @@ def merge_settings(
     given = {name: v for name in free | fixed if (v := getattr(args, name)) is not None}
     settings = free | fixed
     if checkpoint:
-        settings |= {"optimizer": "adamw", "decay": "cosine"}  # of runs from before these settings
+        settings |= {"optimizer": "adamw", "decay": "cosine", "augment": 0.0}  # of old runs
         settings |= {name: v for name, v in checkpoint["settings"].items() if name in settings}
         settings["out_dir"] = free["out_dir"]
         for name in fixed:

@@ -45,7 +45,7 @@ from checkpoint import (
 from dataset import DIGITS, NAMES, Dataset, batches, load_dataset, spread, take, to_levels
 from diffusion import LOSSES, DiscreteDiffusion
 from model import build_network
-from options import FEW_PICTURES, MANY, merge_settings, parse_arguments
+from options import AUGMENT, FEW_PICTURES, LONG, MANY, merge_settings, parse_arguments
 from pictures import image_grid, plot_history, save_figure, style_of, write_report
 from trainer import Processes, Trainer, decay_start, learning_rate
 from trajectories import respaced
@@ -151,6 +151,11 @@ def load_data(
     validation = to_levels(grey, K, settings["binarize"], generator)
     data = take(data, settings["limit"])
     next(batches(data, settings["batch_size"]))  # fails now if the batch is too large
+    if settings["augment"] is None:
+        per_epoch = len(data.images) // settings["batch_size"]
+        long = (settings["steps"] or settings["epochs"] * per_epoch) >= LONG * per_epoch
+        fits = few and K == 2 and settings["network"] == "unet"  # another may take no maps
+        settings["augment"] = AUGMENT if long and fits else 0.0
     return data, validation
 
 
@@ -363,8 +368,9 @@ def train(run: Run) -> int:
     images, held_out, source = len(run.data.images), len(run.validation), run.data.source
     noun = "digits" if source in DIGITS else "pictures"
     name = f"{source} digits" if source in DIGITS else f"pictures of {source}"
+    share = f" ({s['augment']:.0%} of them augmented)" if s["augment"] else ""
     print(
-        f"{images:,} {name} for training, {held_out:,} for validation\n"
+        f"{images:,} {name} for training{share}, {held_out:,} for validation\n"
         f"{weights:,} weights on {trainer.device}{shared}; T = {s['timesteps']}\n"
         f"{total} steps of {s['batch_size']}, {total / run.steps_per_epoch:.3g} epochs; "
         f"{s['optimizer']} with peak learning rate {s['lr']:g}"

@@ -374,14 +374,15 @@ def test_a_run_stays_with_its_digits(monkeypatch, my_run):
     assert "(mnist) differ in source from those that the run was trained on (offline)" in line
 
 
-def test_resume_of_an_older_run_knows_what_its_settings_meant(cheap):
-    """A run from before there was --optimizer was AdamW's, one from before --decay a cosine's; with
-    its levels' old name and no steps per epoch it goes on."""
+def test_resume_of_an_older_run_knows_what_its_settings_meant(cheap, monkeypatch):
+    """A run from before there was --optimizer was AdamW's, one from before --decay a cosine's; none
+    was augmented. With its levels' old name and no steps per epoch it goes on."""
+    monkeypatch.setattr(train, "LONG", 5)
     trained("--optimizer adamw --epochs 4 --limit 16")
     last = Path("out/checkpoints/last.pth")
     old = read_checkpoint(last)
     for part, names in {
-        "settings": ("optimizer", "decay", "blocks", "dropout"),
+        "settings": ("optimizer", "decay", "blocks", "dropout", "augment"),
         "network": ("blocks", "dropout"),
         "diffusion": ("image_shape",),
     }.items():
@@ -397,8 +398,8 @@ def test_resume_of_an_older_run_knows_what_its_settings_meant(cheap):
     assert fail(*resume, "--blocks", 2).endswith("resume: the default")
     succeed(*resume)
     new = checkpoint_of("out")
-    settings = [new["settings"][name] for name in ("decay", "network")]
-    assert new["step"] == 5 and settings == ["cosine", "unet"]
+    settings = [new["settings"][name] for name in ("decay", "network", "augment")]
+    assert new["step"] == 5 and settings == ["cosine", "unet", 0]
     assert new["history"][-1]["lr"] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * 4 / 5)))
 
 

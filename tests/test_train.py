@@ -301,6 +301,25 @@ def test_defaults(made):
     assert diffusion.model.config == network
 
 
+def test_few_pictures_are_augmented_in_a_long_run(made, monkeypatch):
+    """Of two levels, for the network that can be told, unless a flag or an older run says no."""
+    monkeypatch.setattr(train, "MANY", 5_000)
+    few = *TRAIN, "--batch-size", 30, "--steps"
+
+    def share(*flags):
+        out = succeed("train.py", *flags, "--out-dir", "out", "--overwrite")
+        network = made.pop()[0][0].model
+        assert ("50% of them augmented" in out) == network.config["augmented"]
+        return network.config["augmented"]
+
+    assert share(*few, 150) and share(*few[:-1], "--epochs", 75)
+    assert not share(*few, 149) and not share(*few[:-1], "--epochs", 74)
+    assert not share(*few, 150, "--levels", 3) and not share(*few, 150, "--augment", 0)
+    assert not share(*few, 150, "--recipe", "paper")
+    monkeypatch.setattr(train, "MANY", 4_500)
+    assert not share(*few, 150)
+
+
 def test_a_recipe_is_several_flags(made, my_run):
     """Those beside it win; a run that goes on with one was begun with it. Its old name works."""
     for name in ("bound", "released"):
