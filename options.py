@@ -98,6 +98,8 @@ def add_training(add: Callable) -> None:
     words = f"peak learning rate, after a warm-up (default 1e-4; below {MANY:,} images 2e-3, or"
     words += f" {FEW_PICTURES[1]:g} for Muon and two levels)"
     add("--lr", type=cli.number(0, above=True), help=words)
+    add("--weight-decay", type=number, default=0.01, metavar="W", help="of AdamW and Muon")
+    add("--average", type=count, default=1_000, metavar="N", help="steps of the averaged weights")
     add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
     add("--network", choices=NETWORKS, default="unet", help="from model.py")
     add("--output", choices=OUTPUTS, help="logistic: a mean and a scale, for many grey levels")

@@ -339,6 +339,7 @@ def make_run(
         advice = "give more with --epochs or --steps"
         raise UserError(f"the run to resume has all its {total} steps: {advice}")
     names = ("batch_size", "lr", "optimizer", "decay", "label_dropout", "seed", "amp")
+    names += ("weight_decay", "average")
     options = {name: settings[name] for name in names} | {"compiled": settings["compile"]}
     with user_errors():
         diffusion = build(settings, init, data)

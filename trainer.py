@@ -102,6 +102,8 @@ class Trainer:
         optimizer: str = "adamw",
         decay: str = "late",
         label_dropout: float = 0.1,
+        weight_decay: float = 0.01,
+        average: int = 1_000,
         seed: int = 0,
         amp: bool = False,
         compiled: bool = False,
@@ -109,6 +111,8 @@ class Trainer:
     ):
         self.network, self.steps, self.total_steps = diffusion.model, 0, total_steps
         self.lr, self.decay, self.label_dropout, self.seed = lr, decay, label_dropout, seed
+        self.average = average
+        adamw = ADAMW | {"weight_decay": weight_decay}
         self.processes, self.shard = processes, processes.share(batch_size)
         model = accelerated(self.network, amp, compiled)
         model = DistributedDataParallel(model) if processes.size > 1 else model
@@ -130,9 +134,9 @@ class Trainer:
         if optimizer == "adam":
             self.optimizer = torch.optim.Adam(parameters, **options)
         elif optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(parameters, **ADAMW, **options)
+            self.optimizer = torch.optim.AdamW(parameters, **adamw, **options)
         else:
-            self.optimizer = Muon(self.network, **ADAMW, **options)
+            self.optimizer = Muon(self.network, **adamw, **options)
         self.update = Recorded(self._update) if self.records else self._update
 
     def step(self, x_0: Tensor, y: Tensor | None = None, maps: Tensor | None = None) -> Tensor:
@@ -154,7 +158,7 @@ class Trainer:
             if self.draws:  # each rank draws its own masks
                 torch.manual_seed(stream_seed(self.seed, 3, self.steps, self.shard.start))
             loss = self.update(**inputs)
-        move_average(self.averaged.model, self.network, self.steps)
+        move_average(self.averaged.model, self.network, self.steps, self.average)
         self.steps += 1
         return loss
 
@@ -229,9 +233,9 @@ def decay_start(total: int) -> int:
 
 
 @torch.no_grad()
-def move_average(averaged: nn.Module, current: nn.Module, n: int) -> None:
-    """Exponential moving average over about the last ninth of n steps, at most 1,000."""
-    decay = min(0.999, (1 + n) / (10 + n)) if n else 0.0
+def move_average(averaged: nn.Module, current: nn.Module, n: int, average: int = 1_000) -> None:
+    """Exponential moving average over about the last ninth of n steps, at most `average`."""
+    decay = min(1 - 1 / average, (1 + n) / (10 + n)) if n else 0.0
     torch._foreach_lerp_(list(averaged.parameters()), list(current.parameters()), 1 - decay)
     for a, c in zip(averaged.buffers(), current.buffers(), strict=True):
         a.lerp_(c, 1 - decay) if a.is_floating_point() else a.copy_(c)

@@ -64,8 +64,20 @@ OFFLINE = {
     "hybrid, rate 4e-3": "--loss hybrid --hybrid-weight 0.005 --lr 4e-3",
     "cross-entropy, rate 2e-3": "--loss cross_entropy --lr 2e-3",
     "hybrid, rate 2e-3": "--loss hybrid --hybrid-weight 0.005 --lr 2e-3",
+    "hybrid, rate 4e-3, augment 0.5": "--loss hybrid --hybrid-weight 0.005 --lr 4e-3 --augment 0.5",
     "variational, rate 2e-3": "--loss variational --lr 2e-3",
     "cross-entropy, rate 4e-3": "--loss cross_entropy --lr 4e-3",
+}
+SMALL = {
+    "none": "",
+    "augment 0.5": "--augment 0.5",
+    "dropout 0.1": "--dropout 0.1",
+    "augment 0.8": "--augment 0.8",
+    "augment 0.8, dropout 0.1": "--augment 0.8 --dropout 0.1",
+    "weight decay 0.1": "--weight-decay 0.1",
+    "dropout 0.3": "--dropout 0.3",
+    "weight decay 0.3": "--weight-decay 0.3",
+    "dropout 0.5": "--dropout 0.5",
 }
 LEVELS = {
     "uniform": "--transition uniform",
@@ -127,6 +139,25 @@ def offline_table(result: dict) -> str:
     )
     lines = [[loss, *(row.get(epochs, "") for epochs in columns)] for loss, row in cells.items()]
     return markdown([result["title"], *columns], lines)
+
+
+def small() -> dict[str, Row]:
+    """What keeps a network from learning few pictures by heart."""
+    evaluate = ["--split validation --num-samples 1000 --repeats 8"]
+    every = "--epochs 150 --loss variational --lr 2e-3 --amp --compile"
+    return {name: Row(name, evaluate, f"{every} {flags}") for name, flags in SMALL.items()}
+
+
+def augment() -> dict[str, Row]:
+    """With how many digits augmentation stops helping: the same number of steps for all."""
+    evaluate, rows = ["--split validation --num-samples 1000"], {}
+    for n in (4_500, 15_000, 1_000, 55_000):
+        every = "--steps 2625 --loss variational --lr 2e-3 --amp --compile"
+        every += f" --validate-every {-(-525 * 128 // n)} --limit {n}"
+        for share in (0, 0.5):
+            label = f"{n:,} digits" + ", augmented" * (share > 0)
+            rows[label] = Row(label, evaluate, f"{every} --augment {share}")
+    return rows
 
 
 def levels_table(result: dict) -> str:
@@ -216,6 +247,8 @@ TABLES = {
     "guidance": ("5,000 samples", guidance, common.table),
     "choices": ("650 steps", choices, common.table),
     "offline": ("bound; Fréchet distance", offline, offline_table),
+    "small": ("150 epochs", small, common.table),
+    "augment": ("2,625 steps", augment, common.table),
     "levels": ("bits per dimension", levels, levels_table),
 }
 

@@ -252,7 +252,7 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     assert total == 2
     assert options.pop("processes") == trainer.Processes()
     settings = {"batch_size": 8, "lr": 0.003, "optimizer": "muon", "decay": "cosine", "seed": 5}
-    settings |= {"label_dropout": 0.3, "amp": True}
+    settings |= {"label_dropout": 0.3, "amp": True, "weight_decay": 0.01, "average": 1000}
     assert options == settings | {"compiled": True}
     chain = {"timesteps": 12, "hybrid_weight": 0.5, "reverse": "joint"}
     chain |= {"transition": "absorbing", "schedule": "cosine"}
@@ -292,6 +292,7 @@ def test_defaults(made):
     assert total == 50 * (4500 // 128)
     options.pop("processes")
     settings = {"batch_size": 128, "lr": 4e-3, "optimizer": "muon", "decay": "late", "seed": 0}
+    settings |= {"weight_decay": 0.01, "average": 1000}
     assert options == settings | {"label_dropout": 0.1, "amp": False, "compiled": False}
     chain = {"num_levels": 2, "timesteps": 200, "image_shape": (1, 32, 32)}
     chain |= {"loss_type": "hybrid", "hybrid_weight": 0.005, "reverse": "mixture"}
