@@ -11,6 +11,7 @@ to results_d3pm/experiments/NAME/NAME.json as soon as it is measured. An interru
 with the missing rows.
 """
 
+import csv
 import hashlib
 import subprocess
 import sys
@@ -268,6 +269,10 @@ def measure(row: Row, folder: Path, every: list) -> dict:
         if not checkpoint.with_name("weights.pth").exists():  # written last
             resume = ["--resume"] * checkpoint.exists()
             command("train.py", *row.train.split(), *every, "--out-dir", folder, *resume)
+        with (folder / "metrics.csv").open(newline="") as file:
+            history = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+        result["last"] = history[-1]
+        result["best"] = min(history, key=lambda line: line["validation_bound"])
     for flags in row.evaluate:
         where = ["--out-dir", folder, "--overwrite"]
         command("evaluate.py", checkpoint, *flags.split(), *every, *where)
