@@ -229,7 +229,7 @@ class UNet(nn.Module):
         elif y is not None:
             raise ValueError("this network was built without labels")
         if maps is not None:
-            emb = emb + self.embed_maps(maps)
+            emb = emb + self.embed_maps((maps != 0).any(1, keepdim=True).float().expand(-1, 6))
         x = one_hot(x_t, self.num_states).to(emb)  # [B, S, H, W]
         h = self.fold(F.pixel_unshuffle(x, 2))
         if self.ordinal:
