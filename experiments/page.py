@@ -18,7 +18,8 @@ from experiments import benchmark, common, figures, tables
 
 MARKED = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", re.DOTALL)
 MAKERS = {name: (f"tables {name}", show) for name, (_, _, show) in tables.TABLES.items()}
-MAKERS["offline"] = "tables offline --data offline", tables.offline_table
+for name in ("offline", "small"):
+    MAKERS[name] = f"tables {name} --data offline", MAKERS[name][1]
 MAKERS["benchmark"] = "benchmark", benchmark.table
 MAKERS["fill"] = "figures fill", figures.filling_table
 

@@ -344,7 +344,7 @@ def test_levels_by_hand():
 def test_offline_by_hand():
     """Three seeds of the longest runs that are compared; columns in order of their number."""
     rows = tables.offline()
-    assert len(rows) == len({row.train for row in rows.values()}) == 2 * (3 + 3) + 3
+    assert len(rows) == len({row.train for row in rows.values()}) == 2 * (3 + 3) + 4
     assert "--epochs 5 --loss hybrid" in rows["5 epochs, hybrid, rate 4e-3, seed 0"].train
     runs = [("10 epochs, a", 70.04, 0.5), ("5 epochs, a", 90, 2), ("5 epochs, a", 92, 3)]
     rows = {
@@ -379,8 +379,8 @@ def test_what_helps_few_pictures(commands, cheap, only, out, monkeypatch):
     one = result_of("small", out)["rows"][key]
     assert one["best"]["epoch"] == 2 and one["last"]["validation_bound"] == 65
     bound, loss = one["bound"], one["last"]["train_loss"] * 1024
-    assert lines[0].startswith("| 150 epochs | bound | best on the way | training loss | Fréchet")
-    start = f"{bound['nats_per_image']:.1f} ± {bound['standard_error']:.1f} | 60.1 (epoch 2)"
+    assert lines[0].startswith("| 150 epochs | bound | best and last on the way | training")
+    start = f"{bound['nats_per_image']:.1f} ± {bound['standard_error']:.1f} | 60.1 (epoch 2); 65.0"
     assert lines[2].startswith(f"| augment 0.5 | {start} | {loss:.1f} | ")
 
 
