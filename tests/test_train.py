@@ -410,6 +410,7 @@ def test_of_32_levels_all_validation_digits_are_used(made):
     settings |= dict.fromkeys(["lr", "loss", "size", "conditional", "optimizer"]) | {
         "limit": 16,
         "batch_size": 16,
+        "augment": 0.0,
     }
     assert len(train.load_data(settings, None, trainer.Processes())[1]) == 500
 
