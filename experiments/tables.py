@@ -7,9 +7,9 @@
     python -m experiments.tables small --data offline          # half an hour a run
     python -m experiments.tables headline --data-root data --amp         # minutes on a GPU
 
-Choices, levels and guidance use validation digits, the other tables test digits. Each row is saved
-to results_d3pm/experiments/NAME/NAME.json as soon as it is measured. An interrupted table continues
-with the missing rows.
+Headline, likelihood and steps use test digits, the other tables validation digits. Each row is
+saved to results_d3pm/experiments/NAME/NAME.json as soon as it is measured. An interrupted table
+continues with the missing rows.
 """
 
 import csv
