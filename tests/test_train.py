@@ -302,7 +302,7 @@ def test_defaults(made):
 
 
 def test_few_pictures_are_augmented_in_a_long_run(made, monkeypatch):
-    """Of two levels, for the network that can be told, unless a flag or an older run says no."""
+    """Of two levels, for the network that can be told, unless a flag or a recipe says no."""
     monkeypatch.setattr(train, "MANY", 5_000)
     few = *TRAIN, "--batch-size", 30, "--steps"
 
