@@ -215,9 +215,9 @@ def test_learns_to_draw_its_patterns():
     patterns[2, :, 4:] = 1
     d = DiscreteDiffusion(UNet(channels=(16, 16, 16)), timesteps=20, image_shape=(1, 8, 8))
     optimizer = torch.optim.AdamW(d.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 300)
-    for _ in range(300):
-        loss = d.loss(patterns.repeat(32, 1, 1, 1))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 150)
+    for _ in range(150):
+        loss = d.loss(patterns.repeat(16, 1, 1, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -226,7 +226,7 @@ def test_learns_to_draw_its_patterns():
     drawn = d.sample(300, batch_size=300).flatten(1)
     matches = (drawn[:, None] == patterns.flatten(1)[None]).all(2)  # [300, 3]
     assert matches.any(1).float().mean() > 0.9
-    assert matches.float().mean(0).min() > 0.15
+    assert matches.float().mean(0).min() > 0.1
     bound = d.variational_bound(
         patterns.repeat(30, 1, 1, 1), None, torch.Generator().manual_seed(0)
     ).mean()

@@ -72,8 +72,10 @@ def test_the_largest_network_that_is_fast_enough_trains_until_the_deadline(
         assert torch.equal(weights[name], weight.half().float())
 
 
-def test_another_run_continues_from_the_weights_with_other_batches(attempt, tmp_path):
-    _, steps = attempt("--minutes", 2)
+def test_another_run_continues_from_the_weights_with_other_batches(attempt, monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "NETWORKS", {"1": SMALL["1"]})
+    monkeypatch.setattr(record, "BATCH_SIZES", (16,))
+    _, steps = attempt("--minutes", 1)
     first, before = steps[-1][-1], [x_0 for _, _, x_0, *_ in steps]
     weights = tmp_path / "record" / "weights.pth"
     with pytest.raises(SystemExit):
@@ -95,14 +97,17 @@ def test_another_run_continues_from_the_weights_with_other_batches(attempt, tmp_
 
 def test_too_little_time_for_any_network_takes_the_fastest(attempt, monkeypatch):
     monkeypatch.setattr(record, "IMAGES", 10**9)
+    monkeypatch.setattr(record, "NETWORKS", {"1": SMALL["1"]})
+    monkeypatch.setattr(record, "BATCH_SIZES", (8, 16))
     with pytest.raises(cli.UserError, match="give more --minutes"):
         attempt("--minutes", 0.5)
-    result, _ = attempt("--minutes", 2)
+    result, _ = attempt("--minutes", 1)
     speeds = [row["images_per_second"] for row in result["timed"]]
-    assert result["batch_size"] == result["timed"][speeds.index(max(speeds))]["batch_size"]
+    assert speeds == pytest.approx([2, 4]) and result["batch_size"] == 16
 
 
 def test_a_loss_that_is_not_finite_ends_it(attempt, monkeypatch):
+    monkeypatch.setattr(record, "NETWORKS", {"1": SMALL["1"]})
     monkeypatch.setattr("trainer.Trainer._update", lambda self, **_: torch.tensor(torch.nan))
     with pytest.raises(cli.UserError, match="not finite at step 7"):
         attempt("--minutes", 2)
