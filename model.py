@@ -287,10 +287,13 @@ def accelerated(network: nn.Module, amp: bool, compiled: bool) -> nn.Module:
 
     Warns if an x86 CPU has no bfloat16 instructions.
     """
-    if amp and next(network.parameters()).device.type == "cpu":
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if amp and on_cpu:
         level = torch.backends.cpu.get_cpu_capability()  # "DEFAULT" on ARM
         has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # not in torch 2.4
         if level == "AVX2" or (level == "AVX512" and not has_it()):
             warnings.warn("this CPU only emulates bfloat16: --amp makes it slower", stacklevel=2)
     network = Autocast(network) if amp else network
-    return torch.compile(network) if compiled else network
+    # On CPUs, dropout by the compiler's own random numbers takes half as long again.
+    options = {"fallback_random": True} if on_cpu else None
+    return torch.compile(network, options=options) if compiled else network

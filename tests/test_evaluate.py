@@ -342,7 +342,7 @@ def test_faster_networks(monkeypatch):
     """With --amp and --compile the report is of the accelerated network."""
     d, test = untrained("x.pth", timesteps=2), digits_of("mnist", "test")
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     flags = "--exact --trajectories 2 --images 4"
     plain, half, both = (
         evaluated(f"{flags} {more}", small="--num-samples 20")[0]

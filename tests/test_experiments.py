@@ -371,7 +371,7 @@ def test_what_helps_few_pictures(commands, cheap, only, out, monkeypatch):
     assert ["--augment 0 " in f"{row.train} " for row in rows.values()] == [1, 0, 0, 1, 1, 1, 0]
     bounds = iter([70.0, 60.06, 65.0])
     monkeypatch.setattr(Trainer, "validate", lambda self, x_0: next(bounds))
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     (key, row), made = ("augment 0.5", rows["augment 0.5"]), spy(monkeypatch, train, "Trainer")
     only("small", {key: row._replace(train=row.train.replace("--epochs 150", "--epochs 3"))})
     lines = succeed("experiments.tables", "small", *TRIAL).splitlines()

@@ -355,7 +355,7 @@ def test_resume_with_disagreeing_settings_is_an_error(flag, given, saved, run):
 def test_what_may_differ_on_resume(my_run, cheap, monkeypatch):
     """Place, machine and length; the settings of the checkpoint are then the new ones, the default
     place among them."""
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     shutil.move(my_run, "results_d3pm")
     flags = "--epochs 5 --data auto --data-root elsewhere --device cpu --compile --amp "
     flags += "--validate-every 2"

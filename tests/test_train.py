@@ -238,7 +238,7 @@ def test_life_signs_in_a_log(monkeypatch, cheap):
 def test_flags_reach_what_they_are_about(monkeypatch, cheap):
     """Every flag at once, none at its default: the network, the diffusion, the trainer, the
     batches, the checkpoint."""
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     names = ("Trainer", "load_dataset", "batches")
     made, loaded, served = (spy(monkeypatch, train, name) for name in names)
     flags = """--steps 2 --batch-size 8 --timesteps 12 --transition absorbing --schedule cosine

@@ -580,10 +580,17 @@ def test_a_warning_where_bfloat16_is_emulated(level, has_it, slow, monkeypatch, 
 
 
 def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
-    """But not the averaged and saved network, whose parameter names are unchanged."""
-    compiled = []
+    """But not the averaged and saved network, whose parameter names are unchanged. On a CPU dropout
+    draws as it does uncompiled, which is faster."""
+    compiled, chosen = [], []
     wrap = nn.Sequential
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or wrap(model))
+
+    def compile(model, options):
+        compiled.append(model)
+        chosen.append(options)
+        return wrap(model)
+
+    monkeypatch.setattr(torch, "compile", compile)
     d = small_diffusion(0)
     trainer = Trainer(d, 10, 8, amp=True, compiled=True)
     assert isinstance(compiled[0], Autocast) and compiled[0].network is d.model
@@ -593,6 +600,8 @@ def test_amp_and_compile_wrap_what_is_trained(monkeypatch):
     assert trainer.state_dict()["weights"].keys() == small_diffusion(0).model.state_dict().keys()
     plain = Trainer(small_diffusion(0), 10, 8)
     assert plain.diffusion.model is plain.network and len(compiled) == 1
+    accelerated(UNet(channels=(8, 8, 8)).to("meta"), amp=False, compiled=True)
+    assert chosen == [{"fallback_random": True}, None]
 
 
 def test_amp_stays_close():
