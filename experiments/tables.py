@@ -79,7 +79,7 @@ SMALL = {
     "dropout 0.1": "--augment 0 --dropout 0.1",
     "dropout 0.3": "--augment 0 --dropout 0.3",
     "dropout 0.5": "--augment 0 --dropout 0.5",
-    "augment 0.8, dropout 0.1": "--augment 0.8 --dropout 0.1",
+    "augment 0.5, dropout 0.1": "--augment 0.5 --dropout 0.1",
 }
 LEVELS = {
     "uniform": "--transition uniform",
