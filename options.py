@@ -100,6 +100,7 @@ def add_training(add: Callable) -> None:
     words += f" {FEW_PICTURES[1]:g} for Muon and two levels)"
     add("--lr", type=cli.number(0, above=True), help=words)
     add("--decay", choices=DECAYS, default="late", help="late: to 0 over the last 30 %% of steps")
+    add("--weight-decay", type=number, default=0.01, metavar="W", help="of Muon and AdamW")
     add("--network", choices=NETWORKS, default="unet", help="from model.py")
     add("--output", choices=OUTPUTS, help="logistic: a mean and a scale, for many grey levels")
     add("--channels", type=count, nargs=3, metavar="C", help="widths, multiples of 8")
@@ -128,6 +129,8 @@ def parse_arguments(description: str | None) -> tuple[argparse.Namespace, dict, 
         p.error("--epochs and --steps exclude each other")
     if args.label_dropout is not None and not (args.conditional or args.resume):
         p.error("--label-dropout goes with --conditional")
+    if args.weight_decay is not None and args.optimizer == "adam":
+        p.error("--weight-decay goes with --optimizer muon or adamw")
     if args.binarize == "dynamic" and args.levels not in (None, 2):
         p.error(f"--binarize dynamic makes 2 levels, not --levels {args.levels}")
     if args.levels == "palette":

@@ -343,8 +343,9 @@ def make_run(
     if step >= total:
         advice = "give more with --epochs or --steps"
         raise UserError(f"the run to resume has all its {total} steps: {advice}")
-    names = ("batch_size", "lr", "optimizer", "decay", "label_dropout", "seed", "amp")
-    options = {name: settings[name] for name in names} | {"compiled": settings["compile"]}
+    names = ("batch_size", "lr", "optimizer", "decay", "weight_decay", "label_dropout", "seed")
+    options = {name: settings[name] for name in names}
+    options |= {"amp": settings["amp"], "compiled": settings["compile"]}
     with user_errors():
         diffusion = build(settings, init, data)
         trainer = Trainer(diffusion.to(device), total, **options, processes=processes)

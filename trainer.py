@@ -21,7 +21,7 @@ OPTIMIZERS = ("muon", "adamw", "adam")
 DECAYS = ("late", "cosine", "constant")
 WARMUP_STEPS = 100
 LATE = 0.3  # share of the steps in the late decay
-ADAMW = {"betas": (0.9, 0.99), "weight_decay": 0.01}
+BETAS = 0.9, 0.99  # of AdamW
 MAX_GRAD_NORM = 1.0
 
 
@@ -80,6 +80,7 @@ class Trainer:
         total_steps: the length of the learning rate schedule.
         batch_size: images per step, over all processes.
         lr, decay: the peak learning rate and its decay; see `learning_rate`.
+        weight_decay: of Muon and AdamW.
         label_dropout: the share of labels that is hidden from a network that takes labels.
         seed: seed of the noise.
         amp, compiled: run the network in bfloat16; compile it.
@@ -101,6 +102,7 @@ class Trainer:
         lr: float = 1e-4,
         optimizer: str = "adamw",
         decay: str = "late",
+        weight_decay: float = 0.01,
         label_dropout: float = 0.1,
         seed: int = 0,
         amp: bool = False,
@@ -126,13 +128,14 @@ class Trainer:
         self.rate = torch.tensor(lr, device=self.device) if self.records else lr
         options = {"lr": self.rate, "capturable": self.records, "foreach": True}
         parameters = self.network.parameters()
+        adamw = options | {"betas": BETAS, "weight_decay": weight_decay}
         self.optimizer: torch.optim.Optimizer
         if optimizer == "adam":
             self.optimizer = torch.optim.Adam(parameters, **options)
         elif optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(parameters, **ADAMW, **options)
+            self.optimizer = torch.optim.AdamW(parameters, **adamw)
         else:
-            self.optimizer = Muon(self.network, **ADAMW, **options)
+            self.optimizer = Muon(self.network, **adamw)
         self.update = Recorded(self._update) if self.records else self._update
 
     def step(self, x_0: Tensor, y: Tensor | None = None, maps: Tensor | None = None) -> Tensor:

@@ -79,7 +79,9 @@ SMALL = {
     "dropout 0.1": "--augment 0 --dropout 0.1",
     "dropout 0.3": "--augment 0 --dropout 0.3",
     "dropout 0.5": "--augment 0 --dropout 0.5",
-    "augment 0.5, dropout 0.1": "--augment 0.5 --dropout 0.1",
+    "weight decay 0.1": "--augment 0 --weight-decay 0.1",
+    "weight decay 0.3": "--augment 0 --weight-decay 0.3",
+    "augment 0.5, weight decay 0.3": "--augment 0.5 --weight-decay 0.3",
 }
 LEVELS = {
     "uniform": "--transition uniform",

@@ -246,13 +246,13 @@ def test_flags_reach_what_they_are_about(monkeypatch, cheap):
         --optimizer muon --lr 0.003 --decay cosine --channels 8 16 24 --blocks 2 --dropout 0.2
         --data offline --data-root nowhere --limit 40 --seed 5 --device cpu --compile --amp
         --validate-every 3 --reverse joint --output logistic --network unet --out-dir here
-        --augment 0.4"""
+        --augment 0.4 --weight-decay 0.2"""
     succeed("train.py", *flags.split())
     ((diffusion, total), options) = made[0]
     assert total == 2
     assert options.pop("processes") == trainer.Processes()
     settings = {"batch_size": 8, "lr": 0.003, "optimizer": "muon", "decay": "cosine", "seed": 5}
-    settings |= {"label_dropout": 0.3, "amp": True}
+    settings |= {"label_dropout": 0.3, "weight_decay": 0.2, "amp": True}
     assert options == settings | {"compiled": True}
     chain = {"timesteps": 12, "hybrid_weight": 0.5, "reverse": "joint"}
     chain |= {"transition": "absorbing", "schedule": "cosine"}
@@ -292,6 +292,7 @@ def test_defaults(made):
     assert total == 50 * (4500 // 128)
     options.pop("processes")
     settings = {"batch_size": 128, "lr": 4e-3, "optimizer": "muon", "decay": "late", "seed": 0}
+    settings |= {"weight_decay": 0.01}
     assert options == settings | {"label_dropout": 0.1, "amp": False, "compiled": False}
     chain = {"num_levels": 2, "timesteps": 200, "image_shape": (1, 32, 32)}
     chain |= {"loss_type": "hybrid", "hybrid_weight": 0.005, "reverse": "mixture"}
@@ -896,6 +897,7 @@ def test_bad_checkpoint(flag, name, bad_files):
         ("--blocks 0", "at least 1"),
         ("--blocks 17", "at most 16"),
         ("--label-dropout 0.5", "goes with --conditional"),
+        ("--optimizer adam --weight-decay 0.1", "goes with --optimizer muon or adamw"),
         ("--dropout 1", "below 1"),
         ("--conditional --label-dropout 1.5", "at most 1"),
         ("--optimizer sgd", "invalid choice"),

@@ -62,9 +62,10 @@ def test_steps_are_those_written_out_by_hand(decay, monkeypatch):
     d = small_diffusion()
     network, average = (UNet(channels=(8, 8, 8), num_labels=10) for _ in range(2))
     network.load_state_dict(d.model.state_dict())
-    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.3)
     monkeypatch.setattr(trainer_module, "MAX_GRAD_NORM", max_norm)
-    trainer = Trainer(d, total, 8, peak, decay=decay, label_dropout=0.3, seed=seed)
+    options = {"decay": decay, "weight_decay": 0.3, "label_dropout": 0.3, "seed": seed}
+    trainer = Trainer(d, total, 8, peak, **options)
     clipped = []
     for i in range(total):
         x_0, y = batch(i)
@@ -520,13 +521,14 @@ def test_muon_by_hand():
 
 def test_optimizers_of_the_trainer():
     """Muon needs a network with hidden_matrices()."""
-    assert type(Trainer(small_diffusion(), 10).optimizer) is torch.optim.AdamW
+    adamw = Trainer(small_diffusion(), 10).optimizer
+    assert type(adamw) is torch.optim.AdamW and adamw.defaults["weight_decay"] == 0.01
     adam = Trainer(small_diffusion(), 10, optimizer="adam").optimizer
     assert type(adam) is torch.optim.Adam
     assert adam.defaults["betas"] == (0.9, 0.999) and adam.defaults["weight_decay"] == 0
-    muon = Trainer(small_diffusion(), 10, optimizer="muon").optimizer
+    muon = Trainer(small_diffusion(), 10, optimizer="muon", weight_decay=0.3).optimizer
     assert type(muon) is Muon and muon.defaults["betas"] == (0.9, 0.99)
-    assert muon.defaults["weight_decay"] == 0.01
+    assert muon.defaults["weight_decay"] == 0.3
     with pytest.raises(ValueError, match=r"hidden_matrices\(\), which Linear lacks"):
         Trainer(DiscreteDiffusion(nn.Linear(1, 1)), 10, optimizer="muon")
 
