@@ -123,7 +123,7 @@ def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion
 def load_data(
     settings: dict, checkpoint: dict | None, processes: Processes
 ) -> tuple[Dataset, torch.Tensor]:
-    """The training images, and the validation images as levels. Raises UserError."""
+    """The training images and the validation images as levels; fills in `settings`."""
     if processes.local_rank > 0:  # one process of each machine downloads, the others wait
         processes.mean(0)
     options = settings["data_root"], settings["size"], settings["levels"] == "palette"
@@ -151,9 +151,12 @@ def load_data(
     validation = to_levels(grey, K, settings["binarize"], generator)
     data = take(data, settings["limit"])
     next(batches(data, settings["batch_size"]))  # fails now if the batch is too large
+    per_epoch = len(data.images) // settings["batch_size"]
+    if checkpoint and checkpoint.get("steps_per_epoch", per_epoch) != per_epoch:
+        raise UserError(f"{data.source} has other pictures than when the run began: see --init")
+    settings["steps"] = settings["steps"] or settings["epochs"] * per_epoch
     if settings["augment"] is None:
-        per_epoch = len(data.images) // settings["batch_size"]
-        long = (settings["steps"] or settings["epochs"] * per_epoch) >= LONG * per_epoch
+        long = settings["steps"] >= LONG * per_epoch
         fits = few and K == 2 and settings["network"] == "unet"  # another may take no maps
         settings["augment"] = AUGMENT if long and fits else 0.0
     return data, validation
@@ -248,12 +251,10 @@ class Run:
             images = (trainer.steps - before["step"]) * self.settings["batch_size"]
             row |= {"images_per_second": images / seconds, "seconds": seconds}
             self.history = [*rows, row]
-            at_end = trainer.steps == trainer.total_steps
-            keep = at_end or epoch // EVERY > before["epoch"] // EVERY
-            for name in [f"model_epoch_{epoch}.pth"] * keep + ["last.pth"]:
+            ends = trainer.steps == trainer.total_steps
+            keep = ends or epoch // EVERY > before["epoch"] // EVERY
+            for name in [f"model_epoch_{epoch}.pth"] * keep + ["last.pth"] + ["weights.pth"] * ends:
                 self.save(name)
-            if at_end:
-                self.save("weights.pth")
             self.report(row, keep)
         self.started = time.perf_counter()
 
@@ -335,11 +336,7 @@ def make_run(
     device = processes.start(cli.pick_device(settings["device"]))
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     data, validation = load_data(settings, checkpoint, processes)
-    per_epoch = len(data.images) // settings["batch_size"]
-    if checkpoint and checkpoint.get("steps_per_epoch", per_epoch) != per_epoch:
-        raise UserError(f"{data.source} has other pictures than when the run began: see --init")
-    step = checkpoint["step"] if checkpoint else 0
-    total = settings["steps"] or settings["epochs"] * per_epoch
+    step, total = checkpoint["step"] if checkpoint else 0, settings["steps"]
     if step >= total:
         advice = "give more with --epochs or --steps"
         raise UserError(f"the run to resume has all its {total} steps: {advice}")
@@ -368,7 +365,7 @@ def train(run: Run) -> int:
     shared = f", {processes.size} processes" if processes.size > 1 else ""
     images, held_out, source = len(run.data.images), len(run.validation), run.data.source
     noun = "digits" if source in DIGITS else "pictures"
-    name = f"{source} digits" if source in DIGITS else f"pictures of {source}"
+    name = f"{source} {noun}" if source in DIGITS else f"{noun} of {source}"
     share = f" ({s['augment']:.0%} of them augmented)" if s["augment"] else ""
     print(
         f"{images:,} {name} for training{share}, {held_out:,} for validation\n"
@@ -376,7 +373,7 @@ def train(run: Run) -> int:
         f"{total} steps of {s['batch_size']}, {total / run.steps_per_epoch:.3g} epochs; "
         f"{s['optimizer']} with peak learning rate {s['lr']:g}"
     )
-    if run.data.source not in NAMES and total < FEW:
+    if source not in NAMES and total < FEW:
         print(f"{total} steps are few: samples may be noise (give more with --steps)")
     received = cli.catch_signals()
     try:

@@ -408,11 +408,8 @@ def test_validation_is_on_validation_digits(protocol, levels, seed, monkeypatch,
 
 def test_of_32_levels_all_validation_digits_are_used(made):
     settings = {"data": "offline", "data_root": "data", "levels": 32, "binarize": "threshold"}
-    settings |= dict.fromkeys(["lr", "loss", "size", "conditional", "optimizer"]) | {
-        "limit": 16,
-        "batch_size": 16,
-        "augment": 0.0,
-    }
+    settings |= dict.fromkeys(["lr", "loss", "size", "conditional", "optimizer"])
+    settings |= {"limit": 16, "batch_size": 16, "steps": 1, "augment": 0.0}
     assert len(train.load_data(settings, None, trainer.Processes())[1]) == 500
 
 
@@ -839,7 +836,7 @@ def test_all_processes_stop_if_one_is_told_to(monkeypatch, cheap):
     like_processes(monkeypatch, lambda *values: [0.5 if v is False else v for v in values])
     digits = take(load_dataset("train", "offline"), 64)
     monkeypatch.setattr(train, "load_data", lambda *_: (digits, torch.zeros(1)))
-    code, _, err = call("train.py", *TRAIN, "--epochs", 2, "--lr", 1, "--out-dir", "out")
+    code, _, err = call("train.py", *TRAIN, "--steps", 8, "--lr", 1, "--out-dir", "out")
     assert code == 128 + signal.SIGTERM and "Stopped by SIGTERM after step 1 of 8" in err
 
 
