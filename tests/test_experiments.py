@@ -368,7 +368,8 @@ def test_what_helps_few_pictures(commands, cheap, only, out, monkeypatch):
     assert all("--steps 2625" in row.train for row in rows.values())
     assert "--validate-every 15 --limit 4500" in rows["4,500 digits"].train
     rows = tables.small()
-    assert ["--augment 0 " in f"{row.train} " for row in rows.values()] == [1, 0, 0, 1, 1, 1, 0]
+    for name, row in rows.items():
+        assert ("--augment 0 " in f"{row.train} ") == ("augment" not in name)
     bounds = iter([70.0, 60.06, 65.0])
     monkeypatch.setattr(Trainer, "validate", lambda self, x_0: next(bounds))
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
