@@ -123,7 +123,7 @@ def build(settings: dict, init: Path | None, data: Dataset) -> DiscreteDiffusion
 def load_data(
     settings: dict, checkpoint: dict | None, processes: Processes
 ) -> tuple[Dataset, torch.Tensor]:
-    """The training images and the validation images as levels; fills in `settings`."""
+    """Training images, and validation images as levels. Fills in `settings`. Raises UserError."""
     if processes.local_rank > 0:  # one process of each machine downloads, the others wait
         processes.mean(0)
     options = settings["data_root"], settings["size"], settings["levels"] == "palette"
