@@ -1,6 +1,7 @@
 """A folder of one's own pictures, from train.py through all scripts; and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,10 @@ def test_a_run_goes_on_with_its_pictures_only(demo):
     (demo / "hill" / "new.png").unlink()
     (demo / "hill").rename(demo / "mountain")
     assert f"({demo}) differ in classes" in fail(*more)
+    (demo / "mountain").rename(demo / "hill")
+    for file in list(demo.glob("*/*")):
+        shutil.copy(file, file.with_name(f"again_{file.name}"))
+    assert f"{demo} has other pictures than when the run began" in fail(*more)
 
 
 def test_other_pictures_may_start_from_its_weights(demo):
