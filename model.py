@@ -294,6 +294,6 @@ def accelerated(network: nn.Module, amp: bool, compiled: bool) -> nn.Module:
         if level == "AVX2" or (level == "AVX512" and not has_it()):
             warnings.warn("this CPU only emulates bfloat16: --amp makes it slower", stacklevel=2)
     network = Autocast(network) if amp else network
-    # On CPUs, dropout by the compiler's own random numbers takes half as long again.
+    # On CPUs the compiler's own random numbers make dropout slow.
     options = {"fallback_random": True} if on_cpu else None
     return torch.compile(network, options=options) if compiled else network
