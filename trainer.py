@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dataset import stream_seed
 from diffusion import DiscreteDiffusion
@@ -63,6 +62,19 @@ class Processes:
         dist.all_reduce(sums)
         return (sums / self.size).tolist()
 
+    def average_gradients(self, network: nn.Module) -> None:
+        """Replace each gradient by its mean over all processes. A sync point, like `mean`.
+
+        DistributedDataParallel turned gradients of a compiled bfloat16 network on CPUs into NaN.
+        """
+        if self.size > 1:
+            gradients = [p.grad for p in network.parameters()]
+            together = torch.cat([g.flatten() for g in gradients]) / self.size
+            dist.all_reduce(together)
+            parts = together.split([g.numel() for g in gradients])
+            for g, part in zip(gradients, parts, strict=True):
+                g.copy_(part.view(g.shape))
+
     def share(self, batch_size: int) -> slice:
         """This rank's slice of a batch. Raises ValueError if the slices would not be equal."""
         part, rest = divmod(batch_size, self.size)
@@ -112,9 +124,7 @@ class Trainer:
         self.network, self.steps, self.total_steps = diffusion.model, 0, total_steps
         self.lr, self.decay, self.label_dropout, self.seed = lr, decay, label_dropout, seed
         self.processes, self.shard = processes, processes.share(batch_size)
-        model = accelerated(self.network, amp, compiled)
-        model = DistributedDataParallel(model) if processes.size > 1 else model
-        self.diffusion = diffusion.around(model)
+        self.diffusion = diffusion.around(accelerated(self.network, amp, compiled))
         self.averaged = diffusion.around(copy.deepcopy(self.network)).eval()
         self.network.train()
         self.device = next(self.network.parameters()).device
@@ -179,6 +189,7 @@ class Trainer:
         loss = self.diffusion.loss(**inputs)
         self.optimizer.zero_grad()
         loss.backward()
+        self.processes.average_gradients(self.network)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         return loss.detach()
