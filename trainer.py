@@ -88,7 +88,7 @@ class Trainer:
     """Trains the network of a diffusion.
 
     Args:
-        diffusion: its network is trained, and already on the right device.
+        diffusion: its network is trained. It is on the right device, the same in every process.
         total_steps: the length of the learning rate schedule.
         batch_size: images per step, over all processes.
         lr, decay: the peak learning rate and its decay; see `learning_rate`.

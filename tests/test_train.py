@@ -814,6 +814,7 @@ def test_environment_of_processes_that_is_wrong(monkeypatch):
 def like_processes(monkeypatch, mean, rank=0) -> None:
     """As if there were others, who are asked by `mean`."""
     options = {"start": lambda device: device, "share": lambda n: slice(0, n)}
+    options |= {"average_gradients": lambda network: None}
     others = SimpleNamespace(rank=rank, local_rank=0, size=1, mean=mean, **options)
     monkeypatch.setattr(train.Processes, "from_environment", lambda: others)
 
